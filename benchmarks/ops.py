@@ -1,0 +1,245 @@
+"""Group `ops`: every Impl of every Op at realistic sizes, against eager PyTorch and torch.compile.
+
+"eager" is how a model spells the Op with PyTorch's own functions (not the Op's reference, which computes in float32 and
+would be an easy peer to beat); "torch.compile" is the same, compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import burnish.ops  # noqa: F401  (registers the Ops)
+from benchmarks.runner import Case, CheckError, Record, Session, verdicts
+from burnish import numerics
+from burnish.device import device
+from burnish.numerics import randn
+from burnish.op import OPS, Op
+
+Arguments = tuple[Any, ...]
+Maker = Callable[[torch.dtype], Arguments]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def cases() -> Iterator[Case]:
+    for name, (peer, sizes) in BENCHED.items():
+        for size, arguments in sizes.items():
+            for short, dtype in DTYPES.items():
+                case = f"{name} {size} {short}"
+                yield Case(case, partial(_run, name=case, op=OPS[name], peer=peer, arguments=arguments, dtype=dtype))
+
+
+@torch.no_grad()
+def _run(
+    session: Session,
+    *,
+    name: str,
+    op: Op,
+    peer: Callable[..., object],
+    arguments: Maker,
+    dtype: torch.dtype,
+) -> list[Record]:
+    torch.compiler.reset()
+    bound = op.bind(*arguments(dtype))
+    variants: dict[str, Callable[..., object]] = {"eager": peer, "torch.compile": torch.compile(peer)}
+    impls = {n: impl.fn for n, impl in op.impls.items() if n != "reference" and not impl.why_not(*bound)}
+    outputs = {n: fn(*bound) for n, fn in impls.items()}
+    truth = numerics.oracle(op.reference, *bound)
+    wrong = {n: reason for n, reason in verdicts(outputs, op.reference(*bound), truth).items() if reason}
+    if wrong:
+        raise CheckError("; ".join(f"{n}: {reason}" for n, reason in wrong.items()))
+    result = session.time(variants | impls, bound)
+    session.console.print(result)
+    cost = op.cost(*bound)
+    floor = device().floor_us(cost.flops, cost.bytes, dtype)
+    return result.records(name, session.command(name), floor_us=floor)
+
+
+# How a model spells each Op, at sizes of BERT-base (width 768), MiniLM (384) and a Llama of width 1024 ----------------
+
+
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return F.layer_norm(total, x.shape[-1:], weight, bias, eps), total
+
+
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """As Llama spells it."""
+    wide = x.float()
+    normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return normed if weight is None else weight * normed
+
+
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return _rms_norm(total, weight, eps), total
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
+    out = _ACTIVATIONS[activation](F.linear(x, weight, bias))
+    return out if residual is None else out + residual
+
+
+def _gated_mlp(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Gate and up as two products, as models have them."""
+    gate, up = gate_up_weight.chunk(2)
+    gate_bias, up_bias = (None, None) if gate_up_bias is None else gate_up_bias.chunk(2)
+    hidden = _ACTIVATIONS[activation](F.linear(x, gate, gate_bias)) * F.linear(x, up, up_bias)
+    return F.linear(hidden, down_weight, down_bias)
+
+
+def _rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """As Llama spells it: half-split, all dimensions rotated."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> Tensor:
+    mask = bias if key_padding_mask is None else key_padding_mask.bool()[:, None, None, :]
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+
+
+def _embedding_layer_norm(
+    ids: Tensor,
+    word: Tensor,
+    position_ids: Tensor,
+    position: Tensor,
+    type_ids: Tensor | None,
+    type: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    total = F.embedding(ids, word) + F.embedding(position_ids, position)
+    if type_ids is not None and type is not None:
+        total = total + F.embedding(type_ids, type)
+    return F.layer_norm(total, total.shape[-1:], weight, bias, eps)
+
+
+def _tensors(*shapes: tuple[int, ...]) -> Maker:
+    return lambda dtype: tuple(randn(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes))
+
+
+def _linear_arguments(rows: int, k: int, n: int, activation: str = "none", residual: bool = False) -> Maker:
+    def arguments(dtype: torch.dtype) -> Arguments:
+        x, weight, bias, other = _tensors((1, rows, k), (n, k), (n,), (1, rows, n))(dtype)
+        return x, weight * k**-0.5, bias, activation, other if residual else None
+
+    return arguments
+
+
+def _gated_mlp_arguments(rows: int, width: int, inner: int) -> Maker:
+    def arguments(dtype: torch.dtype) -> Arguments:
+        x, gate_up, down = _tensors((1, rows, width), (2 * inner, width), (width, inner))(dtype)
+        return x, gate_up * width**-0.5, down * inner**-0.5
+
+    return arguments
+
+
+def _rope_arguments(heads: int, seq: int, head_dim: int) -> Maker:
+    def arguments(dtype: torch.dtype) -> Arguments:
+        angles = torch.arange(seq)[:, None] / 10_000 ** (torch.arange(0, head_dim, 2) / head_dim)
+        angles = torch.cat((angles, angles), dim=-1)
+        return randn(1, heads, seq, head_dim, dtype=dtype), angles.cos().to(dtype), angles.sin().to(dtype)
+
+    return arguments
+
+
+def _attention_arguments(
+    batch: int, heads: int, kv_heads: int, seq: int, head_dim: int, padded: bool = False, causal: bool = False
+) -> Maker:
+    def arguments(dtype: torch.dtype) -> Arguments:
+        shapes = ((batch, seq, h, head_dim) for h in (heads, kv_heads, kv_heads))
+        q, k, v = (tensor.transpose(1, 2) for tensor in _tensors(*shapes)(dtype))  # stored as projections leave them
+        mask = torch.arange(seq) < torch.linspace(seq // 2, seq, batch).long()[:, None]
+        return q, k, v, None, mask if padded else None, causal
+
+    return arguments
+
+
+def _embedding_arguments(batch: int, seq: int, width: int) -> Maker:
+    def arguments(dtype: torch.dtype) -> Arguments:
+        ids = torch.randint(30_522, (batch, seq), generator=torch.Generator().manual_seed(0))
+        tables = _tensors((30_522, width), (512, width), (2, width), (width,), (width,))(dtype)
+        word, position, kind, weight, bias = tables
+        return ids, word, torch.arange(seq)[None], position, torch.zeros_like(ids), kind, weight, bias, 1e-12
+
+    return arguments
+
+
+_NORM_SIZES = {"b1 s128 n384": (1, 128, 384), "b8 s128 n768": (8, 128, 768)}
+
+BENCHED: dict[str, tuple[Callable[..., object], dict[str, Maker]]] = {
+    "layer_norm": (_layer_norm, {size: _tensors(x, x[-1:], x[-1:]) for size, x in _NORM_SIZES.items()}),
+    "add_layer_norm": (_add_layer_norm, {size: _tensors(x, x, x[-1:], x[-1:]) for size, x in _NORM_SIZES.items()}),
+    "rms_norm": (_rms_norm, {"b1 s128 n1024": _tensors((1, 128, 1024), (1024,))}),
+    "add_rms_norm": (_add_rms_norm, {"b1 s128 n1024": _tensors((1, 128, 1024), (1, 128, 1024), (1024,))}),
+    "linear": (
+        _linear,
+        {
+            "m1 k1024 n1024": _linear_arguments(1, 1024, 1024),
+            "m16 k384 n1536 gelu": _linear_arguments(16, 384, 1536, "gelu"),
+            "m128 k384 n1536 gelu": _linear_arguments(128, 384, 1536, "gelu"),
+            "m128 k1536 n384 residual": _linear_arguments(128, 1536, 384, residual=True),
+            "m1024 k768 n3072 gelu": _linear_arguments(1024, 768, 3072, "gelu"),
+            "m128 k768 n3072 gelu_tanh": _linear_arguments(128, 768, 3072, "gelu_tanh"),
+        },
+    ),
+    "gated_mlp": (
+        _gated_mlp,
+        {
+            "t1 d1024 i2816": _gated_mlp_arguments(1, 1024, 2816),
+            "t128 d1024 i2816": _gated_mlp_arguments(128, 1024, 2816),
+        },
+    ),
+    "rope": (_rope, {"h16 s128 d64": _rope_arguments(16, 128, 64)}),
+    "attention": (
+        _attention,
+        {
+            "b1 h12 s128 d32": _attention_arguments(1, 12, 12, 128, 32),
+            "b8 h12 s128 d32 padded": _attention_arguments(8, 12, 12, 128, 32, padded=True),
+            "b1 h12 s512 d64 causal": _attention_arguments(1, 12, 12, 512, 64, causal=True),
+            "b1 h16/4 s128 d64 causal": _attention_arguments(1, 16, 4, 128, 64, causal=True),
+        },
+    ),
+    "embedding_layer_norm": (_embedding_layer_norm, {"b8 s128 n384": _embedding_arguments(8, 128, 384)}),
+}
+"""For each Op how a model spells it with PyTorch's functions, and arguments for each size, made from a dtype."""

@@ -1,0 +1,76 @@
+"""Burnish makes PyTorch transformers fast, step by step, and shows its work.
+
+`optimize` is the one-line way; `ops`, `use` and `why_not` give every fused Op with an explicit choice of implementation;
+`replace_pattern`, `explain_match`, `graph_report` and `draw` work on any fx graph.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from burnish import ops, pattern
+    from burnish.bench import Benchmark, benchmark
+    from burnish.device import DeviceInfo, device
+    from burnish.graph.matcher import explain_match, find_matches
+    from burnish.graph.rewriter import replace_pattern
+    from burnish.graph.show import draw, graph_report
+    from burnish.op import use, why_not
+    from burnish.report import Report
+    from burnish.schedule import Schedule, optimize
+
+__version__ = "0.1.0"
+
+# Where each public name lives. Loaded on first use: `import burnish` costs next to nothing beyond `import torch`.
+_HOME = {
+    "Benchmark": "bench",
+    "DeviceInfo": "device",
+    "Report": "report",
+    "Schedule": "schedule",
+    "benchmark": "bench",
+    "device": "device",
+    "draw": "graph.show",
+    "explain_match": "graph.matcher",
+    "find_matches": "graph.matcher",
+    "graph_report": "graph.show",
+    "optimize": "schedule",
+    "replace_pattern": "graph.rewriter",
+    "use": "op",
+    "why_not": "op",
+}
+_MODULES = ("ops", "pattern")
+
+__all__ = [
+    "Benchmark",
+    "DeviceInfo",
+    "Report",
+    "Schedule",
+    "__version__",
+    "benchmark",
+    "device",
+    "draw",
+    "explain_match",
+    "find_matches",
+    "graph_report",
+    "ops",
+    "optimize",
+    "pattern",
+    "replace_pattern",
+    "use",
+    "why_not",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"burnish.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'burnish' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"burnish.{_HOME[name]}"), name)
+    globals()[name] = value  # replaces the submodule of the same name where there is one (burnish.device)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,264 @@
+"""nn.Module + example inputs -> `Program`: one flat graph in ATen dialect that serves every batch and sequence size.
+
+Source of the method: `torch.export` in non-strict mode keeps composite operators (linear, layer_norm, ...), the module path and
+the source line of every node, and works on every Hugging Face architecture tried; dimensions are left to `Dim.AUTO`, so that the
+export itself finds out which of them the model fixes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from burnish import huggingface
+from burnish.graph.trace import clean
+from burnish.record import StepRecord
+
+
+class CaptureError(RuntimeError):
+    """The model cannot be captured as one graph. The message is one line that names the place and the reason."""
+
+
+@dataclass
+class Program:
+    """One captured model.
+
+    Attributes:
+        graph_module: the graph in its present state. Inputs and outputs are flat (pytree leaves); weights are `get_attr` nodes with
+            the names they have in the model, and are the model's own tensors, not copies.
+        captured: the graph as it was captured. Every node of `graph_module` whose value is also computed by `captured` has
+            `meta["origin"]`, the name of that node: this is what verification compares.
+        in_spec, out_spec: the pytree structure of `(args, kwargs)` and of the result.
+        history: one `StepRecord` for each step applied so far.
+    """
+
+    graph_module: fx.GraphModule
+    captured: fx.GraphModule
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    inputs: tuple[InputSpec, ...]
+    history: list[StepRecord] = field(default_factory=list)
+
+    def rejects(self, leaves: Sequence[Any]) -> str | None:
+        """Why these input leaves cannot be served by this graph (one line), or None if they can."""
+        symbols: dict[str, int] = {}
+        for spec, leaf in zip(self.inputs, leaves, strict=True):
+            if reason := spec.rejects(leaf, symbols):
+                return reason
+        return None
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What one flat input must be: for a tensor its dtype, device and sizes (an int is fixed, a str is a free symbol)."""
+
+    name: str
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+    sizes: tuple[int | str, ...] = ()
+    limits: tuple[tuple[int, int | None], ...] = ()
+    constant: Any = None
+
+    @property
+    def is_tensor(self) -> bool:
+        return self.dtype is not None
+
+    def rejects(self, leaf: Any, symbols: dict[str, int]) -> str | None:
+        if not self.is_tensor:
+            same = type(leaf) is type(self.constant) and leaf == self.constant
+            return None if same else f"{self.name} was {self.constant!r} when captured"
+        if not isinstance(leaf, Tensor):
+            return f"{self.name} was a tensor when captured"
+        if leaf.dtype != self.dtype or leaf.device != self.device:
+            return f"{self.name} was {self.dtype} on {self.device} when captured"
+        if leaf.dim() != len(self.sizes):
+            return f"{self.name} had {len(self.sizes)} dims when captured"
+        for dim, (size, expected) in enumerate(zip(leaf.shape, self.sizes, strict=True)):
+            low, high = self.limits[dim]
+            if symbols.setdefault(expected, size) != size if isinstance(expected, str) else expected != size:
+                return f"{self.name}: size {size} at dim {dim} does not fit {expected}"
+            # A symbol's lower bound of 2 only says that export saw no size of 0 or 1; the runtime checks those sizes by value.
+            if (high is not None and size > high) or (low > 2 and size < low) or size == 0:
+                return f"{self.name}: size {size} at dim {dim} is outside {low}..{high or 'any'}"
+        return None
+
+
+def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Program:
+    """Captures `model` as it computes for `args` and `kwargs`; sizes of these inputs become free where the model allows it.
+
+    Raises:
+        CaptureError: one line with the place in the model and the reason.
+    """
+    started = time.perf_counter()
+    kwargs = dict(kwargs or {})
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    try:
+        exported = _export(model, pytree.tree_unflatten(_widen(leaves), spec), spec)
+    except Exception as error:
+        if not any(_is_unit(leaf) for leaf in leaves):
+            raise CaptureError(_one_line(error)) from error
+        try:  # sizes of 1 that the model insists on: capture them as they are
+            exported = _export(model, (args, kwargs), spec)
+        except Exception as second:
+            raise CaptureError(_one_line(second)) from second
+    graph_module = exported.module(check_guards=False) if _takes_check_guards(exported) else exported.module()
+    inputs = _input_specs(graph_module, exported.range_constraints)
+    assert exported.call_spec.out_spec is not None
+    _flatten_signature(graph_module)
+    before = len(graph_module.graph.nodes)
+    removed = clean(graph_module)
+    for node in graph_module.graph.nodes:
+        node.meta["origin"] = node.name
+    captured = fx.GraphModule(graph_module, _copy_graph(graph_module.graph))
+    program = Program(graph_module, captured, spec, exported.call_spec.out_spec, inputs)
+    program.history.append(
+        StepRecord(
+            "capture",
+            nodes_before=before,
+            nodes_after=before - removed,
+            seconds=time.perf_counter() - started,
+            notes=[f"free sizes: {', '.join(program_symbols(program)) or 'none'}"],
+        )
+    )
+    return program
+
+
+def program_symbols(program: Program) -> list[str]:
+    """The free sizes as `name[dim]`, each symbol once, e.g. `["input_ids[0]", "input_ids[1]"]`."""
+    first: dict[str, str] = {}
+    for spec in program.inputs:
+        for dim, size in enumerate(spec.sizes):
+            if isinstance(size, str):
+                first.setdefault(size, f"{spec.name}[{dim}]")
+    return list(first.values())
+
+
+def _export(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], spec: pytree.TreeSpec) -> torch.export.ExportedProgram:
+    args, kwargs = inputs
+    auto = torch.export.Dim.AUTO
+
+    def free(leaf: Any) -> Any:
+        return dict.fromkeys(range(leaf.dim()), auto) if isinstance(leaf, Tensor) else None
+
+    shapes_args, shapes_kwargs = pytree.tree_map(free, (tuple(args), kwargs))
+    shapes = _dynamic_shapes(model, shapes_args, shapes_kwargs)
+
+    def export() -> torch.export.ExportedProgram:
+        return torch.export.export(model, tuple(args), kwargs, strict=False, dynamic_shapes=shapes)
+
+    with torch.no_grad(), _quiet():
+        try:
+            with huggingface.captured_attention(model, frozenset(name for name, leaf in kwargs.items() if leaf is not None)):
+                return export()
+        except huggingface.NotExpressible:
+            return export()
+
+
+def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`torch.export` wants one mapping by the names of forward's parameters."""
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    shapes = dict(bound.arguments)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD and name in shapes:
+            shapes.update(shapes.pop(name))
+    return shapes
+
+
+def _is_unit(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and 1 in leaf.shape[:2]
+
+
+def _widen(leaves: Sequence[Any]) -> list[Any]:
+    """Batch and sequence sizes of 1 become 2, because export would fix them: the first dim of every tensor if all agree on 1, and
+    the second of those that look like (batch, sequence[, features])."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    batch_is_one = all(t.shape[0] == 1 for t in tensors)
+    sequence_is_one = all(t.shape[1] == 1 for t in tensors if t.dim() in (2, 3))
+
+    def widen(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+            return leaf
+        repeats = [1] * leaf.dim()
+        repeats[0] = 2 if batch_is_one else 1
+        if leaf.dim() in (2, 3) and sequence_is_one:
+            repeats[1] = 2
+        return leaf.repeat(repeats) if 2 in repeats else leaf
+
+    return [widen(leaf) for leaf in leaves]
+
+
+def _takes_check_guards(exported: torch.export.ExportedProgram) -> bool:
+    return "check_guards" in inspect.signature(exported.module).parameters
+
+
+def _input_specs(graph_module: fx.GraphModule, ranges: Mapping[Any, Any]) -> tuple[InputSpec, ...]:
+    specs = []
+    for node in graph_module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            specs.append(InputSpec(node.target, constant=value))
+            continue
+        sizes = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+        limits = tuple((size, size) if isinstance(size, int) else _limits(size, ranges) for size in value.shape)
+        specs.append(InputSpec(node.target, value.dtype, value.device, sizes, limits))
+    return tuple(specs)
+
+
+def _limits(size: torch.SymInt, ranges: Mapping[Any, Any]) -> tuple[int, int | None]:
+    bounds = ranges.get(size.node.expr)
+    if bounds is None:
+        return 2, None
+    high = int(bounds.upper) if bounds.upper.is_number and bounds.upper.is_finite and bounds.upper < 2**62 else None
+    return int(bounds.lower), high
+
+
+def _flatten_signature(graph_module: fx.GraphModule) -> None:
+    """Drops export's pytree code generation: the graph then takes and returns flat leaves, in pytree order."""
+    graph_module.graph.set_codegen(fx.graph.CodeGen())
+    graph_module.recompile()
+
+
+def _copy_graph(graph: fx.Graph) -> fx.Graph:
+    copied = fx.Graph()
+    output = copied.graph_copy(graph, mapping := {})
+    copied.output(output)
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+    return copied
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    import logging
+
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental", "torch._dynamo")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _one_line(error: BaseException) -> str:
+    """The first telling line of an export error, with the place in the user's code where there is one."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    message = lines[0] if lines else type(error).__name__
+    place = next((frame for frame in reversed(inspect.getinnerframes(error.__traceback__)) if "torch" not in frame.filename), None) \
+        if error.__traceback__ else None
+    where = f" ({place.filename}:{place.lineno} in {place.function})" if place and "burnish" not in place.filename else ""
+    return f"{type(error).__name__}: {message}{where}"

@@ -1,0 +1,180 @@
+"""Capture of Hugging Face models: padding and causality reach the `attention` Op as such, not as a materialised mask.
+
+Source of the method: transformers' own extension points, `AttentionInterface` and `AttentionMaskInterface`. While a model is captured,
+its configs name our implementation. Our mask function returns transformers' whole mask and remembers, by that tensor's identity,
+what it means; our attention function recognises the tensor and hands the meaning to the Op. Nobody reads the mask then, and
+dead-code elimination removes it. A mask that a model slices, casts or adds to is another tensor: it stays a bias, slower and still right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+NAME = "burnish"
+_TAKEN_OVER = ("eager", "sdpa")
+_WINDOW = "sliding_window_overlay.<locals>.inner_mask"
+_PACKED = "packed_sequence_mask_function.<locals>.inner_mask"
+_PLAIN = {"causal_mask_function", "bidirectional_mask_function", _WINDOW}
+
+
+class NotExpressible(Exception):
+    """The `attention` Op has no place for something that this model's attention does (soft capping, dropout, ...)."""
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a mask says: which keys are padding (batch, length; True = real), causality, window."""
+
+    mask: Tensor
+    padding: Tensor | None
+    is_causal: bool
+    window: int | None
+
+
+@contextlib.contextmanager
+def captured_attention(model: nn.Module, names_given: frozenset[str] = frozenset()) -> Iterator[None]:
+    """Within the `with`, Hugging Face attention in `model` is the `attention` Op; all settings are as before when it ends.
+
+    Left as they are: models that are not Hugging Face's, that have attention code of their own, that use another implementation
+    than eager or sdpa, or that are to return their attention weights.
+
+    Args:
+        names_given: names of the inputs that the caller passes. Position ids that the caller passes may mean packed sequences.
+    """
+    configs = _configs(model)
+    if not configs or "output_attentions" in names_given or any(getattr(c, "output_attentions", False) for c in configs):
+        yield
+        return
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    takeover = _Takeover(position_ids_given="position_ids" in names_given)
+    before = [config._attn_implementation_internal for config in configs]
+    ALL_ATTENTION_FUNCTIONS._global_mapping[NAME] = takeover.attention
+    ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[NAME] = takeover.mask
+    try:
+        for config in configs:
+            config._attn_implementation_internal = NAME
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation
+        ALL_ATTENTION_FUNCTIONS._global_mapping.pop(NAME, None)
+        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(NAME, None)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The configs through which attention can be exchanged: of the models in `model` that use the attention interface."""
+    if "transformers" not in sys.modules:
+        return []
+    from transformers import PreTrainedModel
+
+    found = {}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation in _TAKEN_OVER:
+            # Code of the model's own may read the mask of the implementation that the config names, and add it to its scores.
+            if not module._can_set_attn_implementation():
+                return []
+            found[id(module.config)] = module.config
+    return list(found.values())
+
+
+class _Takeover:
+    """The attention and mask functions of one capture, and what they remember between them."""
+
+    def __init__(self, position_ids_given: bool) -> None:
+        self.meanings: list[Meaning] = []
+        # Positions that the model makes itself are one run, whatever tracing can see of it.
+        self.known = _PLAIN if position_ids_given else _PLAIN | {_PACKED}
+
+    def mask(
+        self,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int = 0,
+        kv_offset: int = 0,
+        mask_function: Callable[..., Any] | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+        mask_function = mask_function or causal_mask_function
+        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        mask: Tensor = sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        parts = {getattr(part, "__qualname__", ""): part for part in _parts(mask_function)}
+        is_causal = "causal_mask_function" in parts
+        plain = parts.keys() <= self.known and not kwargs.get("use_vmap") and isinstance(q_offset, int) and q_offset == kv_offset == 0
+        if plain and (not is_causal or statically_known_true(q_length == kv_length)):
+            window = _enclosed(parts[_WINDOW], "sliding_window") if _WINDOW in parts else None
+            self.meanings.append(Meaning(mask, attention_mask, is_causal, window))
+        return mask
+
+    def attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        is_causal: bool | None = None,
+        position_bias: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """(batch, heads, length, head_dim) in, (batch, length, heads, head_dim) out, as transformers' attention functions do it."""
+        from burnish import ops
+
+        given = [name for name in ("softcap", "s_aux", "cache", "cu_seq_lens_q") if kwargs.get(name) is not None]
+        if given or dropout:
+            raise NotExpressible(f"{type(module).__name__} calls attention with {', '.join(given) or f'{dropout=}'}")
+        bias, padding, window = position_bias, None, None
+        known = next((meaning for meaning in self.meanings if meaning.mask is attention_mask), None)
+        if attention_mask is None:
+            causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        elif known is not None:
+            padding, causal, window = known.padding, known.is_causal, known.window
+        else:
+            causal = False
+            bias = attention_mask if bias is None else _with_mask(bias, attention_mask)
+        out = ops.attention(query, key, value, bias, padding, causal, window, scaling)
+        return out.transpose(1, 2), None
+
+
+def _parts(mask_function: Any) -> list[Any]:
+    """The functions that a conjunction of mask functions is made of."""
+    name = getattr(mask_function, "__qualname__", "")
+    if name == "and_masks.<locals>.and_mask":
+        return [part for conjunct in _enclosed(mask_function, "mask_functions") for part in _parts(conjunct)]
+    if name == "remap_positions_for_packed_sequence.<locals>.inner_mask":
+        return _parts(_enclosed(mask_function, "mask_function"))
+    return [mask_function]
+
+
+def _enclosed(function: Any, name: str) -> Any:
+    return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
+
+
+def _with_mask(bias: Tensor, mask: Tensor) -> Tensor:
+    if mask.dtype is not torch.bool:
+        return bias + mask
+    return torch.where(mask, bias, torch.finfo(bias.dtype).min)

@@ -1,0 +1,135 @@
+"""Program -> `Executable`: one generated function in which every Op node is a slot that an Impl's plain callable fills.
+
+The code is generated once for a Program. What differs from one input signature to the next is only which Impl stands in which slot,
+so that a new batch or sequence size costs a dictionary, not a compilation.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from burnish.op import OPS, Op
+
+
+class Slot:
+    """The place of one Op node in the generated code. Calling it runs the Op's reference, so that unbound code is right too."""
+
+    def __init__(self, name: str, op: Op, origin: str) -> None:
+        self.name = self.__name__ = self.__qualname__ = name
+        self.__module__ = "burnish.slots"
+        self.op = op
+        self.origin = origin
+
+    def __call__(self, *args: Any) -> Any:
+        return self.op.reference(*args)
+
+
+@dataclass(frozen=True)
+class WeightPlace:
+    """Where a weight lives: the dictionary of the module that owns it, and its name there. Read anew at each call, so that a
+    replaced parameter is seen."""
+
+    owner: Mapping[str, Any]
+    name: str
+    path: str
+
+
+class Executable:
+    """The generated code of one Program.
+
+    Attributes:
+        slots: every Op node's slot, in the order of execution.
+        weights: where the weights are read from, in the order in which `bind(...)` takes them.
+        source: the generated Python, for reading.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, model: nn.Module | None = None) -> None:
+        graph, self.slots, paths = _slotted(graph_module)
+        self.weights = [_place((model, graph_module) if model is not None else (graph_module,), path) for path in paths]
+        code = graph.python_code("self")
+        self.source = code.src
+        self._globals = dict(code.globals)
+        self._global_names = {id(value): name for name, value in code.globals.items() if isinstance(value, Slot)}
+        namespace = dict(self._globals)
+        exec(compile(self.source, f"<burnish {type(graph_module).__name__}>", "exec"), namespace)  # fx's own generated code
+        self._code: types.CodeType = namespace["forward"].__code__
+
+    def bind(self, chosen: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+        """A function `(weights, leaves) -> output leaves` that calls `chosen[slot.name]` in each slot (the reference where absent)."""
+        namespace = dict(self._globals)
+        for slot in self.slots:
+            if slot.name in chosen:
+                namespace[self._global_names[id(slot)]] = chosen[slot.name]
+        function = types.FunctionType(self._code, namespace)
+        return lambda weights, leaves: function(None, *weights, *leaves)
+
+    def read_weights(self) -> list[Tensor]:
+        return [place.owner[place.name] for place in self.weights]
+
+
+def op_of(target: Any) -> Op | None:
+    """The Op whose overload a node calls, if it is one."""
+    return OPS.get(target._opname) if getattr(target, "namespace", None) == "burnish" else None
+
+
+def _slotted(graph_module: fx.GraphModule) -> tuple[fx.Graph, list[Slot], list[str]]:
+    """A copy of the graph with Op nodes calling slots and each weight a leading placeholder."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    weight_nodes: dict[str, fx.Node] = {}
+    nodes = list(graph_module.graph.nodes)
+    for node in nodes:
+        if node.op == "get_attr":
+            if node.target not in weight_nodes:
+                weight_nodes[node.target] = graph.placeholder(f"w{len(weight_nodes)}_{node.name}")
+            mapping[node] = weight_nodes[node.target]
+    slots: list[Slot] = []
+    for node in nodes:
+        if node.op == "get_attr":
+            continue
+        op = op_of(node.target) if node.op == "call_function" else None
+        new = graph.node_copy(node, lambda n: mapping[n])
+        if op is not None:
+            slot = Slot(f"{op.name}_{len(slots)}", op, node.name)
+            slots.append(slot)
+            new.target = slot
+            new.args, new.kwargs = op.bind(*new.args, **new.kwargs), {}
+        elif (fast := _METHOD_OF.get(node.target)) is not None:
+            new.target = fast
+        mapping[node] = new
+    return graph, slots, list(weight_nodes)
+
+
+# The same functions without the dispatcher's Python-side schema matching: 1.9 us a call against 0.5 us for a view.
+_METHOD_OF: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.view.default: torch.Tensor.view,
+    torch.ops.aten.reshape.default: torch.Tensor.reshape,
+    torch.ops.aten.transpose.int: torch.Tensor.transpose,
+    torch.ops.aten.permute.default: torch.Tensor.permute,
+    torch.ops.aten.unsqueeze.default: torch.Tensor.unsqueeze,
+    torch.ops.aten.expand.default: torch.Tensor.expand,
+    torch.ops.aten.sym_size.int: torch.Tensor.size,
+    torch.ops.aten.add.Tensor: torch.add,
+    torch.ops.aten.mul.Tensor: torch.mul,
+    torch.ops.aten.embedding.default: torch.embedding,
+}
+
+
+def _place(roots: Sequence[nn.Module], path: str) -> WeightPlace:
+    """The user's model is asked first; constants that capture lifted and packed weights live on the graph module."""
+    module_path, _, name = path.rpartition(".")
+    for root in roots:
+        try:
+            module = root.get_submodule(module_path)
+        except AttributeError:
+            continue
+        for owner in (module._parameters, module._buffers, vars(module)):
+            if name in owner:
+                return WeightPlace(owner, name, path)
+    raise KeyError(path)

@@ -1,0 +1,377 @@
+"""Op, Impl, Cost, Sample, the registry, `use()` and `why_not()`.
+
+An Op is a short plain-PyTorch *reference* and everything that hangs on it: what it costs, inputs to try it on, and the
+implementations that compute the same thing faster. The reference is at once the specification, the fallback, the shape
+function under fake tensors, the backward pass and the test oracle.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+Result: TypeAlias = Any  # a Tensor, or a tuple of Tensors for an Op with several results
+
+_NAMESPACE = "burnish"
+_LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
+
+OPS: dict[str, Op] = {}
+"""Every registered Op by name."""
+
+_chosen: ContextVar[Mapping[str, str] | None] = ContextVar("burnish_use", default=None)
+
+
+class ImplUnavailable(ValueError):
+    """An Impl that was asked for by name cannot take these inputs; the message holds every reason."""
+
+    def __init__(self, op: str, impl: str, reasons: list[str]) -> None:
+        super().__init__(f"{op}: the Impl {impl!r} cannot take these inputs: " + "; ".join(reasons))
+        self.op, self.impl, self.reasons = op, impl, reasons
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call needs at the least: floating-point operations, and bytes read and written once each."""
+
+    flops: int
+    bytes: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One set of inputs to try an Op on; the label names what is particular about it."""
+
+    label: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Impl:
+    """One implementation of an Op: `fn` is a plain callable with the Op's signature and passes no dispatcher.
+
+    `fn` takes inputs that `why_not` found nothing against, never writes to them, and returns fresh memory laid out like
+    the reference's result. `differentiable` says that autograd can go through `fn` itself.
+    """
+
+    name: str
+    fn: Callable[..., Result]
+    differentiable: bool
+    description: str
+    reasons: Callable[..., list[str]]  # takes every argument of the Op positionally, as Op.bind gives them
+    bind: Callable[..., tuple[Any, ...]]
+
+    def why_not(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Every reason why this Impl cannot take these inputs; empty when it can."""
+        return self.reasons(*self.bind(*args, **kwargs))
+
+
+class Op:
+    """A fused operator. Calling it picks an Impl and runs it; see the module's docstring and the reference's.
+
+    The call is differentiable and works in torch.compile, torch.export, under fake tensors and in fx tracing, where it
+    is the one node `torch.ops.burnish.<name>`. It computes in the dtypes it is given: torch.autocast does not touch it.
+    """
+
+    def __init__(
+        self,
+        reference: Callable[..., Result],
+        cost: Callable[..., Cost],
+        samples: Callable[[torch.device, torch.dtype], Iterator[Sample]],
+        check: Callable[..., None] | None = None,
+    ) -> None:
+        functools.update_wrapper(self, reference)
+        self.name = reference.__name__
+        self.reference = reference
+        self.signature = inspect.signature(reference)
+        self._cost, self._samples, self._check = cost, samples, check or _nothing_to_check
+        parameters = self.signature.parameters
+        self._names = tuple(parameters)
+        self._defaults = tuple(p.default for p in parameters.values())
+        self._required = sum(default is inspect.Parameter.empty for default in self._defaults)
+        self._with_backward: dict[str, Callable[..., Result]] = {}
+        self.impls: dict[str, Impl] = {}
+        self.impl("reference", differentiable=True)(reference)
+        self._register()
+
+    def __repr__(self) -> str:
+        return f"<Op {self.name}{self.signature}: {', '.join(self.impls)}>"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Result:
+        bound = self.bind(*args, **kwargs)
+        if torch.compiler.is_compiling() or _is_traced(bound):
+            return self.overload(*bound)
+        self._check(*bound)
+        with _no_autocast(bound):
+            if _is_transformed():  # vmap, jvp and their like know the reference's operators
+                return self.reference(*bound)
+            if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in bound):
+                return self._select_differentiable(bound)(*bound)
+            return self.select(*bound).fn(*bound)
+
+    def bind(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """All arguments in the signature's order, with the defaults filled in. TypeError for a wrong call."""
+        count = len(args)
+        if not kwargs and self._required <= count <= len(self._names):
+            return args + self._defaults[count:]
+        rest = zip(self._names[count:], self._defaults[count:], strict=True)
+        values = args + tuple(kwargs.pop(name, default) for name, default in rest)
+        if kwargs or len(values) > len(self._names) or any(v is inspect.Parameter.empty for v in values):
+            self._explain_wrong_call(args, values, kwargs)
+        return values
+
+    def cost(self, *args: Any, **kwargs: Any) -> Cost:
+        """Floating-point operations and bytes of one call. Reads only shapes and dtypes: fake and meta tensors do."""
+        return self._cost(*self.bind(*args, **kwargs))
+
+    def samples(self, device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
+        """Inputs that show every feature of the Op: random with outliers, of dtype `dtype`, always the same ones."""
+        return self._samples(torch.device(device), dtype)
+
+    def impl(
+        self, name: str, why_not: Callable[..., list[str]] | None = None, differentiable: bool = False
+    ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+        """Register the decorated function as an Impl, preferred after those registered before it.
+
+        `why_not` takes all arguments of the Op positionally and returns every reason against; without it the Impl takes
+        everything. ValueError for a name that is taken.
+        """
+        if name in self.impls:
+            raise ValueError(f"{self.name} has an Impl {name!r} already; choose another name")
+
+        def register(fn: Callable[..., Result]) -> Callable[..., Result]:
+            description = (inspect.getdoc(fn) or "").split("\n")[0]
+            impl = Impl(name, fn, differentiable, description, why_not or _always_available, self.bind)
+            reference = self.impls.pop("reference", None)
+            self.impls[name] = impl
+            if reference is not None:  # the fallback stays last
+                self.impls["reference"] = reference
+            return fn
+
+        return register
+
+    def select(self, *args: Any, **kwargs: Any) -> Impl:
+        """The Impl for these inputs: the one that `use()` names, else the first that has nothing against them.
+
+        ImplUnavailable where `use()` names one that cannot take them: an explicit choice never falls back.
+        """
+        args = self.bind(*args, **kwargs)
+        explicit = self._explicit(args)
+        if explicit is not None:
+            return explicit
+        for impl in self.impls.values():
+            if not impl.reasons(*args):
+                return impl
+        raise AssertionError(f"{self.name}: the reference takes everything")  # it has no why_not
+
+    def with_backward(self, impl: Impl | str) -> Callable[..., Result]:
+        """The Impl as a differentiable callable: `impl.fn` itself where it is, else with the reference's backward."""
+        impl = self.impls[impl] if isinstance(impl, str) else impl
+        if impl.differentiable:
+            return impl.fn
+        if impl.name not in self._with_backward:
+            self._with_backward[impl.name] = _add_backward(impl.fn, self.reference)
+        return self._with_backward[impl.name]
+
+    def _explain_wrong_call(self, args: tuple[Any, ...], values: tuple[Any, ...], unused: dict[str, Any]) -> NoReturn:
+        if len(args) > len(self._names):
+            fault = f"{len(args)} arguments where it has {len(self._names)}"
+        elif unused:
+            name = next(iter(unused))
+            fault = f"{name!r} is given twice" if name in self._names else f"it has no argument {name!r}"
+        else:
+            missing = [n for n, v in zip(self._names, values, strict=True) if v is inspect.Parameter.empty]
+            fault = f"missing {', '.join(missing)}"
+        raise TypeError(f"{self.name}: {fault}; it takes ({', '.join(self._names)})")
+
+    def _explicit(self, args: tuple[Any, ...]) -> Impl | None:
+        chosen = _chosen.get()
+        name = chosen.get(self.name) if chosen else None
+        if name is None:
+            return None
+        impl = self.impls[name]
+        if reasons := impl.reasons(*args):
+            raise ImplUnavailable(self.name, name, reasons)
+        return impl
+
+    def _select_differentiable(self, args: tuple[Any, ...]) -> Callable[..., Result]:
+        # An Impl with its own backward comes first: the reference's backward would run the reference's forward again.
+        explicit = self._explicit(args)
+        if explicit is not None:
+            return self.with_backward(explicit)
+        return next(i.fn for i in self.impls.values() if i.differentiable and not i.reasons(*args))
+
+    def _register(self) -> None:
+        schema = torch.library.infer_schema(self.reference, mutates_args=())
+        _LIBRARY.define(self.name + schema)
+        qualified = f"{_NAMESPACE}::{self.name}"
+
+        def eager(*args: Any) -> Result:
+            args = self.bind(*args)  # the dispatcher drops trailing arguments that equal their defaults
+            self._check(*args)
+            with _no_autocast(args):
+                return self.select(*args).fn(*args)
+
+        def fake(*args: Any) -> Result:
+            args = self.bind(*args)
+            self._check(*args)
+            with _no_autocast(args):
+                return self.reference(*args)
+
+        for key in ("CPU", "CUDA"):
+            _LIBRARY.impl(self.name, eager, key)
+        torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+        torch.library.register_autograd(
+            qualified,
+            functools.partial(_reference_backward, self.reference),
+            setup_context=lambda ctx, inputs, output: _save_inputs(ctx, self.bind(*inputs)),
+            lib=_LIBRARY,
+        )
+        self.overload: torch._ops.OpOverload = getattr(torch.ops.burnish, self.name).default
+
+
+def op(
+    *,
+    cost: Callable[..., Cost],
+    samples: Callable[[torch.device, torch.dtype], Iterator[Sample]],
+    check: Callable[..., None] | None = None,
+) -> Callable[[Callable[..., Result]], Op]:
+    """Turn the decorated reference into an Op of the same name and register it. ValueError for a name that is taken.
+
+    `cost` and `check` take all arguments positionally; `check` raises ValueError or TypeError on bad ones, naming them.
+    The reference is fully annotated; it returns fresh memory, contiguous unless its docstring says otherwise.
+    """
+
+    def register(reference: Callable[..., Result]) -> Op:
+        name = reference.__name__
+        if name in OPS:
+            raise ValueError(f"an Op named {name!r} is registered already; choose another name")
+        OPS[name] = Op(reference, cost, samples, check)
+        return OPS[name]
+
+    return register
+
+
+@contextmanager
+def use(**impls: str) -> Iterator[None]:
+    """Within the `with`, run these Ops by these Impls: `use(attention="torch_flash")`. Nests; local to thread and task.
+
+    A call that the Impl cannot take raises ImplUnavailable with every reason. ValueError at entry for an unknown name.
+    """
+    for op_name, impl_name in impls.items():
+        find_impl(op_name, impl_name)
+    token = _chosen.set({**(_chosen.get() or {}), **impls})
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def why_not(op: str | Op, impl: str, *args: Any, **kwargs: Any) -> list[str]:
+    """Every reason why the Impl cannot take these inputs; empty when it can. ValueError for an unknown name."""
+    return find_impl(op, impl).why_not(*args, **kwargs)
+
+
+def find_op(name: str) -> Op:
+    """The Op of that name; ValueError that lists the Ops there are."""
+    importlib.import_module("burnish.ops")
+    if name not in OPS:
+        raise ValueError(f"there is no Op {name!r}; there are: {', '.join(sorted(OPS))}")
+    return OPS[name]
+
+
+def find_impl(op: str | Op, name: str) -> Impl:
+    """The Op's Impl of that name; ValueError that lists the Impls there are."""
+    op = find_op(op) if isinstance(op, str) else op
+    if name not in op.impls:
+        raise ValueError(f"{op.name} has no Impl {name!r}; it has: {', '.join(op.impls)}")
+    return op.impls[name]
+
+
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
+_OFF: AbstractContextManager[None] = nullcontext()
+
+
+def _is_traced(args: tuple[Any, ...]) -> bool:
+    """Whether someone wants to see one node instead of a result: fx, fake tensors, tensor subclasses, active modes."""
+    return (
+        not _PLAIN_TYPES.issuperset(map(type, args))
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+    )
+
+
+def _is_transformed() -> bool:
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def _no_autocast(args: tuple[Any, ...]) -> AbstractContextManager[Any]:
+    if not torch._C._is_any_autocast_enabled():
+        return _OFF
+    return torch.autocast(next(a.device.type for a in args if isinstance(a, Tensor)), enabled=False)
+
+
+def _always_available(*args: Any) -> list[str]:
+    return []
+
+
+def _nothing_to_check(*args: Any) -> None:
+    return None
+
+
+def _save_inputs(ctx: Any, args: tuple[Any, ...]) -> None:
+    ctx.save_for_backward(*(a for a in args if isinstance(a, Tensor)))
+    ctx.others = [None if isinstance(a, Tensor) else (a,) for a in args]
+
+
+def _reference_backward(reference: Callable[..., Result], ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of the reference, recomputed from the saved inputs; differentiable again under create_graph."""
+    tensors = iter(ctx.saved_tensors)
+    create_graph = torch.is_grad_enabled()
+    args: list[Any] = []
+    wanted: list[int] = []
+    with torch.enable_grad():
+        for i, other in enumerate(ctx.others):
+            arg = next(tensors) if other is None else other[0]
+            if other is None and ctx.needs_input_grad[i]:
+                wanted.append(i)
+                arg = arg.view_as(arg)  # the gradient stops here, and a second one still reaches the input
+            args.append(arg)
+        results = reference(*args)
+        pairs = zip((results,) if isinstance(results, Tensor) else results, grads, strict=True)
+        outputs, weights = zip(*((r, g) for r, g in pairs if g is not None and r.requires_grad), strict=True)
+        found = torch.autograd.grad(
+            outputs, [args[i] for i in wanted], weights, create_graph=create_graph, allow_unused=True
+        )
+    by_index = dict(zip(wanted, found, strict=True))
+    return tuple(by_index.get(i) for i in range(len(args)))
+
+
+def _add_backward(fn: Callable[..., Result], reference: Callable[..., Result]) -> Callable[..., Result]:
+    class WithReferenceBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Result:
+            return fn(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
+            _save_inputs(ctx, inputs)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            return _reference_backward(reference, ctx, *grads)
+
+    return WithReferenceBackward.apply

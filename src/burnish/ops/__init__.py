@@ -1,0 +1,25 @@
+"""The fused operators. Each is a function: differentiable, and usable in torch.compile and torch.export."""
+
+from __future__ import annotations
+
+from burnish.ops.add_layer_norm import add_layer_norm
+from burnish.ops.add_rms_norm import add_rms_norm
+from burnish.ops.attention import attention
+from burnish.ops.embedding_layer_norm import embedding_layer_norm
+from burnish.ops.gated_mlp import gated_mlp
+from burnish.ops.layer_norm import layer_norm
+from burnish.ops.linear import linear
+from burnish.ops.rms_norm import rms_norm
+from burnish.ops.rope import rope
+
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "attention",
+    "embedding_layer_norm",
+    "gated_mlp",
+    "layer_norm",
+    "linear",
+    "rms_norm",
+    "rope",
+]

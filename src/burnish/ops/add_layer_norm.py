@@ -1,0 +1,67 @@
+"""Residual addition and layer normalization in one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from burnish.numerics import randn
+from burnish.op import Cost, Sample, op
+from burnish.ops._common import nbytes
+from burnish.ops._norms import check_norm, check_residual, layer_norm_reference, not_mixed_layer_norm
+
+
+def _check(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+    check_norm(x, weight, bias)
+    check_residual(x, residual)
+
+
+def _cost(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Cost:
+    return Cost(9 * x.numel(), 4 * nbytes(x) + nbytes(weight, bias))
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    def tensor(*shape: int, seed: int) -> Tensor:
+        return randn(*shape, dtype=dtype, device=device, seed=seed)
+
+    weight, bias = tensor(768, seed=2), tensor(768, seed=3)
+    yield Sample("128x768", (tensor(1, 128, 768, seed=0), tensor(1, 128, 768, seed=1), weight, bias, 1e-12))
+    yield Sample("odd", (tensor(7, 33, seed=4), tensor(7, 33, seed=5), tensor(33, seed=6), tensor(33, seed=7)))
+    yield Sample("plain", (tensor(2, 16, 768, seed=8), tensor(2, 16, 768, seed=9), None, None))
+    transposed = tensor(5, 768, 3, seed=10).transpose(1, 2)
+    yield Sample("transposed", (transposed, tensor(5, 3, 768, seed=11), weight, bias))
+    yield Sample("both transposed", (transposed, transposed, weight, None))
+
+
+@op(cost=_cost, samples=_samples, check=_check)
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """`layer_norm(x + residual)` and the sum itself, for the next residual connection: `(normed, sum)`.
+
+    Shapes: x and residual (..., N); weight and bias (N,) or None; both results are x's, contiguous.
+    Dtypes: x and residual the same; weight and bias may differ. The sum is rounded to x's dtype and normalized from
+    that, in float32 (float64 for float64), rounded once.
+    Errors: ValueError for other sizes, TypeError for a residual of another dtype and for integers.
+    Source: the "Add & Norm" of Vaswani et al., "Attention Is All You Need", arXiv:1706.03762.
+    """
+    total = (x + residual).contiguous()
+    return layer_norm_reference(total, weight, bias, eps), total
+
+
+def _torch_why_not(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> list[str]:
+    return not_mixed_layer_norm(x, weight, bias)
+
+
+@add_layer_norm.impl("torch", why_not=_torch_why_not, differentiable=True)
+def _torch(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """One addition and PyTorch's own kernel, without upcast copies."""
+    total = (x + residual).contiguous()
+    return F.layer_norm(total, total.shape[-1:], weight, bias, eps), total

@@ -1,0 +1,76 @@
+"""Residual addition and root-mean-square normalization in one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from burnish.numerics import randn
+from burnish.op import Cost, Sample, op
+from burnish.ops._common import nbytes, not_on_cpu, not_same_dtype
+from burnish.ops._norms import check_norm, check_residual, rms_norm_by_vector_norm, rms_norm_reference
+
+
+def _check(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> None:
+    check_norm(x, weight)
+    check_residual(x, residual)
+
+
+def _cost(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> Cost:
+    return Cost(5 * x.numel(), 4 * nbytes(x) + nbytes(weight))
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    def tensor(*shape: int, seed: int) -> Tensor:
+        return randn(*shape, dtype=dtype, device=device, seed=seed)
+
+    weight = tensor(1024, seed=2)
+    yield Sample("128x1024", (tensor(1, 128, 1024, seed=0), tensor(1, 128, 1024, seed=1), weight, 1e-5))
+    yield Sample("odd", (tensor(7, 33, seed=3), tensor(7, 33, seed=4), tensor(33, seed=5)))
+    yield Sample("plain", (tensor(2, 16, 1024, seed=6), tensor(2, 16, 1024, seed=7), None))
+    transposed = tensor(5, 1024, 3, seed=8).transpose(1, 2)
+    yield Sample("transposed", (transposed, tensor(5, 3, 1024, seed=9), weight))
+    yield Sample("both transposed", (transposed, transposed, weight))
+
+
+@op(cost=_cost, samples=_samples, check=_check)
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """`rms_norm(x + residual)` and the sum itself, for the next residual connection: `(normed, sum)`.
+
+    Shapes: x and residual (..., N); weight (N,) or None; both results are x's, contiguous.
+    Dtypes: x and residual the same; weight may differ. The sum is rounded to x's dtype and normalized from that, in
+    float32 (float64 for float64), rounded once.
+    Errors: ValueError for other sizes, TypeError for a residual of another dtype and for integers.
+    Source: the pre-norm residual connection of Touvron et al., "LLaMA", arXiv:2302.13971.
+    """
+    total = (x + residual).contiguous()
+    return rms_norm_reference(total, weight, eps), total
+
+
+def _vector_norm_why_not(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> list[str]:
+    return not_on_cpu(x)
+
+
+@add_rms_norm.impl("vector_norm", why_not=_vector_norm_why_not)
+def _vector_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """One addition, one reduction (linalg.vector_norm) and one fresh tensor, scaled in place."""
+    total = (x + residual).contiguous()
+    return rms_norm_by_vector_norm(total, weight, eps), total
+
+
+def _torch_why_not(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> list[str]:
+    return not_same_dtype("weight", weight, "x", x)
+
+
+@add_rms_norm.impl("torch", why_not=_torch_why_not, differentiable=True)
+def _torch(x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """One addition and PyTorch's own rms_norm."""
+    total = (x + residual).contiguous()
+    return F.rms_norm(total, total.shape[-1:], weight, eps), total

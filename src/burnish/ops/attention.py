@@ -1,0 +1,255 @@
+"""Scaled dot-product attention with grouped heads, causality, windows, padding and bias."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from burnish.numerics import randn
+from burnish.op import Cost, Sample, op
+from burnish.ops._common import check_floating, check_same_dtype, nbytes, not_on_cpu, wide
+from burnish.ops._masks import additive_mask, allowed_pairs, attended_pairs
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_floating(name, tensor)
+        check_same_dtype(name, tensor, "q", q)
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be (batch, heads, length, head_dim)")
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"k has shape {tuple(k.shape)}; for q of {tuple(q.shape)} it must have its batch and head_dim, and a number "
+            "of heads that divides q's"
+        )
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v has shape {tuple(v.shape)}; it must be k's {tuple(k.shape)} up to the last dimension")
+    if key_padding_mask is not None and key_padding_mask.shape != (k.shape[0], k.shape[2]):
+        raise ValueError(
+            f"key_padding_mask has shape {tuple(key_padding_mask.shape)}; it must be (batch, keys), "
+            f"({k.shape[0]}, {k.shape[2]})"
+        )
+    if key_padding_mask is not None and key_padding_mask.is_floating_point():
+        raise TypeError(
+            f"key_padding_mask has dtype {key_padding_mask.dtype}; it must be bool or integer, nonzero for a real token "
+            "(an additive mask goes to bias)"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; it must be at least 1, or None")
+    if bias is not None:
+        _check_bias(bias, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+
+
+def _check_bias(bias: Tensor, full: tuple[int, ...]) -> None:
+    if bias.dtype != torch.bool:
+        check_floating("bias", bias)
+    sizes = zip(reversed(bias.shape), reversed(full), strict=False)
+    if bias.dim() > 4 or any(size != 1 and size != whole for size, whole in sizes):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must broadcast to (B, Hq, Lq, Lk), {tuple(full)}")
+
+
+def _cost(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> Cost:
+    batch, heads, length, width = q.shape
+    pairs = batch * heads * attended_pairs(length, k.shape[2], is_causal, window)
+    out = batch * heads * length * v.shape[3] * q.element_size()
+    return Cost(2 * pairs * (width + v.shape[3]), nbytes(q, k, v, bias, key_padding_mask) + out)
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    def tensor(*shape: int, seed: int) -> Tensor:
+        return randn(*shape, dtype=dtype, device=device, seed=seed)
+
+    def qkv(b: int, hq: int, hkv: int, lq: int, lk: int, d: int, dv: int | None = None) -> tuple[Tensor, ...]:
+        # As projections leave them: heads next to each other in memory, (B, L, H, D).
+        shapes = (b, lq, hq, d), (b, lk, hkv, d), (b, lk, hkv, dv or d)
+        return tuple(tensor(*shape, seed=seed).transpose(1, 2) for seed, shape in enumerate(shapes))
+
+    def padding(b: int, lk: int, dtype: torch.dtype = torch.bool) -> Tensor:
+        lengths = torch.linspace(1, lk, b, device=device).long()
+        return (torch.arange(lk, device=device) < lengths[:, None]).to(dtype)
+
+    square, cross = qkv(2, 4, 4, 33, 33, 32), qkv(2, 4, 4, 7, 130, 32)
+    grouped, decode = qkv(2, 4, 2, 33, 33, 16), qkv(2, 8, 2, 1, 77, 16)
+    bool_bias = tensor(2, 1, 33, 33, seed=5) > 0
+    yield Sample("full", square)
+    yield Sample("causal", square, {"is_causal": True})
+    yield Sample("window", square, {"is_causal": True, "window": 5})
+    yield Sample("two-sided window", square, {"window": 5})
+    yield Sample("padding", square, {"key_padding_mask": padding(2, 33)})
+    yield Sample("left padding, causal", square, {"key_padding_mask": padding(2, 33).flip(1), "is_causal": True})
+    yield Sample("integer padding", square, {"key_padding_mask": padding(2, 33, torch.int64)})
+    yield Sample("no real token", square, {"key_padding_mask": padding(2, 33) & (padding(2, 33).sum(1, True) > 1)})
+    yield Sample("bias", (*square, tensor(2, 4, 33, 33, seed=3)))
+    yield Sample("bias per head", (*square, tensor(1, 4, 33, 33, seed=4)), {"key_padding_mask": padding(2, 33)})
+    yield Sample("bias without batch and heads", (*square, tensor(33, 33, seed=4)), {"is_causal": True})
+    yield Sample("boolean bias", (*square, bool_bias))
+    yield Sample("boolean bias, rows of false", (*square, bool_bias & (torch.arange(33, device=device)[:, None] > 3)))
+    yield Sample("scale", square, {"scale": 1.0})
+    yield Sample("cross", cross)
+    yield Sample("cross causal", cross, {"is_causal": True})
+    yield Sample("more queries than keys, causal", qkv(2, 4, 4, 33, 7, 32), {"is_causal": True})
+    yield Sample("grouped", grouped)
+    yield Sample("grouped causal", grouped, {"is_causal": True, "key_padding_mask": padding(2, 33)})
+    yield Sample("grouped bias", (*grouped, tensor(1, 4, 33, 33, seed=6)))
+    yield Sample("grouped decode", decode, {"is_causal": True})
+    yield Sample("grouped decode, padding, window", decode, {"key_padding_mask": padding(2, 77).flip(1), "window": 9})
+    yield Sample("wide v", qkv(2, 4, 4, 17, 17, 32, 48))
+    yield Sample("one head of keys", qkv(2, 4, 1, 17, 17, 80), {"is_causal": True})
+    strided = square[0], square[1].contiguous(), tensor(1, 1, 33, 32, seed=7).expand(2, 4, 33, 32)
+    yield Sample("strides", strided)
+    large = square[0] * 100, square[1] * 100, square[2]
+    yield Sample("large scores", large)
+    yield Sample("1x12x128x64", qkv(1, 12, 12, 128, 128, 64), {"key_padding_mask": padding(1, 128)})
+
+
+@op(cost=_cost, samples=_samples, check=_check)
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`softmax(q @ k.T * scale + bias, over the keys allowed) @ v`; a query that may attend to no key gives zeros.
+
+    Shapes: q (B, Hq, Lq, D); k (B, Hkv, Lk, D); v (B, Hkv, Lk, Dv); Hq a multiple of Hkv, each key head serving
+    Hq / Hkv neighbouring query heads. bias broadcasts to (B, Hq, Lq, Lk): added, or, if bool, True where allowed.
+    key_padding_mask (B, Lk), bool or integer: nonzero for a real token. The result is (B, Hq, Lq, Dv), stored as
+    (B, Lq, Hq, Dv): its transpose(1, 2) is contiguous.
+    Positions: the last query sits at the last key's position. is_causal allows the keys up to the query's position;
+    window w those less than w positions away, so with is_causal the query's own and the w - 1 before it.
+    scale defaults to D ** -0.5. Dtypes: q, k and v the same floating one, the result's; scores and softmax in float32
+    (float64 for float64), the weights rounded to v's dtype.
+    Errors: ValueError for sizes that do not fit, TypeError for dtypes.
+    Source: Vaswani et al., "Attention Is All You Need", arXiv:1706.03762; grouped heads as in Ainslie et al.,
+    arXiv:2305.13245; the window as in Hugging Face's sliding_window.
+    """
+    dtype = wide(q.dtype)
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = q.to(dtype) @ k.to(dtype).transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    mask = additive_mask(bias, allowed_pairs(q, k, key_padding_mask, is_causal, window), dtype)
+    if mask is not None:
+        scores = scores + mask
+        nothing = (scores == -torch.inf).all(dim=-1, keepdim=True)
+        weights = torch.softmax(scores.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)
+    else:
+        weights = torch.softmax(scores, dim=-1)
+    return (weights.to(v.dtype) @ v).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _flash_why_not(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> list[str]:
+    reasons = not_on_cpu(q)
+    if q.shape[3] != v.shape[3]:
+        reasons.append(f"v's head_dim is {v.shape[3]} where q's is {q.shape[3]}")
+    if q.numel() == 0 or k.numel() == 0:
+        reasons.append("q or k is empty")
+    return reasons
+
+
+@attention.impl("torch_flash", why_not=_flash_why_not)
+def _torch_flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """PyTorch's flash attention for the CPU, called directly; grouped heads without G copies of k and v."""
+    (batch, heads, length, width), key_heads, keys = q.shape, k.shape[1], k.shape[2]
+    skip_future = is_causal and window is None and length == keys  # the kernel's own causality is top-left aligned
+    in_mask = is_causal and not skip_future and length > 1  # a single query is the last: nothing is to come
+    mask = additive_mask(bias, allowed_pairs(q, k, key_padding_mask, in_mask, window), wide(q.dtype))
+    if heads == key_heads:
+        return _flash(q, k, v, mask, skip_future, scale)
+    groups = heads // key_heads
+    if not skip_future and (mask is None or mask.shape[1:3] == (1, 1)):
+        # All queries of a group see the same keys: they become more rows of one head, and k is read once for all.
+        rows = _flash(q.reshape(batch, key_heads, groups * length, width), k, v, mask, False, scale)
+        out = rows.reshape(batch, heads, length, width)
+    else:
+        # Each key head becomes a batch entry of its own, expanded over its group without a copy.
+        q = q.reshape(batch * key_heads, groups, length, width)
+        k, v = (t.reshape(batch * key_heads, 1, keys, width).expand(-1, groups, -1, -1) for t in (k, v))
+        if mask is not None and mask.shape[:2] != (1, 1):
+            mask = mask.expand(batch, heads, -1, -1).reshape(batch * key_heads, groups, *mask.shape[2:])
+        out = _flash(q, k, v, mask, skip_future, scale).reshape(batch, heads, length, width)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    out: Tensor = kernel(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)[0]
+    return out
+
+
+def _sdpa_why_not(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> list[str]:
+    return not_on_cpu(q) + (["q or k is empty"] if q.numel() == 0 or k.numel() == 0 else [])
+
+
+@attention.impl("torch_sdpa", why_not=_sdpa_why_not, differentiable=True)
+def _torch_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """F.scaled_dot_product_attention, which chooses a kernel and has its own backward."""
+    masked = bias is not None or key_padding_mask is not None or window is not None or q.shape[2] != k.shape[2]
+    mask = None
+    if masked:
+        mask = additive_mask(bias, allowed_pairs(q, k, key_padding_mask, is_causal, window), q.dtype)
+    out = F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=is_causal and not masked, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2).contiguous().transpose(1, 2)

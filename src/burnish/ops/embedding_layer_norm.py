@@ -1,0 +1,143 @@
+"""BERT's embeddings: words, positions and token types summed and normalized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from burnish.numerics import randn
+from burnish.op import Cost, Sample, op
+from burnish.ops._common import check_floating, check_same_dtype, check_vector, nbytes
+from burnish.ops._norms import layer_norm_reference, not_mixed_layer_norm
+
+
+def _check(
+    ids: Tensor,
+    word: Tensor,
+    position_ids: Tensor,
+    position: Tensor,
+    type_ids: Tensor | None,
+    type: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> None:
+    if ids.dim() != 2:
+        raise ValueError(f"ids has shape {tuple(ids.shape)}; it must be (batch, sequence)")
+    if (type_ids is None) != (type is None):
+        raise ValueError("type_ids and type belong together; give both or none")
+    for name, index in (("ids", ids), ("position_ids", position_ids), ("type_ids", type_ids)):
+        if index is None:
+            continue
+        if index.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} has dtype {index.dtype}; it must be int32 or int64")
+        if index.dim() != 2 or index.shape[1] != ids.shape[1] or index.shape[0] not in (1, ids.shape[0]):
+            raise ValueError(f"{name} has shape {tuple(index.shape)}; it must be that of ids, {tuple(ids.shape)}, or (1, S)")
+    for name, table in (("word", word), ("position", position), ("type", type)):
+        if table is None:
+            continue
+        check_floating(name, table)
+        if table.dim() != 2 or table.shape[1] != word.shape[-1]:
+            raise ValueError(f"{name} has shape {tuple(table.shape)}; it must be (entries, {word.shape[-1]})")
+        check_same_dtype(name, table, "word", word)
+    check_vector("weight", weight, word.shape[1], "the embeddings' width")
+    check_vector("bias", bias, word.shape[1], "the embeddings' width")
+
+
+def _cost(
+    ids: Tensor,
+    word: Tensor,
+    position_ids: Tensor,
+    position: Tensor,
+    type_ids: Tensor | None,
+    type: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Cost:
+    width, size = word.shape[1], word.element_size()
+    rows = ids.numel() + position_ids.numel() + (0 if type_ids is None else type_ids.numel())
+    moved = (rows + ids.numel()) * width * size + nbytes(ids, position_ids, type_ids, weight, bias)
+    return Cost((8 + (1 if type is None else 2)) * ids.numel() * width, moved)
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    def tensor(*shape: int, seed: int) -> Tensor:
+        return randn(*shape, dtype=dtype, device=device, seed=seed)
+
+    def index(*shape: int, below: int, seed: int) -> Tensor:
+        return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+    word, position, types = tensor(1000, 384, seed=0), tensor(512, 384, seed=1), tensor(2, 384, seed=2)
+    weight, bias = tensor(384, seed=3), tensor(384, seed=4)
+    ids, positions = index(2, 33, below=1000, seed=5), torch.arange(33, device=device)[None]
+    type_ids = index(2, 33, below=2, seed=6)
+    yield Sample("BERT", (ids, word, positions, position, type_ids, types, weight, bias, 1e-12))
+    yield Sample("one type for all", (ids, word, positions, position, type_ids[:1], types, weight, bias))
+    yield Sample("no types", (ids, word, positions, position, None, None, weight, bias))
+    yield Sample("positions per row", (ids, word, index(2, 33, below=512, seed=7), position, None, None, weight, None))
+    yield Sample("expanded types", (ids, word, positions, position, type_ids[:1].expand(2, 33), types, weight, bias))
+
+
+@op(cost=_cost, samples=_samples, check=_check)
+def embedding_layer_norm(
+    ids: Tensor,
+    word: Tensor,
+    position_ids: Tensor,
+    position: Tensor,
+    type_ids: Tensor | None = None,
+    type: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-12,
+) -> Tensor:
+    """`layer_norm(word[ids] + type[type_ids] + position[position_ids])`.
+
+    Shapes: ids (B, S); position_ids and type_ids (B or 1, S); the tables word, position and type (entries, N); weight
+    and bias (N,) or None; the result (B, S, N), contiguous. Without types, both type_ids and type are None.
+    Dtypes: indices int32 or int64; the tables the same floating one, which is the result's; weight and bias may differ.
+    The sum is rounded after each addition; normalized in float32 (float64 for float64), rounded once.
+    Errors: ValueError for sizes that do not fit, TypeError for dtypes; an index out of range raises as F.embedding does.
+    Source: Devlin et al., "BERT", arXiv:1810.04805, and the order of Hugging Face's BertEmbeddings.
+    """
+    total = F.embedding(ids, word)
+    if type_ids is not None and type is not None:
+        total = total + F.embedding(type_ids, type)
+    return layer_norm_reference(total + F.embedding(position_ids, position), weight, bias, eps)
+
+
+def _torch_why_not(
+    ids: Tensor,
+    word: Tensor,
+    position_ids: Tensor,
+    position: Tensor,
+    type_ids: Tensor | None,
+    type: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> list[str]:
+    return not_mixed_layer_norm(word, weight, bias)
+
+
+@embedding_layer_norm.impl("torch", why_not=_torch_why_not, differentiable=True)
+def _torch(
+    ids: Tensor,
+    word: Tensor,
+    position_ids: Tensor,
+    position: Tensor,
+    type_ids: Tensor | None = None,
+    type: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-12,
+) -> Tensor:
+    """The words' rows gathered once, the rest added in place, and PyTorch's own layer norm."""
+    total = F.embedding(ids, word)
+    if type_ids is not None and type is not None:
+        total.add_(F.embedding(type_ids, type))
+    total.add_(F.embedding(position_ids, position))
+    return F.layer_norm(total, total.shape[-1:], weight, bias, eps)

@@ -1,0 +1,139 @@
+"""The gated MLP of Llama and its kin, gate and up projection in one matrix product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from burnish.numerics import randn
+from burnish.op import Cost, Sample, op
+from burnish.ops._activations import GATES, activate, activate_, check_activation
+from burnish.ops._common import check_floating, check_same_dtype, check_vector, nbytes
+from burnish.ops._onednn import onednn_linear, onednn_why_not
+
+
+def _check(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> None:
+    check_activation(activation, GATES)
+    check_floating("x", x)
+    if x.dim() == 0 or gate_up_weight.dim() != 2 or gate_up_weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"gate_up_weight has shape {tuple(gate_up_weight.shape)}; for x of {tuple(x.shape)} it must be (2*I, K), "
+            "K last in x"
+        )
+    if gate_up_weight.shape[0] % 2:
+        raise ValueError(f"gate_up_weight has {gate_up_weight.shape[0]} rows; it must be two halves, gate and up")
+    if down_weight.dim() != 2 or 2 * down_weight.shape[1] != gate_up_weight.shape[0]:
+        raise ValueError(
+            f"down_weight has shape {tuple(down_weight.shape)}; it must be (N, I), "
+            f"I half of gate_up_weight's {gate_up_weight.shape[0]} rows"
+        )
+    check_vector("gate_up_bias", gate_up_bias, gate_up_weight.shape[0], "one entry per row of gate_up_weight")
+    check_vector("down_bias", down_bias, down_weight.shape[0], "one entry per row of down_weight")
+    for name, tensor in (("gate_up_weight", gate_up_weight), ("down_weight", down_weight)):
+        check_same_dtype(name, tensor, "x", x)
+    for name, vector in (("gate_up_bias", gate_up_bias), ("down_bias", down_bias)):
+        check_same_dtype(name, vector, "x", x)
+
+
+def _cost(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Cost:
+    rows = x.numel() // x.shape[-1]
+    inner, columns = down_weight.shape[1], down_weight.shape[0]
+    return Cost(
+        2 * rows * (2 * inner * x.shape[-1] + inner * columns),
+        nbytes(x, gate_up_weight, down_weight, gate_up_bias, down_bias) + rows * columns * x.element_size(),
+    )
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    def tensor(*shape: int, seed: int) -> Tensor:
+        return randn(*shape, dtype=dtype, device=device, seed=seed)
+
+    def weights(n: int, k: int, seed: int) -> Tensor:
+        return tensor(n, k, seed=seed) / k**0.5
+
+    x, gate_up, down = tensor(2, 33, 96, seed=0), weights(320, 96, seed=1), weights(64, 160, seed=2)
+    for activation in GATES:
+        yield Sample(activation, (x, gate_up, down), {"activation": activation})
+    yield Sample("biases", (x, gate_up, down, tensor(320, seed=3), tensor(64, seed=4)))
+    yield Sample("one row", (tensor(1, 96, seed=5), gate_up, down))
+    k_major = weights(96, 320, seed=6).t(), weights(160, 64, seed=7).t()
+    yield Sample("K-major weights", (x, *k_major))
+    yield Sample("transposed x", (tensor(2, 96, 33, seed=8).transpose(1, 2), gate_up, down))
+    yield Sample("64x512x1408", (tensor(1, 64, 512, seed=9), weights(2816, 512, seed=10), weights(512, 1408, seed=11)))
+
+
+@op(cost=_cost, samples=_samples, check=_check)
+def gated_mlp(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    """`linear(act(gate) * up, down_weight, down_bias)` where `gate, up` are the halves of `linear(x, gate_up_weight)`.
+
+    Shapes: x (..., K); gate_up_weight (2*I, K), the gate's rows first; down_weight (N, I); gate_up_bias (2*I,);
+    down_bias (N,); the result (..., N), contiguous.
+    Dtypes: all the same floating one. `activation` is silu, gelu (erf) or gelu_tanh.
+    Errors: ValueError for sizes that do not fit and for an unknown activation, TypeError for dtypes that differ.
+    Source: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
+    """
+    gate, up = F.linear(x, gate_up_weight, gate_up_bias).chunk(2, dim=-1)
+    return F.linear(activate(gate, activation) * up, down_weight, down_bias).contiguous()
+
+
+def _onednn_why_not(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> list[str]:
+    return onednn_why_not(x, gate_up_weight, down_weight)
+
+
+@gated_mlp.impl("onednn", why_not=_onednn_why_not)
+def _onednn(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    """oneDNN for both products, the gate applied to its half of the first one's result."""
+    gate, up = onednn_linear(x, gate_up_weight, gate_up_bias, "none").chunk(2, dim=-1)
+    return onednn_linear(activate(gate, activation).mul_(up), down_weight, down_bias, "none")
+
+
+@gated_mlp.impl("torch")
+def _torch(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    """F.linear for both products, one fresh tensor between them."""
+    gate, up = F.linear(x, gate_up_weight, gate_up_bias).chunk(2, dim=-1)
+    return F.linear(activate(gate, activation).mul_(up), down_weight, down_bias).contiguous()

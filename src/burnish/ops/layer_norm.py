@@ -1,0 +1,59 @@
+"""Layer normalization over the last dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from burnish.numerics import randn
+from burnish.op import Cost, Sample, op
+from burnish.ops._common import nbytes
+from burnish.ops._norms import check_norm, layer_norm_reference, not_mixed_layer_norm
+
+
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+    check_norm(x, weight, bias)
+
+
+def _cost(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Cost:
+    return Cost(8 * x.numel(), 2 * nbytes(x) + nbytes(weight, bias))
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    def tensor(*shape: int, seed: int) -> Tensor:
+        return randn(*shape, dtype=dtype, device=device, seed=seed)
+
+    weight, bias = tensor(768, seed=1), tensor(768, seed=2)
+    yield Sample("128x768", (tensor(1, 128, 768, seed=0), weight, bias, 1e-12))
+    yield Sample("odd", (tensor(7, 33, seed=3), tensor(33, seed=4), tensor(33, seed=5)))
+    yield Sample("no bias", (tensor(2, 16, 768, seed=6), weight, None))
+    yield Sample("plain", (tensor(2, 16, 768, seed=7), None, None))
+    yield Sample("cancellation", (tensor(4, 4096, seed=8) * 0.5 - 20, None, None))
+    yield Sample("transposed", (tensor(5, 768, 3, seed=9).transpose(1, 2), weight, bias))
+    yield Sample("float32 weights", (tensor(2, 16, 768, seed=10), weight.float(), bias.float()))
+
+
+@op(cost=_cost, samples=_samples, check=_check)
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """`(x - mean) / sqrt(variance + eps) * weight + bias` over the last dimension.
+
+    Shapes: x (..., N); weight and bias (N,) or None; the result is x's, contiguous.
+    Dtypes: all floating; weight and bias may differ from x. Computed in float32 (float64 for float64), rounded once to
+    x's dtype.
+    Errors: ValueError for weight or bias of another size, TypeError for integers.
+    Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
+    """
+    return layer_norm_reference(x, weight, bias, eps)
+
+
+def _torch_why_not(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> list[str]:
+    return not_mixed_layer_norm(x, weight, bias)
+
+
+@layer_norm.impl("torch", why_not=_torch_why_not, differentiable=True)
+def _torch(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """PyTorch's own kernel, in one pass without upcast copies."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps).contiguous()

@@ -1,0 +1,105 @@
+"""A linear layer with activation and residual addition in its epilogue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from burnish.numerics import randn
+from burnish.op import Cost, Sample, op
+from burnish.ops._activations import ACTIVATIONS, activate, activate_, check_activation
+from burnish.ops._common import check_floating, check_same_dtype, check_vector, nbytes
+from burnish.ops._onednn import onednn_linear, onednn_why_not
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> None:
+    check_activation(activation)
+    check_floating("x", x)
+    if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; for x of {tuple(x.shape)} it must be (N, K), K last in x")
+    check_same_dtype("weight", weight, "x", x)
+    check_vector("bias", bias, weight.shape[0], "one entry per row of weight")
+    check_same_dtype("bias", bias, "x", x)
+    if residual is not None:
+        shape = (*x.shape[:-1], weight.shape[0])
+        if residual.shape != shape:
+            raise ValueError(f"residual has shape {tuple(residual.shape)}; it must be the result's, {tuple(shape)}")
+        check_same_dtype("residual", residual, "x", x)
+
+
+def _cost(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Cost:
+    rows, columns = x.numel() // x.shape[-1], weight.shape[0]
+    return Cost(
+        2 * rows * columns * x.shape[-1],
+        nbytes(x, weight, bias, residual) + rows * columns * x.element_size(),
+    )
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    def tensor(*shape: int, seed: int) -> Tensor:
+        return randn(*shape, dtype=dtype, device=device, seed=seed)
+
+    def weights(n: int, k: int, seed: int) -> Tensor:
+        return tensor(n, k, seed=seed) / k**0.5
+
+    x, weight, bias = tensor(2, 33, 96, seed=0), weights(130, 96, seed=1), tensor(130, seed=2)
+    residual = tensor(2, 33, 130, seed=3)
+    for activation in ACTIVATIONS:
+        yield Sample(activation, (x, weight, bias, activation))
+    yield Sample("residual", (x, weight, bias), {"residual": residual})
+    yield Sample("gelu, residual, no bias", (x, weight, None, "gelu", residual))
+    yield Sample("K-major weight", (x, weights(96, 130, seed=4).t(), bias))
+    yield Sample("transposed x", (tensor(2, 96, 33, seed=5).transpose(1, 2), weight, bias, "relu"))
+    yield Sample("expanded residual", (x, weight, bias, "silu", tensor(130, seed=6).expand(2, 33, 130)))
+    yield Sample("one row", (tensor(1, 96, seed=7), weight, bias, "tanh"))
+    yield Sample("128x384x1536", (tensor(1, 128, 384, seed=8), weights(1536, 384, seed=9), tensor(1536, seed=10), "gelu"))
+
+
+@op(cost=_cost, samples=_samples, check=_check)
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none", residual: Tensor | None = None
+) -> Tensor:
+    """`act(x @ weight.T + bias) + residual`.
+
+    Shapes: x (..., K); weight (N, K), of any strides, often a transposed view of (K, N); bias (N,); residual and the
+    result (..., N), the result contiguous.
+    Dtypes: all the same floating one. `activation` is none, relu, gelu (erf), gelu_tanh, silu or tanh.
+    Errors: ValueError for sizes that do not fit and for an unknown activation, TypeError for dtypes that differ.
+    Source: torch.nn.functional.linear and the activations of torch.nn.functional.
+    """
+    out = activate(F.linear(x, weight, bias), activation)
+    return (out if residual is None else out + residual).contiguous()
+
+
+def _onednn_why_not(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+) -> list[str]:
+    return onednn_why_not(x, weight)
+
+
+@linear.impl("onednn", why_not=_onednn_why_not)
+def _onednn(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none", residual: Tensor | None = None
+) -> Tensor:
+    """oneDNN's linear with the activation in its epilogue."""
+    out = onednn_linear(x, weight, bias, activation)
+    # oneDNN's own binary epilogue would build a primitive anew in every float32 call: 3 ms against microseconds here.
+    return out if residual is None else out.add_(residual)
+
+
+def _torch_why_not(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+) -> list[str]:
+    return []
+
+
+@linear.impl("torch", why_not=_torch_why_not)
+def _torch(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none", residual: Tensor | None = None
+) -> Tensor:
+    """F.linear, then activation and residual in place."""
+    out = activate_(F.linear(x, weight, bias), activation)
+    return (out if residual is None else out.add_(residual)).contiguous()

@@ -1,0 +1,200 @@
+"""Op + Op -> wider Op. One spelling each, because raising made them uniform."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from burnish import ops
+from burnish.graph.matcher import Match
+from burnish.rewrites.rewrite import GraphPass, Outcome, Rewrite, arguments, insert, same, value, values
+
+aten = torch.ops.aten
+
+# --- linear + activation -----------------------------------------------------------------------------------------------------------
+
+
+def _activation_name(node: fx.Node) -> str | None:
+    if node.target is aten.gelu.default:
+        return "gelu_tanh" if arguments(node)["approximate"] == "tanh" else "gelu"
+    return {aten.relu.default: "relu", aten.silu.default: "silu", aten.tanh.default: "tanh"}.get(node.target)
+
+
+def fuse_linear_activation(graph_module: fx.GraphModule) -> Outcome:
+    """activation(linear(x)) -> linear(x, activation=...)."""
+    count, refused = 0, []
+    for node in list(graph_module.graph.nodes):
+        activation = _activation_name(node) if node.op == "call_function" else None
+        source = node.args[0] if activation else None
+        if not isinstance(source, fx.Node) or source.target is not ops.linear.overload:
+            continue
+        x, weight, bias, inner, residual = ops.linear.bind(*source.args, **source.kwargs)
+        if len(source.users) > 1:
+            others = ", ".join(user.name for user in source.users if user is not node)
+            refused.append(f"{node.name}: the product {source.name} is also used by {others}")
+        elif inner == "none" and residual is None:
+            insert(graph_module, [node], ops.linear, x, weight, bias, activation)
+            count += 1
+    return Outcome(count, tuple(refused))
+
+
+# --- gated MLP ---------------------------------------------------------------------------------------------------------------------
+
+
+def gated(x: Any, gate: Any, gate_bias: Any, up: Any, up_bias: Any, down: Any, down_bias: Any, activation: str) -> Any:
+    hidden = aten.mul.Tensor(ops.linear(x, gate, gate_bias, activation, None), ops.linear(x, up, up_bias, "none", None))
+    return ops.linear(hidden, down, down_bias, "none", None)
+
+
+def to_gated_mlp(
+    x: Any, gate: Any, gate_bias: Any, up: Any, up_bias: Any, down: Any, down_bias: Any, activation: str
+) -> Any:
+    bias = None if gate_bias is None else aten.cat.default([gate_bias, up_bias])
+    return ops.gated_mlp(x, aten.cat.default([gate, up]), down, bias, down_bias, activation)
+
+
+def _refuse_gated(match: Match) -> str | None:
+    gate, up = values(match, "gate", "up")
+    if match.bindings["activation"] not in ("silu", "gelu", "gelu_tanh"):
+        return f"the gate's activation is {match.bindings['activation']}"
+    if (match.bindings["gate_bias"] is None) != (match.bindings["up_bias"] is None):
+        return "only one of gate and up has a bias"
+    if not same(gate.shape, up.shape):
+        return f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ in shape"
+    return None
+
+
+# --- residual + norm ---------------------------------------------------------------------------------------------------------------
+
+
+def add_then_layer_norm(x: Any, residual: Any, weight: Any, bias: Any, eps: float) -> Any:
+    total = aten.add.Tensor(x, residual)
+    return ops.layer_norm(total, weight, bias, eps), total
+
+
+def to_add_layer_norm(x: Any, residual: Any, weight: Any, bias: Any, eps: float) -> Any:
+    result = ops.add_layer_norm(x, residual, weight, bias, eps)
+    return result[0], result[1]
+
+
+def add_then_rms_norm(x: Any, residual: Any, weight: Any, eps: float) -> Any:
+    total = aten.add.Tensor(x, residual)
+    return ops.rms_norm(total, weight, eps), total
+
+
+def to_add_rms_norm(x: Any, residual: Any, weight: Any, eps: float) -> Any:
+    result = ops.add_rms_norm(x, residual, weight, eps)
+    return result[0], result[1]
+
+
+def _refuse_sum(match: Match) -> str | None:
+    x, residual = values(match, "x", "residual")
+    if not isinstance(x, torch.Tensor) or not isinstance(residual, torch.Tensor):
+        return "one summand is a number"
+    if x.dtype != residual.dtype:
+        return f"the summands are {x.dtype} and {residual.dtype}"
+    if not same(x.shape, residual.shape):
+        return f"the summands have shapes {tuple(x.shape)} and {tuple(residual.shape)}"
+    return None
+
+
+# --- embeddings + norm -------------------------------------------------------------------------------------------------------------
+
+
+def embeddings_then_norm(
+    ids: Any,
+    word: Any,
+    position_ids: Any,
+    position: Any,
+    type_ids: Any,
+    type: Any,
+    weight: Any,
+    bias: Any,
+    eps: float,
+    word_pad: int,
+    position_pad: int,
+    type_pad: int,
+) -> Any:
+    """BERT: word + type, then + position."""
+    total = aten.add.Tensor(
+        aten.add.Tensor(aten.embedding.default(word, ids, word_pad), aten.embedding.default(type, type_ids, type_pad)),
+        aten.embedding.default(position, position_ids, position_pad),
+    )
+    return ops.layer_norm(total, weight, bias, eps)
+
+
+def to_embedding_layer_norm(
+    ids: Any,
+    word: Any,
+    position_ids: Any,
+    position: Any,
+    type_ids: Any,
+    type: Any,
+    weight: Any,
+    bias: Any,
+    eps: float,
+) -> Any:
+    return ops.embedding_layer_norm(ids, word, position_ids, position, type_ids, type, weight, bias, eps)
+
+
+def _refuse_embeddings(match: Match) -> str | None:
+    ids, position_ids, type_ids = values(match, "ids", "position_ids", "type_ids")
+    if ids.dim() != 2 or position_ids.dim() != 2 or type_ids.dim() != 2:
+        return "ids are not (batch, length)"
+    return None
+
+
+# --- parallel products of one input ------------------------------------------------------------------------------------------------
+
+
+def merge_parallel_linears(graph_module: fx.GraphModule) -> Outcome:
+    """q(x), k(x), v(x) -> slices of one product. Only of products that belong to one module (the parent of q, k, v), so that
+    a decoder's cross attentions, which all project the encoder's output, do not become one giant."""
+    groups: dict[tuple[Any, ...], list[fx.Node]] = {}
+    for node in graph_module.graph.nodes:
+        if node.target is not ops.linear.overload:
+            continue
+        x, weight, _, activation, residual = ops.linear.bind(*node.args, **node.kwargs)
+        if activation == "none" and residual is None and weight.op == "get_attr":
+            parent = weight.target.rpartition(".")[0].rpartition(".")[0]
+            groups.setdefault((x, parent, value(weight).dtype), []).append(node)
+    count = 0
+    for (x, _, _), group in groups.items():
+        if len(group) > 1 and len({node.args[1].target for node in group}) == len(group):  # type: ignore[union-attr]
+            _merge(graph_module, x, group)
+            count += 1
+    return Outcome(count)
+
+
+def _merge(graph_module: fx.GraphModule, x: fx.Node, group: list[fx.Node]) -> None:
+    weights, biases = [node.args[1] for node in group], [node.args[2] if len(node.args) > 2 else None for node in group]
+    sizes = [value(weight).shape[0] for weight in weights]
+    like = next((value(bias) for bias in biases if bias is not None), None)
+
+    def build(x: Any, weights: Any, biases: Any) -> tuple[Any, ...]:
+        bias = None
+        if like is not None:  # a product without bias among others that have one (Whisper's keys) gets zeros
+            bias = aten.cat.default(
+                [
+                    aten.zeros.default([size], dtype=like.dtype, device=like.device) if part is None else part
+                    for part, size in zip(biases, sizes, strict=True)
+                ]
+            )
+        parts = aten.split_with_sizes.default(ops.linear(x, aten.cat.default(list(weights)), bias), sizes, -1)
+        return tuple(parts[i] for i in range(len(sizes)))
+
+    insert(graph_module, group, build, x, weights, biases)
+
+
+FUSE = [
+    GraphPass("linear + activation", fuse_linear_activation),
+    Rewrite("gated_mlp", gated, to_gated_mlp, None, ops.linear.overload, _refuse_gated),
+    Rewrite(
+        "embedding_layer_norm", embeddings_then_norm, to_embedding_layer_norm, None, aten.embedding.default, _refuse_embeddings
+    ),
+    Rewrite("add_layer_norm", add_then_layer_norm, to_add_layer_norm, None, ops.layer_norm.overload, _refuse_sum),
+    Rewrite("add_rms_norm", add_then_rms_norm, to_add_rms_norm, None, ops.rms_norm.overload, _refuse_sum),
+    GraphPass("parallel linears", merge_parallel_linears),
+]

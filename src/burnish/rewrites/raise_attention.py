@@ -1,0 +1,215 @@
+"""Spellings of attention -> the Op: torch's own function, and softmax written out (eager Hugging Face, nanoGPT, the notebook)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from burnish import ops
+from burnish.graph.matcher import Match
+from burnish.rewrites.rewrite import GraphPass, Outcome, Rewrite, rewrite_nodes, same, value, values
+
+aten = torch.ops.aten
+
+# --- torch's own: scaled_dot_product_attention -------------------------------------------------------------------------------------
+
+
+def _sdpa(
+    q: Any,
+    k: Any,
+    v: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    return _on_four_dims(lambda q, k, v: ops.attention(q, k, v, bias=attn_mask, is_causal=is_causal, scale=scale), q, k, v)
+
+
+def _refuse_sdpa(node: fx.Node, args: dict[str, Any]) -> str | None:
+    q, k = value(args["query"]), value(args["key"])
+    if args["dropout_p"]:
+        return f"dropout of {args['dropout_p']} on the attention weights is active"
+    if q.dim() not in (3, 4):
+        return f"queries have {q.dim()} dims"
+    if args["is_causal"] and not same(q.shape[-2], k.shape[-2]):
+        return "is_causal is aligned top-left here and the two lengths may differ"
+    return None
+
+
+def raise_sdpa(graph_module: fx.GraphModule) -> Outcome:
+    return rewrite_nodes(graph_module, aten.scaled_dot_product_attention.default, _sdpa, _refuse_sdpa)
+
+
+def _on_four_dims(attend: Callable[[Any, Any, Any], Any], q: Any, k: Any, v: Any) -> Any:
+    """Single-head (batch, length, features) attention is attention with one head."""
+    if value(q.node).dim() == 4:
+        return attend(q, k, v)
+    q, k, v = (aten.unsqueeze.default(x, 1) for x in (q, k, v))
+    return aten.squeeze.dim(attend(q, k, v), 1)
+
+
+# --- softmax(scale(q @ k.T) [+ bias | masked]) @ v ---------------------------------------------------------------------------------
+
+_HEAD_DIM = 4
+
+
+def _examples(mask: str, scaled: bool) -> Callable[[torch.dtype], tuple[Any, ...]]:
+    def examples(dtype: torch.dtype) -> tuple[Any, ...]:
+        q, k, v = (torch.randn(2, 3, length, _HEAD_DIM, dtype=dtype) for length in (5, 7, 7))
+        extra: list[Any] = []
+        if mask == "added":
+            extra.append(torch.randn(2, 1, 5, 7, dtype=dtype))
+        elif mask == "filled":
+            extra += [torch.zeros(5, 7, dtype=torch.bool), -12345.678]
+        return (q, k, v, *extra, *([0.123456789] if scaled else []))
+
+    return examples
+
+
+_SCALES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "times": lambda scores, scale: scores * scale,
+    "over": lambda scores, scale: scores / scale,
+    "unscaled": lambda scores, scale: scores,
+}
+
+_SOFTMAX: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
+    "softmax": lambda scores, dtype: scores.softmax(-1),
+    "float softmax": lambda scores, dtype: torch.softmax(scores, -1, dtype=torch.float32).to(dtype),
+}
+
+
+def _spelling(scale_with: str, mask: str, softmax: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The pattern of one spelling, and its replacement."""
+    scaled, weights = _SCALES[scale_with], _SOFTMAX[softmax]
+
+    def attend(q: Any, k: Any, v: Any, bias: Any, scale: float) -> Any:
+        factor = 1 / scale if scale_with == "over" else scale
+        return _on_four_dims(lambda q, k, v: ops.attention(q, k, v, bias=bias, scale=factor), q, k, v)
+
+    if mask == "added":
+
+        def pattern(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float = 1.0) -> Tensor:
+            return weights(scaled(q @ k.transpose(-2, -1), scale) + bias, q.dtype) @ v
+
+        def replacement(q: Any, k: Any, v: Any, bias: Any, scale: float = 1.0) -> Any:
+            return attend(q, k, v, bias, scale)
+
+    elif mask == "filled":
+
+        def pattern(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, fill: float, scale: float = 1.0) -> Tensor:  # type: ignore[misc]
+            return weights(scaled(q @ k.transpose(-2, -1), scale).masked_fill(mask, fill), q.dtype) @ v
+
+        def replacement(q: Any, k: Any, v: Any, mask: Any, scale: float = 1.0) -> Any:  # type: ignore[misc]
+            return attend(q, k, v, aten.logical_not.default(mask), scale)
+
+    else:
+
+        def pattern(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:  # type: ignore[misc]
+            return weights(scaled(q @ k.transpose(-2, -1), scale), q.dtype) @ v
+
+        def replacement(q: Any, k: Any, v: Any, scale: float = 1.0) -> Any:  # type: ignore[misc]
+            return attend(q, k, v, None, scale)
+
+    return pattern, replacement
+
+
+def _refuse_manual(match: Match) -> str | None:
+    q, k, v = values(match, "q", "k", "v")
+    if not q.dim() == k.dim() == v.dim() or q.dim() not in (3, 4):
+        return f"q, k, v have {q.dim()}, {k.dim()}, {v.dim()} dims"
+    if not (same(q.shape[:-2], k.shape[:-2]) and same(k.shape[:-2], v.shape[:-2])):
+        return f"batch and heads of q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} are not the same"
+    fill = match.bindings.get("fill")
+    if fill is not None and fill > -1e3:
+        return f"masked scores are filled with {fill}, which does not mask"
+    return None
+
+
+def _manual() -> Iterator[Rewrite]:
+    anchors = {"added": aten.softmax.int, "filled": aten.masked_fill.Scalar, "unmasked": aten.softmax.int}
+    for mask, anchor in anchors.items():
+        for scale_with in _SCALES:
+            for softmax in _SOFTMAX:
+                pattern, replacement = _spelling(scale_with, mask, softmax)
+                examples = _examples(mask, scale_with != "unscaled")
+                yield Rewrite(f"attention: {softmax}, {scale_with}, {mask}", pattern, replacement, examples, anchor, _refuse_manual)
+
+
+# --- what stands around attention and is not needed by the Op ----------------------------------------------------------------------
+
+
+def strip_around_attention(graph_module: fx.GraphModule) -> Outcome:
+    """Keys and values repeated for grouped heads, and copies made contiguous: the Op takes them as they were."""
+    count = 0
+    attention = ops.attention.overload
+    for node in graph_module.graph.nodes:
+        if node.target is not attention:
+            continue
+        q, k, v = node.args[:3]
+        bare_q, bare_k, bare_v = (_without_copy(x) for x in (q, k, v))
+        short_k, short_v = _ungrouped(bare_k), _ungrouped(bare_v)
+        if short_k is not None and short_v is not None and same(value(short_k).shape[:3], value(short_v).shape[:3]):
+            bare_k, bare_v = _without_copy(short_k), _without_copy(short_v)
+        if (bare_q, bare_k, bare_v) != (q, k, v):
+            node.args = (bare_q, bare_k, bare_v, *node.args[3:])
+            count += 1
+    return Outcome(count)
+
+
+def _without_copy(node: Any) -> Any:
+    while isinstance(node, fx.Node) and node.target is aten.contiguous.default:
+        node = node.args[0]
+    return node
+
+
+def _ungrouped(node: fx.Node) -> fx.Node | None:
+    """`x` where `node` is `x` (batch, kv_heads, length, head_dim) with each head repeated in place, else None."""
+    if node.target is aten.repeat_interleave.self_int and node.args[2:3] == (1,):
+        return node.args[0]  # type: ignore[return-value]
+    chain = [aten.reshape.default, aten.expand.default, aten.unsqueeze.default]
+    if node.target is aten.view.default:
+        chain[0] = aten.view.default
+    source = node
+    for target in chain:
+        if source.target is not target or not isinstance(source.args[0], fx.Node):
+            return None
+        last, source = source, source.args[0]
+    if last.args[1] not in (2, -3):
+        return None
+    before, after = value(source).shape, value(node).shape
+    fits = len(before) == len(after) == 4 and all(same(before[dim], after[dim]) for dim in (0, 2, 3))
+    return source if fits else None
+
+
+def fold_query_scale(graph_module: fx.GraphModule) -> Outcome:
+    """attention(view(x * c), ..., scale) -> attention(view(x), ..., scale * c): Whisper scales its queries right after the product."""
+    count = 0
+    moves = {aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default}
+    for node in graph_module.graph.nodes:
+        if node.target is not ops.attention.overload:
+            continue
+        scaled = node.args[0]
+        while scaled.target in moves and len(scaled.users) == 1:
+            scaled = scaled.args[0]
+        if scaled.target is not aten.mul.Tensor or len(scaled.users) != 1 or not isinstance(scaled.args[1], (int, float)):
+            continue
+        *args, scale = ops.attention.bind(*node.args, **node.kwargs)
+        head_dim = value(node.args[0]).shape[-1]
+        node.args, node.kwargs = (*args, scaled.args[1] * (1 / math.sqrt(head_dim) if scale is None else scale)), {}
+        scaled.replace_all_uses_with(scaled.args[0])
+        count += 1
+    return Outcome(count)
+
+
+ATTENTION = [
+    GraphPass("attention: scaled_dot_product_attention", raise_sdpa),
+    *_manual(),
+    GraphPass("attention: inputs as they were before copies", strip_around_attention),
+    GraphPass("attention: query scale", fold_query_scale),
+]

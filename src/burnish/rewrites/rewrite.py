@@ -1,0 +1,185 @@
+"""`Rewrite`: a pattern, what replaces it, and the guard that can refuse with a reason; and `apply`, which runs a list of them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from burnish.graph.matcher import Match, Pattern
+from burnish.graph.rewriter import replace_pattern
+from burnish.record import StepRecord
+
+Examples = Callable[[torch.dtype], tuple[Any, ...]]
+Guard = Callable[[Match], "str | None"]
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One spelling and its replacement.
+
+    Attributes:
+        name: the Op and the spelling, e.g. "rms_norm: weight * normed".
+        pattern: a plain PyTorch function; traced like the model, on `examples(dtype)`.
+        replacement: a function of the same parameter names (or some of them) that calls Ops.
+        examples: inputs that the pattern is traced on, by dtype; Python scalars among them match any value. None for a pattern that
+            calls overloads only, which needs no inputs to be traced.
+        guard: a reason to refuse a match, or None. Sees shapes and dtypes through `meta["val"]`.
+        anchor: an ATen overload that every match contains; a graph without it is not searched.
+    """
+
+    name: str
+    pattern: Callable[..., Any]
+    replacement: Callable[..., Any]
+    examples: Examples | None
+    anchor: Any
+    guard: Guard | None = None
+
+    def prepared(self, dtype: torch.dtype) -> Pattern:
+        return _prepared(self.pattern, self.examples, dtype)
+
+
+@functools.lru_cache(maxsize=512)
+def _prepared(pattern: Callable[..., Any], examples: Examples | None, dtype: torch.dtype) -> Pattern:
+    return Pattern.of(pattern, examples(dtype) if examples else None)
+
+
+def apply(name: str, rewrites: Iterable[Rewrite | GraphPass], graph_module: fx.GraphModule) -> StepRecord:
+    """Runs `rewrites` in order on `graph_module` and records what each did."""
+    started = time.perf_counter()
+    record = StepRecord(name, nodes_before=len(graph_module.graph.nodes))
+    matches: Counter[str] = Counter()
+    dtypes = floating_dtypes(graph_module.graph)
+    for rewrite in rewrites:
+        if isinstance(rewrite, GraphPass):
+            outcome = rewrite.run(graph_module)
+            matches[rewrite.name] += outcome.count
+            record.near_misses += [f"{rewrite.name}: {reason}" for reason in outcome.refused]
+            continue
+        if not any(node.target is rewrite.anchor for node in graph_module.graph.nodes):
+            continue
+        for dtype in dtypes if rewrite.examples else dtypes[:1]:
+            found = replace_pattern(graph_module, rewrite.prepared(dtype), rewrite.replacement, guard=rewrite.guard)
+            matches[rewrite.name] += len(found)
+            record.near_misses += [f"{rewrite.name}: {reason}" for _, reason in found.refused]
+            if not found and found.near_misses:
+                record.near_misses.append(f"{rewrite.name}: {found.near_misses[0].reason}")
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    record.matches = {key: count for key, count in matches.items() if count}
+    record.nodes_after = len(graph_module.graph.nodes)
+    record.seconds = time.perf_counter() - started
+    return record
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How often a pass applied, and where it did not, with the reason."""
+
+    count: int
+    refused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class GraphPass:
+    """A rewrite that no fixed pattern can express (any number of siblings, say), or that concerns single nodes."""
+
+    name: str
+    run: Callable[[fx.GraphModule], Outcome]
+
+
+def rewrite_nodes(
+    graph_module: fx.GraphModule,
+    target: Any,
+    replacement: Callable[..., Any],
+    guard: Callable[[fx.Node, dict[str, Any]], str | None] = lambda node, args: None,
+) -> Outcome:
+    """Replaces each call of the overload `target` by what `replacement(**its arguments by name)` builds from proxies."""
+    count, refused = 0, []
+    for node in [node for node in graph_module.graph.nodes if node.target is target]:
+        args = arguments(node)
+        if reason := guard(node, args):
+            refused.append(f"{node.name}: {reason}")
+            continue
+        insert(graph_module, [node], replacement, *args.values())
+        count += 1
+    return Outcome(count, tuple(refused))
+
+
+def insert(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], build: Callable[..., Any], *args: Any) -> None:
+    """Puts what `build(*args)` makes of its arguments' proxies in place of `nodes` (one result for each), before the first."""
+    graph = graph_module.graph
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    last = nodes[0].prev
+    with graph.inserting_before(nodes[0]):
+        proxies = fx.node.map_arg(args, lambda node: fx.Proxy(node, tracer))
+        results = build(*proxies)
+    results = results if isinstance(results, tuple) else (results,)
+    new = last.next
+    while new is not nodes[0]:
+        _set_value(graph_module, new)
+        new.meta |= {key: nodes[0].meta[key] for key in ("nn_module_stack", "stack_trace") if key in nodes[0].meta}
+        new = new.next
+    for node, result in zip(nodes, results, strict=True):
+        result.node.meta |= {key: entry for key, entry in node.meta.items() if key != "val"}
+        node.replace_all_uses_with(result.node)
+        graph.erase_node(node)
+
+
+def _set_value(graph_module: fx.GraphModule, node: fx.Node) -> None:
+    """The fake value of a new node, from those of its inputs."""
+    if node.op != "call_function":
+        return
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    mode = detect_fake_mode((args, kwargs))
+    with mode or contextlib.nullcontext():
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of a call of an overload, by the schema's names, defaults filled in."""
+    bound = {}
+    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if position < len(node.args):
+            bound[argument.name] = node.args[position]
+        elif argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        else:
+            bound[argument.name] = argument.default_value
+    return bound
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two sizes (or lists of sizes) are provably equal, for every size that the graph serves."""
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return statically_known_true(a == b)
+
+
+def floating_dtypes(graph: fx.Graph) -> Sequence[torch.dtype]:
+    """The dtypes in which this graph multiplies matrices or normalizes, most frequent first."""
+    counts: Counter[torch.dtype] = Counter()
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
+            counts[value.dtype] += 1
+    return [dtype for dtype, _ in counts.most_common()]
+
+
+def value(bound: Any) -> Any:
+    """The fake tensor of a bound node, or the constant itself."""
+    return bound.meta.get("val") if isinstance(bound, fx.Node) else bound
+
+
+def values(match: Match, *names: str) -> list[Any]:
+    """The fake tensors (or constants) that `names` are bound to."""
+    return [value(match.bindings[name]) for name in names]

@@ -1,0 +1,177 @@
+"""`OptimizedModule`: the model's face with an entry for each input signature behind it.
+
+The hot path is: flatten the call, look its signature up, read the weights where they live, run one generated function.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+MAX_ENTRIES = 512
+
+_CONSTANTS = (type(None), bool, int, float, str)
+_TENSORS = (Tensor, nn.Parameter)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call, normalized: positional arguments by name where forward has names for them, keywords sorted."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    leaves: list[Any]
+    spec: pytree.TreeSpec | None
+
+    def structure(self) -> pytree.TreeSpec:
+        return self.spec if self.spec is not None else pytree.tree_structure((self.args, self.kwargs))
+
+
+class Entry(Protocol):
+    """What serves one signature. Returns `STALE` when the weights are not where they were."""
+
+    def __call__(self, call: Call) -> Any: ...
+
+
+class Resolver(Protocol):
+    """Who makes entries; the schedule, for an optimized model."""
+
+    def entry(self, call: Call, differentiable: bool) -> Entry: ...
+
+    def forget(self) -> None: ...
+
+
+STALE = object()
+
+
+class OptimizedModule(nn.Module):
+    """The optimized model: same forward signature, same outputs, same parameters and buffers under the same names.
+
+    It shares its weights with the model it was made from; attributes that it does not have itself are that model's
+    (`fast.config`, `fast.generate`, ...).
+
+    Attributes:
+        schedule: what was done, step by step.
+    """
+
+    def __init__(self, model: nn.Module, resolver: Resolver) -> None:
+        super().__init__()
+        self.__dict__["_original"] = model
+        # The same dictionaries, so that names, state_dict, .to() and in-place updates are the model's own.
+        self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
+        self.__dict__["_non_persistent_buffers_set"] = model._non_persistent_buffers_set
+        self.training = model.training
+        self.schedule = resolver
+        self._lock = threading.RLock()
+        self._entries: dict[Any, Entry] = {}
+        self._names = _positional_names(model)
+        self.__dict__["_parameter_list"] = list(model.parameters())
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_original"], name)
+
+    def train(self, mode: bool = True) -> OptimizedModule:
+        self.__dict__["_original"].train(mode)
+        self.training = mode
+        return self
+
+    def report(self) -> Any:
+        """What was done and what it costs: see `burnish.report.Report`."""
+        return self.schedule.report()  # type: ignore[attr-defined]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = self._call(args, kwargs)
+        if call is None:
+            return self._original(*args, **kwargs)
+        for _ in range(2):
+            differentiable = torch.is_grad_enabled() and self._wants_gradients(call.leaves)
+            key = self._key(call, differentiable)
+            entry = self._entries.get(key) if key is not None else None
+            if entry is None:
+                if key is None:
+                    return self._original(*args, **kwargs)
+                entry = self._make_entry(key, call, differentiable)
+            result = entry(call)
+            if result is not STALE:
+                return result
+            with self._lock:
+                self._entries.clear()
+                self.__dict__["_parameter_list"] = list(self._original.parameters())
+                self.schedule.forget()
+        return self._original(*args, **kwargs)  # someone else keeps moving the weights: two optimized versions of one model, say
+
+    def _make_entry(self, key: Any, call: Call, differentiable: bool) -> Entry:
+        with self._lock:
+            if key in self._entries:
+                return self._entries[key]
+            entry: Entry = self.schedule.entry(call, differentiable)
+            while len(self._entries) >= MAX_ENTRIES:
+                self._entries.pop(next(iter(self._entries)))
+            self._entries[key] = entry
+            return entry
+
+    def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
+        """The normalized call, or None where the model itself has to say what is wrong with it (or is being traced)."""
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+            return None
+        if args and len(args) <= len(self._names):
+            named = dict(zip(self._names, args, strict=False))
+            if not named.keys().isdisjoint(kwargs):
+                return None
+            named.update(kwargs)
+            args, kwargs = (), named
+        if len(kwargs) > 1:
+            kwargs = dict(sorted(kwargs.items()))
+        else:
+            kwargs = dict(kwargs)
+        leaves = [*args, *kwargs.values()]
+        if all(type(leaf) in _TENSORS or type(leaf) in _CONSTANTS for leaf in leaves):
+            return Call(args, kwargs, leaves, None)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        return Call(args, kwargs, leaves, spec)
+
+    def _key(self, call: Call, differentiable: bool) -> Any:
+        """The signature, or None for a call with something in it that no graph can take."""
+        parts: list[Any] = [self.training, differentiable, len(call.args), call.spec or tuple(call.kwargs)]
+        for leaf in call.leaves:
+            if type(leaf) in _TENSORS:
+                stride = None if leaf.is_contiguous() else leaf.stride()
+                parts.append((leaf.shape, leaf.dtype, leaf.device, stride, leaf.requires_grad if differentiable else False))
+            elif type(leaf) in _CONSTANTS:
+                parts.append((type(leaf), leaf))
+            else:
+                return None
+        key = tuple(parts)
+        try:
+            hash(key)
+        except TypeError:  # a pytree context may hold anything
+            return None
+        return key
+
+    def _wants_gradients(self, leaves: Sequence[Any]) -> bool:
+        return any(p.requires_grad for p in self._parameter_list) or any(
+            isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves
+        )
+
+
+def _positional_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of forward's positional-or-keyword parameters; none of them if it also takes `*args`."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind in (p.VAR_POSITIONAL, p.POSITIONAL_ONLY) for p in parameters):
+        return ()
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+def original_entry(model: Callable[..., Any]) -> Entry:
+    """An entry that runs the model as it was."""
+    return lambda call: model(*call.args, **call.kwargs)

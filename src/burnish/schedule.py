@@ -1,0 +1,468 @@
+"""`Schedule`: a model and the steps applied to it. `optimize()` is a Schedule that runs the default steps at the first call.
+
+A Schedule captures one Program for each structure of inputs (dtype, rank, None-ness, train or eval), and serves every batch and
+sequence size from it: for a new size only the Impls are chosen anew.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from burnish.capture import CaptureError, Program, capture
+from burnish.lower import Executable, Slot
+from burnish.op import find_impl
+from burnish.pack import Pack, pack
+from burnish.record import StepRecord
+from burnish.rewrites import FUSE, RAISE, apply
+from burnish.runtime.module import STALE, Call, Entry, OptimizedModule, original_entry
+from burnish.tuning import CacheMode, Choice, Tuner, key_of, measure
+from burnish.verify import Verification, restore, verify
+
+if TYPE_CHECKING:
+    from burnish.report import Report
+
+FIRST_BUDGET_US = 120_000.0  # for each distinct product, norm, ... of the first call
+NEW_SIZE_BUDGET_US = 25_000.0  # for all of a new size together
+_SLOWER = 1.02
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `optimize`."""
+
+    verify: bool = True
+    impls: Mapping[str, str] = field(default_factory=dict)
+    cache: CacheMode = "readwrite"
+    cuda_graphs: str = "auto"
+
+
+@dataclass
+class Served:
+    """How one input signature is served.
+
+    Attributes:
+        shapes: the tensor inputs' shapes by name.
+        choices: the Impl chosen for each slot, by slot name.
+        original_us, optimized_us: median time of one call before and after, where it was measured.
+        kept_original: why the original model serves this signature, or None.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    choices: dict[str, Choice] = field(default_factory=dict)
+    original_us: float | None = None
+    optimized_us: float | None = None
+    kept_original: str | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class _Prepared:
+    """A Program with the code generated from it, ready to be bound."""
+
+    program: Program
+    training: bool
+    executable: Executable
+    differentiable: fx.GraphModule
+    packs: list[Pack]
+    verified: bool = False
+    verification: Verification | None = None
+    rejected: dict[str, str] = field(default_factory=dict)  # slots whose Impl failed verification, and why
+
+
+class Schedule:
+    """A model, its Programs, and every step that was applied to them."""
+
+    def __init__(self, model: nn.Module, settings: Settings | None = None) -> None:
+        self.model = model
+        self.settings = settings or Settings()
+        for op, impl in self.settings.impls.items():
+            find_impl(op, impl)
+        self.tuner = Tuner(self.settings.cache, dict(self.settings.impls))
+        self.served: list[Served] = []
+        self._prepared: list[_Prepared] = []
+        self._uncapturable: dict[Any, str] = {}
+
+    @property
+    def program(self) -> Program:
+        """The Program of the first captured structure. ValueError before the first call."""
+        if not self._prepared:
+            raise ValueError("nothing is captured yet: call the optimized model once, or give optimize() example inputs")
+        return self._prepared[0].program
+
+    @property
+    def history(self) -> list[StepRecord]:
+        """Every step of every Program, in order."""
+        return [record for prepared in self._prepared for record in prepared.program.history]
+
+    @property
+    def verifications(self) -> list[Verification]:
+        return [p.verification for p in self._prepared if p.verification is not None]
+
+    def build(self) -> OptimizedModule:
+        """The model with the scheduled steps applied (at the first call, where no inputs are known yet)."""
+        return OptimizedModule(self.model, self)
+
+    def report(self) -> Report:
+        from burnish.report import Report
+
+        return Report(self)
+
+    # --- what the OptimizedModule asks for ----------------------------------------------------------------------------------------
+
+    def entry(self, call: Call, differentiable: bool) -> Entry:
+        """The entry for one signature; captures, rewrites, tunes and verifies where that has not happened yet."""
+        started = time.perf_counter()
+        served = Served(_shapes(call))
+        prepared, reason = self._prepare(call)
+        if prepared is None:
+            served.kept_original = reason
+            entry = original_entry(self.model)
+        elif differentiable:
+            entry = self._differentiable_entry(prepared, call, served)
+        else:
+            entry = self._entry(prepared, call, served)
+        served.seconds = time.perf_counter() - started
+        self.served.append(served)
+        self.tuner.save()
+        return entry
+
+    def forget(self) -> None:
+        """Drops every Program: the weights have moved (`.to()`, a parameter replaced, `load_state_dict(assign=True)`)."""
+        self._prepared.clear()
+        self._uncapturable.clear()
+
+    # --- capture and rewrite ------------------------------------------------------------------------------------------------------
+
+    def _prepare(self, call: Call) -> tuple[_Prepared | None, str | None]:
+        spec = call.structure()
+        for prepared in self._prepared:
+            program = prepared.program
+            if program.in_spec == spec and prepared.training == self.model.training and not program.rejects(call.leaves):
+                return prepared, None
+        structure = (str(spec), self.model.training, *(_structure(leaf) for leaf in call.leaves))
+        if structure in self._uncapturable:
+            return None, self._uncapturable[structure]
+        try:
+            program = capture(self.model, call.args, call.kwargs)
+        except CaptureError as error:
+            with torch.no_grad():
+                self.model(*call.args, **call.kwargs)  # a call that is wrong raises the model's own error here
+            self._uncapturable[structure] = str(error)
+            return None, str(error)
+        prepared = self._rewrite(program)
+        self._prepared.append(prepared)
+        return prepared, None
+
+    def _rewrite(self, program: Program) -> _Prepared:
+        graph_module = program.graph_module
+        program.history.append(apply("raise", RAISE, graph_module))
+        program.history.append(apply("fuse", FUSE, graph_module))
+        differentiable = _copied(graph_module)
+        packs, record = pack(graph_module, self.model, self._wants_transposed)
+        program.history.append(record)
+        return _Prepared(program, self.model.training, Executable(graph_module, self.model), differentiable, packs)
+
+    def _wants_transposed(self, weight: fx.Node) -> bool:
+        """Whether products read this weight faster when it is stored (K, N): measured on its first reader's sizes."""
+        value: Tensor = weight.meta["val"]
+        reader = next((user for user in weight.users if user.target is torch.ops.burnish.linear.default), None)
+        if value.device.type != "cpu" or value.shape[0] < 16:
+            return False
+        rows = _hinted_rows(reader.args[0].meta["val"]) if reader is not None else 128  # type: ignore[union-attr]
+        x = torch.randn(rows, value.shape[1]).to(value.dtype)
+        plain = torch.randn(value.shape[0], value.shape[1]).to(value.dtype)
+        linear = find_impl("linear", "reference")
+        assert linear is not None
+        times = []
+        for stored in (plain, plain.t().contiguous().t()):
+            from burnish.ops import linear as op
+
+            _, choice = self.tuner.choose(op, op.bind(x, stored), budget_us=FIRST_BUDGET_US)
+            times.append(min(choice.times_us.values(), default=float("inf")))
+        return times[1] < times[0]
+
+    # --- entries ------------------------------------------------------------------------------------------------------------------
+
+    def _entry(self, prepared: _Prepared, call: Call, served: Served) -> Entry:
+        first = not prepared.verified
+        functions = self._choose_all(prepared, call, served) if first else self._choose_at_first_run(prepared, call, served)
+        if first:
+            prepared.verified = True
+            if self.settings.verify:
+                functions = self._verify(prepared, call, served, functions)
+        entry = _bound(prepared, functions)
+        if first and not self.model.training:
+            entry = self._unless_slower(entry, call, served)
+        elif _has_unit_size(call) and self.settings.verify:
+            entry = self._unless_different(entry, call, served)
+        return entry
+
+    def _choose_all(self, prepared: _Prepared, call: Call, served: Served) -> dict[str, Callable[..., Any]]:
+        """Runs once, keeping one set of activations for each distinct signature, and measures the Impls on them."""
+        seen: dict[Any, list[tuple[Any, ...]]] = {}
+        keys: dict[str, Any] = {}
+
+        def recording(slot: Slot) -> Callable[..., Any]:
+            def record(*args: Any) -> Any:
+                key = keys[slot.name] = key_of(slot.op, args)
+                instances = seen.setdefault(key, [])
+                # Other layers' weights on the first layer's activations: little is kept alive, and weights come from memory.
+                instances.append(args if not instances else _with_activations_of(args, instances[0]))
+                return slot.op.select(*args).fn(*args)
+
+            return record
+
+        with torch.no_grad():
+            _run(prepared, {slot.name: recording(slot) for slot in prepared.executable.slots}, call)
+        functions = {}
+        for slot in prepared.executable.slots:
+            args, *others = seen[keys[slot.name]]
+            impl, served.choices[slot.name] = self.tuner.choose(
+                slot.op, args, budget_us=FIRST_BUDGET_US, variants=others
+            )
+            functions[slot.name] = impl.fn
+        return functions
+
+    def _choose_at_first_run(self, prepared: _Prepared, call: Call, served: Served) -> dict[str, Callable[..., Any]]:
+        """Runs once and chooses on the way: remembered or nearby choices, and a small budget for what is unknown."""
+        functions: dict[str, Callable[..., Any]] = {}
+        budget = NEW_SIZE_BUDGET_US
+
+        def choosing(slot: Slot) -> Callable[..., Any]:
+            def choose(*args: Any) -> Any:
+                nonlocal budget
+                started = time.perf_counter()
+                if slot.name in prepared.rejected:
+                    functions[slot.name] = slot.op.reference
+                    served.choices[slot.name] = Choice("reference", source="verified")
+                else:
+                    impl, served.choices[slot.name] = self.tuner.choose(slot.op, args, budget_us=max(budget, 0))
+                    functions[slot.name] = impl.fn
+                budget -= (time.perf_counter() - started) * 1e6
+                return functions[slot.name](*args)
+
+            return choose
+
+        with torch.no_grad():
+            _run(prepared, {slot.name: choosing(slot) for slot in prepared.executable.slots}, call)
+        return functions
+
+    def _differentiable_entry(self, prepared: _Prepared, call: Call, served: Served) -> Entry:
+        """Gradients have to reach the model's own parameters: from the graph as it was before packing, with Impls that
+        autograd can go through."""
+        executable = Executable(prepared.differentiable, self.model)
+        functions: dict[str, Callable[..., Any]] = {}
+
+        def choosing(slot: Slot) -> Callable[..., Any]:
+            def choose(*args: Any) -> Any:
+                impl, served.choices[slot.name] = self.tuner.choose(slot.op, args, budget_us=0)
+                functions[slot.name] = slot.op.with_backward(impl)
+                return impl.fn(*args)
+
+            return choose
+
+        with torch.no_grad():
+            executable.bind({slot.name: choosing(slot) for slot in executable.slots})(executable.read_weights(), call.leaves)
+        return _bound(prepared, functions, executable)
+
+    # --- checks -------------------------------------------------------------------------------------------------------------------
+
+    def _verify(
+        self, prepared: _Prepared, call: Call, served: Served, functions: dict[str, Callable[..., Any]]
+    ) -> dict[str, Callable[..., Any]]:
+        """Verifies every unit. Where an Impl fails, the Op's reference takes its place; where that fails too, the captured nodes."""
+        started = time.perf_counter()
+        program = prepared.program
+        record = StepRecord("verify", nodes_before=len(program.graph_module.graph.nodes))
+        prepared.verification = verification = self._checked(prepared, call, functions)
+        if verification.skipped:
+            record.notes.append(f"not verified: {verification.skipped}")
+        slot_of = {slot.origin: slot for slot in prepared.executable.slots}
+        if failures := verification.failures:
+            for unit in failures:
+                for node in unit.inner:
+                    if (slot := slot_of.get(node.name)) is not None:
+                        reason = unit.verdict.reason if unit.verdict else None
+                        prepared.rejected[slot.name] = reason or "failed"
+                        functions[slot.name] = slot.op.reference
+                        served.choices[slot.name] = Choice("reference", source="verified")
+                record.numerics.append(f"{', '.join(unit.ops)} at {unit.node.name}: {unit.verdict.reason}")  # type: ignore[union-attr]
+            again = self._checked(prepared, call, functions)
+            for unit in again.failures:
+                restore(program.graph_module, program.captured, unit)
+                record.notes.append(f"undone: {', '.join(unit.ops)} at {unit.node.name}; the original nodes stay")
+            if again.failures:
+                prepared.executable = Executable(program.graph_module, self.model)
+                prepared.differentiable = _copied(program.captured)
+                prepared.rejected.clear()
+                served.choices.clear()
+                functions = self._choose_all(prepared, call, served)
+        passed = len(verification.units) - len(failures)
+        if verification.units:
+            record.numerics.insert(0, f"{passed} of {len(verification.units)} rewritten values within twice eager's own error")
+        record.nodes_after = len(program.graph_module.graph.nodes)
+        record.seconds = time.perf_counter() - started
+        program.history.append(record)
+        return functions
+
+    def _checked(self, prepared: _Prepared, call: Call, functions: dict[str, Callable[..., Any]]) -> Verification:
+        names = {slot.origin: slot.name for slot in prepared.executable.slots}
+        program = prepared.program
+        return verify(program.graph_module, program.captured, call.leaves, lambda node: functions[names[node.name]])
+
+    def _unless_slower(self, entry: Entry, call: Call, served: Served) -> Entry:
+        """The original where it measures faster."""
+        with torch.no_grad():
+            times = measure(
+                {"original": lambda: self.model(*call.args, **call.kwargs), "optimized": lambda: entry(call)},
+                [()],
+                budget_us=600_000.0,
+            )
+        served.original_us, served.optimized_us = times["original"], times["optimized"]
+        if served.optimized_us > _SLOWER * served.original_us and not self.settings.impls:
+            served.kept_original = "no Impl beat the original"
+            return original_entry(self.model)
+        return entry
+
+    def _unless_different(self, entry: Entry, call: Call, served: Served) -> Entry:
+        """Sizes of 1 were never seen by export: the first such call is compared with the original."""
+        from burnish.numerics import check
+
+        with torch.no_grad():
+            original = pytree.tree_leaves(self.model(*call.args, **call.kwargs))
+            result = pytree.tree_leaves(entry(call))
+        for new, old in zip(result, original, strict=True):
+            if not isinstance(old, Tensor):
+                continue
+            # Without a float64 run at hand, eager is taken as its own oracle and allowed the error of its dtype's products.
+            scale = float(old.double().abs().max()) if old.numel() and old.is_floating_point() else 0.0
+            slack = 64 * torch.finfo(old.dtype).eps * scale if old.is_floating_point() else 0.0
+            verdict = check(new, old, old.double() if old.is_floating_point() else old)
+            if not verdict.ok and not verdict.error <= slack:
+                served.kept_original = f"differs from the original at size 1: {verdict.reason}"
+                return original_entry(self.model)
+        return entry
+
+
+def optimize(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    verify: bool = True,
+    impls: Mapping[str, str] | None = None,
+    cache: CacheMode = "readwrite",
+    cuda_graphs: str = "auto",
+) -> OptimizedModule:
+    """Makes `model` fast: captures it, fuses what Ops can do, chooses each Op's fastest Impl on this machine, and verifies it.
+
+    Args:
+        model: any nn.Module. Its weights are shared, not copied; some become views of packed tensors.
+        args, kwargs: example inputs. With them everything happens now, without them at the first call.
+        verify: compare every rewritten value with a float64 oracle on the first call's activations; what fails is undone.
+        impls: Impl names by Op name that are to be used, e.g. `{"attention": "torch_flash"}`; never falls back.
+        cache: measured choices on disk: "readwrite", "readonly" or "off".
+        cuda_graphs: "auto" or "never"; on the CPU there are none.
+
+    Returns:
+        A module with the same forward, outputs and parameters. New batch and sequence sizes need no new capture. What cannot be
+        captured runs as it was: `.report()` says why.
+
+    Raises:
+        TypeError, ValueError: a bad argument; the model's own error for bad example inputs.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: an nn.Module is needed, not {type(model).__name__}")
+    if isinstance(model, OptimizedModule):
+        raise TypeError("model: this one is optimized already; give the module it was made from")
+    if not isinstance(args, tuple):
+        raise TypeError(f"args: a tuple of positional inputs is needed, not {type(args).__name__}; write (x,) for one input")
+    if cuda_graphs not in ("auto", "never"):
+        raise ValueError(f"cuda_graphs={cuda_graphs!r}: use 'auto' or 'never'")
+    schedule = Schedule(model, Settings(verify, dict(impls or {}), cache, cuda_graphs))
+    fast = schedule.build()
+    if args or kwargs:
+        with torch.no_grad():
+            fast(*args, **dict(kwargs or {}))
+    return fast
+
+
+def _bound(prepared: _Prepared, functions: Mapping[str, Callable[..., Any]], executable: Executable | None = None) -> Entry:
+    executable = executable or prepared.executable
+    run = executable.bind(functions)
+    unflatten = prepared.program.out_spec.unflatten
+    places = [(place.owner, place.name) for place in executable.weights]
+    members = [(place.owner, place.name) for place in prepared_members(prepared)]
+    pointers = [owner[name].data_ptr() for owner, name in (*places, *members)]
+
+    def entry(call: Call) -> Any:
+        weights = [owner[name] for owner, name in places]
+        if [w.data_ptr() for w in weights] + [owner[name].data_ptr() for owner, name in members] != pointers:
+            return STALE
+        return unflatten(run(weights, call.leaves))
+
+    return entry
+
+
+def prepared_members(prepared: _Prepared) -> Iterator[Any]:
+    from burnish.lower import _place
+
+    model = prepared.executable.model
+    for packed in prepared.packs:
+        for member in packed.members:
+            yield _place((model,), member.path)
+
+
+def _run(prepared: _Prepared, functions: Mapping[str, Callable[..., Any]], call: Call) -> None:
+    executable = prepared.executable
+    executable.bind(functions)(executable.read_weights(), call.leaves)
+
+
+def _copied(graph_module: fx.GraphModule) -> fx.GraphModule:
+    return fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+
+
+def _with_activations_of(args: Sequence[Any], first: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(
+        arg if isinstance(arg, nn.Parameter) or not isinstance(arg, Tensor) else kept
+        for arg, kept in zip(args, first, strict=True)
+    )
+
+
+def _hinted_rows(value: Tensor) -> int:
+    """How many rows this activation had when captured."""
+    rows = 1
+    for size in value.shape[:-1]:
+        rows *= size if isinstance(size, int) else size.node.hint or 1
+    return min(rows, 4096)
+
+
+def _shapes(call: Call) -> dict[str, tuple[int, ...]]:
+    names = [*(f"args[{i}]" for i in range(len(call.args))), *call.kwargs]
+    if len(names) != len(call.leaves):
+        names = [f"input {i}" for i in range(len(call.leaves))]
+    return {name: tuple(leaf.shape) for name, leaf in zip(names, call.leaves, strict=True) if isinstance(leaf, Tensor)}
+
+
+def _structure(leaf: Any) -> Any:
+    return (leaf.dtype, leaf.device, leaf.dim()) if isinstance(leaf, Tensor) else repr(leaf)
+
+
+def _has_unit_size(call: Call) -> bool:
+    return any(isinstance(leaf, Tensor) and 1 in leaf.shape[:2] for leaf in call.leaves)
+
+
+@contextmanager
+def _timed(record: StepRecord) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    record.seconds = time.perf_counter() - started

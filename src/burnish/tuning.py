@@ -1,0 +1,250 @@
+"""Which Impl is fastest here: measured, remembered on disk, looked up for sizes nearby.
+
+A *family* is everything about a call except its sizes (op, dtypes, layouts, constants); a *choice* is what was measured for one list
+of sizes in a family. A size that was never measured takes the choice of its nearest neighbour within a factor of two; only where
+there is none is it measured, within the caller's time budget.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from burnish.device import cache_folder, fingerprint
+from burnish.op import Impl, ImplUnavailable, Op, find_impl
+
+CacheMode = Literal["readwrite", "readonly", "off"]
+FORMAT = 1
+_ENOUGH_US = 30_000.0  # per Impl and key: beyond this one more sample says nothing that the cache could keep
+_SAMPLES = 7
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The Impl chosen for one call signature.
+
+    Attributes:
+        impl: its name.
+        times_us: median microseconds of every Impl that was measured (empty: none was).
+        rejected: why each other Impl could not take the call, by name.
+        source: "measured", "cached", "nearby" (a neighbour's choice), "explicit" (asked for by the user), "only" or "default".
+    """
+
+    impl: str
+    times_us: dict[str, float] = field(default_factory=dict)
+    rejected: dict[str, list[str]] = field(default_factory=dict)
+    source: str = "measured"
+
+
+@dataclass(frozen=True)
+class Key:
+    """The signature of a call as tuning sees it."""
+
+    family: str
+    sizes: tuple[int, ...]
+
+
+def key_of(op: Op, args: Sequence[Any], differentiable: bool = False) -> Key:
+    """The family and sizes of a call `op(*args)`."""
+    family = [op.name, "grad" if differentiable else ""]
+    sizes: list[int] = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            family.append(f"{str(arg.dtype).removeprefix('torch.')}{arg.dim()}{_layout(arg)}@{arg.device.type}")
+            sizes.extend(arg.shape)
+        else:
+            family.append(repr(arg))
+    return Key("|".join(family), tuple(sizes))
+
+
+def _layout(tensor: Tensor) -> str:
+    if tensor.is_contiguous():
+        return "c"
+    if tensor.dim() == 2 and tensor.stride(0) == 1:
+        return "t"
+    if 0 in tensor.stride():
+        return "e"
+    return "s" if tensor.stride(-1) == 1 else "g"
+
+
+class Tuner:
+    """Chooses Impls. One per `optimize` call; its memory on disk is shared by all of them.
+
+    Args:
+        cache: "readwrite", "readonly" (never writes) or "off" (neither reads nor writes).
+        explicit: Impl names by Op name that the user demands; they are never measured against others.
+    """
+
+    def __init__(self, cache: CacheMode = "readwrite", explicit: dict[str, str] | None = None) -> None:
+        if cache not in ("readwrite", "readonly", "off"):
+            raise ValueError(f"cache={cache!r}: use 'readwrite', 'readonly' or 'off'")
+        self.cache = cache
+        self.explicit = dict(explicit or {})
+        self.choices: dict[Key, Choice] = {}
+        self._disk: dict[str, dict[str, dict[str, float]]] = _read(cache_path()) if cache != "off" else {}
+        self._dirty = False
+
+    def choose(self, op: Op, args: Sequence[Any], *, budget_us: float, variants: Sequence[Sequence[Any]] = ()) -> tuple[Impl, Choice]:
+        """The Impl for `op(*args)`.
+
+        Args:
+            budget_us: how many microseconds may be spent on measuring; 0 means look up only.
+            variants: further argument lists of the same signature (other layers' weights), measured in turn, so that
+                weights come from where they come from in the model rather than from the nearest cache.
+        """
+        key = key_of(op, args)
+        if (known := self.choices.get(key)) is not None:
+            return op.impls[known.impl], known
+        choice = self._explicit(op, args) or self._choose(op, key, args, budget_us, variants)
+        self.choices[key] = choice
+        return op.impls[choice.impl], choice
+
+    def _explicit(self, op: Op, args: Sequence[Any]) -> Choice | None:
+        name = self.explicit.get(op.name)
+        if name is None:
+            return None
+        if reasons := find_impl(op, name).why_not(*args):
+            raise ImplUnavailable(op.name, name, reasons)
+        return Choice(name, source="explicit")
+
+    def _choose(self, op: Op, key: Key, args: Sequence[Any], budget_us: float, variants: Sequence[Sequence[Any]]) -> Choice:
+        rejected = {name: reasons for name, impl in op.impls.items() if (reasons := impl.why_not(*args))}
+        able = [name for name in op.impls if name not in rejected]
+        if len(able) == 1:
+            return Choice(able[0], rejected=rejected, source="only")
+        remembered = self._disk.get(key.family, {})
+        times = remembered.get(_sizes_text(key.sizes))
+        if times is not None and set(times) >= set(able):
+            return Choice(_fastest(times, able), times, rejected, "cached")
+        nearby = _nearest(remembered, key.sizes, within=1.0 if budget_us > 0 else math.inf)
+        if nearby is not None and set(nearby) >= set(able) and budget_us <= _ENOUGH_US:
+            return Choice(_fastest(nearby, able), nearby, rejected, "nearby")
+        if budget_us <= 0:
+            return Choice(able[0], rejected=rejected, source="default")
+        times = measure({name: op.impls[name].fn for name in able}, [args, *variants], budget_us=budget_us)
+        self._disk.setdefault(key.family, {})[_sizes_text(key.sizes)] = times
+        self._dirty = True
+        return Choice(_fastest(times, able), times, rejected)
+
+    def save(self) -> None:
+        """Writes what was measured since the last save, merged with what others wrote meanwhile. A folder that cannot be written
+        is no error: the next process measures again."""
+        if not self._dirty or self.cache != "readwrite":
+            return
+        path = cache_path()
+        merged = _read(path)
+        for family, entries in self._disk.items():
+            merged.setdefault(family, {}).update(entries)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = path.with_suffix(f".{time.monotonic_ns()}.tmp")
+            scratch.write_text(json.dumps({"format": FORMAT, "device": fingerprint(), "families": merged}, indent=1))
+            scratch.replace(path)
+        except OSError:
+            return
+        self._dirty = False
+
+
+def measure(
+    functions: dict[str, Callable[..., Any]], arguments: Sequence[Sequence[Any]], *, budget_us: float
+) -> dict[str, float]:
+    """Median microseconds per call of each function, in interleaved rounds that walk through `arguments`."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    running = dict(functions)
+    with torch.no_grad():
+        for name, function in functions.items():  # the first call pays for primitives and pages
+            _timed(function, arguments[0])
+        started = time.perf_counter()
+        for sample in range(_SAMPLES):
+            for name, function in list(running.items()):
+                times[name].append(_timed(function, arguments[sample % len(arguments)]))
+                if sum(times[name]) > _ENOUGH_US:
+                    del running[name]
+            spent_us = (time.perf_counter() - started) * 1e6
+            if not running or spent_us > budget_us:
+                break
+            best = min(statistics.median(samples) for samples in times.values())
+            running = {name: f for name, f in running.items() if statistics.median(times[name]) < 2 * best}
+    return {name: round(statistics.median(samples), 2) for name, samples in times.items()}
+
+
+def _timed(function: Callable[..., Any], args: Sequence[Any]) -> float:
+    cuda = any(isinstance(arg, Tensor) and arg.is_cuda for arg in args)
+    if cuda:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    function(*args)
+    if cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) * 1e6
+
+
+def _fastest(times: dict[str, float], able: Sequence[str]) -> str:
+    return min(able, key=lambda name: times[name])
+
+
+def _nearest(entries: dict[str, dict[str, float]], sizes: Sequence[int], within: float) -> dict[str, float] | None:
+    best, best_distance = None, math.inf
+    for text, times in entries.items():
+        other = [int(size) for size in text.split(",") if size]
+        if len(other) != len(sizes):
+            continue
+        distance = max((abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(sizes, other, strict=True)), default=0.0)
+        if distance <= within and distance < best_distance:
+            best, best_distance = times, distance
+    return best
+
+
+def _sizes_text(sizes: Sequence[int]) -> str:
+    return ",".join(map(str, sizes))
+
+
+def cache_path() -> Path:
+    """The JSON file in which choices for this device and these versions are kept."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in fingerprint())
+    return cache_folder() / f"tuning-{safe}.json"
+
+
+def clear_cache() -> list[Path]:
+    """Deletes the remembered choices of every device and version; returns the files deleted."""
+    files = sorted(cache_folder().glob("tuning-*.json"))
+    for file in files:
+        file.unlink()
+    return files
+
+
+def _read(path: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """The remembered times; anything that is not exactly of this format counts as absent."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("device") != fingerprint():
+        return {}
+    families = data.get("families")
+    if not isinstance(families, dict):
+        return {}
+    return {
+        family: {sizes: times for sizes, times in entries.items() if _valid(sizes, times)}
+        for family, entries in families.items()
+        if isinstance(entries, dict)
+    }
+
+
+def _valid(sizes: Any, times: Any) -> bool:
+    return (
+        isinstance(sizes, str)
+        and all(part.isdigit() for part in sizes.split(",") if part)
+        and isinstance(times, dict)
+        and bool(times)
+        and all(isinstance(us, (int, float)) and us > 0 for us in times.values())
+    )

@@ -1,0 +1,233 @@
+"""Every rewritten node against the float64 oracle, on real activations; and the way back for those that fail.
+
+The captured graph is run once in the model's own dtype: that is eager. Wherever the rewritten graph computes a value that the
+captured graph computes too, the nodes that lead to it (a *unit*) are run on eager's own inputs and compared with eager's value and
+with the same part of the captured graph in float64. Values are dropped as soon as nothing needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from burnish.lower import op_of
+from burnish.numerics import Verdict, check
+
+aten = torch.ops.aten
+_CHUNK = 1 << 22  # elements of a weight that are upcast at a time
+
+
+@dataclass
+class Unit:
+    """The nodes of the rewritten graph that compute `node`, which the captured graph computes as `origin`."""
+
+    node: fx.Node
+    origin: fx.Node
+    inner: list[fx.Node]
+    inputs: dict[fx.Node, fx.Node]
+    verdict: Verdict | None = None
+
+    @property
+    def ops(self) -> list[str]:
+        return [op.name for node in self.inner if (op := op_of(node.target)) is not None]
+
+
+@dataclass
+class Verification:
+    """What was compared. `units` in the order of execution, each with its verdict; `skipped` says why nothing was compared."""
+
+    units: list[Unit] = field(default_factory=list)
+    skipped: str | None = None
+
+    @property
+    def failures(self) -> list[Unit]:
+        return [unit for unit in self.units if unit.verdict is not None and not unit.verdict.ok]
+
+
+def units_of(graph: fx.Graph, captured: fx.Graph) -> list[Unit]:
+    """The units of a rewritten graph: one for each shared value that at least one Op leads to."""
+    origins = {node.name: node for node in captured.nodes}
+    units = []
+    for node in graph.nodes:
+        origin = origins.get(node.meta.get("origin", ""))
+        if origin is None or node.op in ("placeholder", "get_attr", "output"):
+            continue
+        inner, inputs = _slice(node, lambda n: origins.get(n.meta.get("origin", "")))
+        if any(op_of(n.target) is not None for n in inner):
+            units.append(Unit(node, origin, inner, inputs))
+    return units
+
+
+def _slice(node: fx.Node, origin_of: Callable[[fx.Node], fx.Node | None]) -> tuple[list[fx.Node], dict[fx.Node, fx.Node]]:
+    """The nodes from the nearest shared values to `node`, in order; and the shared values with their captured counterparts."""
+    inner: dict[fx.Node, None] = {}
+    inputs: dict[fx.Node, fx.Node] = {}
+
+    def visit(current: fx.Node) -> None:
+        if current in inner or current in inputs:
+            return
+        origin = origin_of(current)
+        if current is not node and origin is not None and current.op != "get_attr":
+            inputs[current] = origin
+            return
+        for source in current.all_input_nodes:
+            visit(source)
+        inner[current] = None
+
+    visit(node)
+    return list(inner), inputs
+
+
+def verify(
+    graph_module: fx.GraphModule,
+    captured: fx.GraphModule,
+    leaves: Sequence[Any],
+    function_of: Callable[[fx.Node], Callable[..., Any]],
+) -> Verification:
+    """Compares every unit on what `leaves` (the flat inputs of one real call) make of it.
+
+    Args:
+        function_of: the callable that stands for an Op node: the Impl chosen for it.
+    """
+    if name := _random_node(captured.graph):
+        return Verification(skipped=f"{name} is random")
+    units = units_of(graph_module.graph, captured.graph)
+    pending: dict[fx.Node, list[Unit]] = {}
+    for unit in units:
+        pending.setdefault(unit.origin, []).append(unit)
+    last_use = _last_uses(captured.graph, units)
+    eager: dict[fx.Node, Any] = {}
+    supplied = iter(leaves)
+    with torch.no_grad():
+        for position, node in enumerate(captured.graph.nodes):
+            if node.op == "output":
+                break
+            eager[node] = next(supplied) if node.op == "placeholder" else _run(node, captured, eager)
+            for unit in pending.get(node, ()):
+                unit.verdict = _compare(unit, graph_module, captured, eager, function_of)
+            for done in last_use.get(position, ()):
+                eager.pop(done, None)
+    return Verification(units)
+
+
+def _compare(
+    unit: Unit,
+    graph_module: fx.GraphModule,
+    captured: fx.GraphModule,
+    eager: dict[fx.Node, Any],
+    function_of: Callable[[fx.Node], Callable[..., Any]],
+) -> Verdict:
+    env = {node: eager[origin] for node, origin in unit.inputs.items()}
+    for node in unit.inner:
+        op = op_of(node.target)
+        if op is None:
+            env[node] = _run(node, graph_module, env)
+        else:
+            args = pytree.tree_map_only(fx.Node, env.__getitem__, op.bind(*node.args, **node.kwargs))
+            env[node] = function_of(node)(*args)
+    known = {origin: _upcast(eager[origin]) for origin in unit.inputs.values()}
+    true = _oracle(unit.origin, captured, known, eager)
+    return check(env[unit.node], eager[unit.origin], true)
+
+
+def _run(node: fx.Node, graph_module: fx.GraphModule, env: dict[fx.Node, Any]) -> Any:
+    if node.op == "get_attr":
+        return _attribute(graph_module, str(node.target))
+    args, kwargs = pytree.tree_map_only(fx.Node, env.__getitem__, (node.args, node.kwargs))
+    if (op := op_of(node.target)) is not None:  # an Op that capture itself put there: eager is its reference
+        return op.reference(*op.bind(*args, **kwargs))
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _attribute(graph_module: fx.GraphModule, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(graph_module.get_submodule(owner), name)
+
+
+def _oracle(
+    node: fx.Node, captured: fx.GraphModule, known: dict[fx.Node, Any], eager: dict[fx.Node, Any]
+) -> Any:
+    """`node` in float64, computed from the values in `known` (which it extends)."""
+    if node in known:
+        return known[node]
+    if node.op == "placeholder":
+        known[node] = _upcast(eager[node])
+    elif node.op == "get_attr":
+        known[node] = _attribute(captured, str(node.target))  # upcast where it is used: an embedding table stays as it is
+    else:
+        for source in node.all_input_nodes:
+            _oracle(source, captured, known, eager)
+        args, kwargs = pytree.tree_map_only(fx.Node, known.__getitem__, (node.args, node.kwargs))
+        known[node] = _call_in_float64(node.target, args, kwargs)
+    return known[node]
+
+
+def _call_in_float64(target: Any, args: Any, kwargs: Any) -> Any:
+    if target is aten.embedding.default:
+        return _upcast(target(*args, **kwargs))
+    if target is aten.linear.default and args[1].numel() > _CHUNK:
+        x, weight, *bias = args
+        rows = max(1, _CHUNK // weight.shape[1])
+        product = torch.cat([_upcast(x) @ _upcast(part).t() for part in weight.split(rows)], dim=-1)
+        return product + _upcast(bias[0]) if bias and bias[0] is not None else product
+    args, kwargs = pytree.tree_map(_upcast, (args, kwargs))
+    op = op_of(target)
+    return op.reference(*op.bind(*args, **kwargs)) if op is not None else target(*args, **kwargs)
+
+
+def _upcast(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(torch.float64)
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return torch.float64
+    return pytree.tree_map(_upcast, value) if isinstance(value, (list, tuple)) else value
+
+
+def _last_uses(captured: fx.Graph, units: Iterable[Unit]) -> dict[int, list[fx.Node]]:
+    """For each position in the captured graph, the nodes whose value nothing needs after it."""
+    position = {node: i for i, node in enumerate(captured.nodes)}
+    last = {node: max((position[user] for user in node.users), default=position[node]) for node in captured.nodes}
+    for unit in units:
+        for node in (*unit.inputs.values(), unit.origin):
+            last[node] = max(last[node], position[unit.origin])
+    uses: dict[int, list[fx.Node]] = {}
+    for node, where in last.items():
+        if node.op != "placeholder":
+            uses.setdefault(where, []).append(node)
+    return uses
+
+
+def _random_node(graph: fx.Graph) -> str | None:
+    for node in graph.nodes:
+        tags = getattr(node.target, "tags", ())
+        if torch.Tag.nondeterministic_seeded in tags and not (node.target is aten.dropout.default and not node.args[2]):
+            return str(node.name)
+    return None
+
+
+def restore(graph_module: fx.GraphModule, captured: fx.GraphModule, unit: Unit) -> None:
+    """Puts the captured nodes back in place of a unit's."""
+    back = {origin: node for node, origin in unit.inputs.items()}
+    placeholders = {node.name: node for node in graph_module.graph.nodes if node.op == "placeholder"}
+
+    def copy(original: fx.Node) -> fx.Node:
+        if original not in back:
+            if original.op == "placeholder":
+                back[original] = placeholders[original.name]
+            else:
+                for source in original.all_input_nodes:
+                    copy(source)
+                with graph_module.graph.inserting_before(unit.node):
+                    back[original] = graph_module.graph.node_copy(original, back.__getitem__)
+                back[original].meta = dict(original.meta)
+        return back[original]
+
+    unit.node.replace_all_uses_with(copy(unit.origin))
+    graph_module.graph.erase_node(unit.node)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
