@@ -17,7 +17,7 @@ from torch import Tensor
 import burnish.ops  # noqa: F401  (registers the Ops)
 from benchmarks.runner import Case, CheckError, Record, Session, verdicts
 from burnish import numerics
-from burnish.device import device
+from burnish.hardware import device
 from burnish.numerics import randn
 from burnish.op import OPS, Op
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from burnish import numerics
 from burnish.bench import Benchmark, benchmark, save_records
-from burnish.device import device
+from burnish.hardware import device
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -75,6 +76,9 @@ def run_cases(group: str, cases: Sequence[Case], out: Path, seconds: float) -> b
     console = Console()
     session = Session(console, group, seconds)
     path = out / device(measure=False).slug / f"{group}.json"
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        console.print(f"[yellow]the machine is busy (load {load:.1f}): the numbers will be off[/yellow]")
     failed = []
     for number, case in enumerate(cases, start=1):
         console.print(f"[bold]{case.name}[/bold]  ({number} of {len(cases)})")

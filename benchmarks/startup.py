@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.runner import Case, Record, Session
 from burnish.bench import Benchmark, Timing
-from burnish.device import device
+from burnish.hardware import device
 
 REPEATS = 5
 ROOT = Path(__file__).parent.parent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -68,6 +69,7 @@ def _export_session(model: nn.Module, inputs: Inputs) -> InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of every operator set that is not installed
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
         torch.onnx.export(model, (), str(path), kwargs=dict(inputs), dynamo=True, verbose=False)

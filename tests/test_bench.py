@@ -8,7 +8,7 @@ import torch
 
 import burnish.bench
 from burnish.bench import RECORD_KEYS, Benchmark, BenchmarkError, Timing, benchmark, load_records, save_records
-from burnish.device import device
+from burnish.hardware import device
 
 
 class Clock:

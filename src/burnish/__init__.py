@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from burnish import ops, pattern
     from burnish.bench import Benchmark, benchmark
-    from burnish.device import DeviceInfo, device
+    from burnish.hardware import DeviceInfo, device
     from burnish.graph.matcher import explain_match, find_matches
     from burnish.graph.rewriter import replace_pattern
     from burnish.graph.show import draw, graph_report
@@ -25,11 +25,11 @@ __version__ = "0.1.0"
 # Where each public name lives. Loaded on first use: `import burnish` costs next to nothing beyond `import torch`.
 _HOME = {
     "Benchmark": "bench",
-    "DeviceInfo": "device",
+    "DeviceInfo": "hardware",
     "Report": "report",
     "Schedule": "schedule",
     "benchmark": "bench",
-    "device": "device",
+    "device": "hardware",
     "draw": "graph.show",
     "explain_match": "graph.matcher",
     "find_matches": "graph.matcher",
@@ -68,7 +68,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'burnish' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"burnish.{_HOME[name]}"), name)
-    globals()[name] = value  # replaces the submodule of the same name where there is one (burnish.device)
+    globals()[name] = value
     return value
 
 

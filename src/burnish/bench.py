@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from burnish._files import write_text
 from burnish._text import human_us, plain
-from burnish.device import DeviceInfo, device
+from burnish.hardware import DeviceInfo, device
 
 if TYPE_CHECKING:
     from rich.table import Table

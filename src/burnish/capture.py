@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ class Program:
         captured: the graph as it was captured. Every node of `graph_module` whose value is also computed by `captured` has
             `meta["origin"]`, the name of that node: this is what verification compares.
         in_spec, out_spec: the pytree structure of `(args, kwargs)` and of the result.
+        attention_interface: whether Hugging Face's attention was taken over while capturing.
         history: one `StepRecord` for each step applied so far.
     """
 
@@ -46,6 +48,7 @@ class Program:
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
     inputs: tuple[InputSpec, ...]
+    attention_interface: bool = False
     history: list[StepRecord] = field(default_factory=list)
 
     def rejects(self, leaves: Sequence[Any]) -> str | None:
@@ -92,8 +95,17 @@ class InputSpec:
         return None
 
 
-def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Program:
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    attention_interface: bool = True,
+) -> Program:
     """Captures `model` as it computes for `args` and `kwargs`; sizes of these inputs become free where the model allows it.
+
+    Args:
+        attention_interface: take over Hugging Face's attention, so that masks reach the `attention` Op by their meaning.
 
     Raises:
         CaptureError: one line with the place in the model and the reason.
@@ -102,12 +114,12 @@ def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
     kwargs = dict(kwargs or {})
     leaves, spec = pytree.tree_flatten((args, kwargs))
     try:
-        exported = _export(model, pytree.tree_unflatten(_widen(leaves), spec), spec)
+        exported, took_over = _export(model, pytree.tree_unflatten(_widen(leaves), spec), attention_interface)
     except Exception as error:
         if not any(_is_unit(leaf) for leaf in leaves):
             raise CaptureError(_one_line(error)) from error
         try:  # sizes of 1 that the model insists on: capture them as they are
-            exported = _export(model, (args, kwargs), spec)
+            exported, took_over = _export(model, (args, kwargs), attention_interface)
         except Exception as second:
             raise CaptureError(_one_line(second)) from second
     graph_module = exported.module(check_guards=False) if _takes_check_guards(exported) else exported.module()
@@ -119,7 +131,7 @@ def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
     for node in graph_module.graph.nodes:
         node.meta["origin"] = node.name
     captured = fx.GraphModule(graph_module, _copy_graph(graph_module.graph))
-    program = Program(graph_module, captured, spec, exported.call_spec.out_spec, inputs)
+    program = Program(graph_module, captured, spec, exported.call_spec.out_spec, inputs, took_over)
     program.history.append(
         StepRecord(
             "capture",
@@ -142,25 +154,26 @@ def program_symbols(program: Program) -> list[str]:
     return list(first.values())
 
 
-def _export(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], spec: pytree.TreeSpec) -> torch.export.ExportedProgram:
-    args, kwargs = inputs
-    auto = torch.export.Dim.AUTO
+def _export(
+    model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], attention_interface: bool
+) -> tuple[torch.export.ExportedProgram, bool]:
+    """The exported program, and whether Hugging Face's attention was taken over."""
+    args, kwargs = tuple(inputs[0]), inputs[1]
 
     def free(leaf: Any) -> Any:
-        return dict.fromkeys(range(leaf.dim()), auto) if isinstance(leaf, Tensor) else None
+        return dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO) if isinstance(leaf, Tensor) else None
 
-    shapes_args, shapes_kwargs = pytree.tree_map(free, (tuple(args), kwargs))
-    shapes = _dynamic_shapes(model, shapes_args, shapes_kwargs)
+    shapes = _dynamic_shapes(model, *pytree.tree_map(free, (args, kwargs)))
+    given = frozenset(name for name, leaf in kwargs.items() if leaf is not None)
 
     def export() -> torch.export.ExportedProgram:
-        return torch.export.export(model, tuple(args), kwargs, strict=False, dynamic_shapes=shapes)
+        return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
 
     with torch.no_grad(), _quiet():
-        try:
-            with huggingface.captured_attention(model, frozenset(name for name, leaf in kwargs.items() if leaf is not None)):
-                return export()
-        except huggingface.NotExpressible:
-            return export()
+        if attention_interface:
+            with contextlib.suppress(huggingface.NotExpressible), huggingface.captured_attention(model, given) as took_over:
+                return export(), took_over
+        return export(), False
 
 
 def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -240,8 +253,6 @@ def _copy_graph(graph: fx.Graph) -> fx.Graph:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    import logging
-
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental", "torch._dynamo")]
     levels = [logger.level for logger in loggers]
     try:

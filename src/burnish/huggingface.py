@@ -40,8 +40,9 @@ class Meaning:
 
 
 @contextlib.contextmanager
-def captured_attention(model: nn.Module, names_given: frozenset[str] = frozenset()) -> Iterator[None]:
+def captured_attention(model: nn.Module, names_given: frozenset[str] = frozenset()) -> Iterator[bool]:
     """Within the `with`, Hugging Face attention in `model` is the `attention` Op; all settings are as before when it ends.
+    Yields whether anything was taken over.
 
     Left as they are: models that are not Hugging Face's, that have attention code of their own, that use another implementation
     than eager or sdpa, or that are to return their attention weights.
@@ -51,7 +52,7 @@ def captured_attention(model: nn.Module, names_given: frozenset[str] = frozenset
     """
     configs = _configs(model)
     if not configs or "output_attentions" in names_given or any(getattr(c, "output_attentions", False) for c in configs):
-        yield
+        yield False
         return
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -63,7 +64,7 @@ def captured_attention(model: nn.Module, names_given: frozenset[str] = frozenset
     try:
         for config in configs:
             config._attn_implementation_internal = NAME
-        yield
+        yield True
     finally:
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation_internal = implementation

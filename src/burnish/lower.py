@@ -51,7 +51,7 @@ class Executable:
 
     def __init__(self, graph_module: fx.GraphModule, model: nn.Module | None = None) -> None:
         graph, self.slots, paths = _slotted(graph_module)
-        self.weights = [_place((model, graph_module) if model is not None else (graph_module,), path) for path in paths]
+        self.weights = [find_weight((model, graph_module) if model is not None else (graph_module,), path) for path in paths]
         code = graph.python_code("self")
         self.source = code.src
         self._globals = dict(code.globals)
@@ -121,7 +121,7 @@ _METHOD_OF: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _place(roots: Sequence[nn.Module], path: str) -> WeightPlace:
+def find_weight(roots: Sequence[nn.Module], path: str) -> WeightPlace:
     """The user's model is asked first; constants that capture lifted and packed weights live on the graph module."""
     module_path, _, name = path.rpartition(".")
     for root in roots:

@@ -89,7 +89,7 @@ def _is_weight(node: fx.Node) -> bool:
 def _is_cat_of_weights(node: fx.Node) -> bool:
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     parts: Any = node.args[0]
-    return dim == 0 and all(_is_weight(part) or part.target is aten.zeros.default for part in parts)
+    return dim == 0 and all(_is_weight(part) or part.target is aten.new_zeros.default for part in parts)
 
 
 def _parts(node: fx.Node) -> list[fx.Node]:

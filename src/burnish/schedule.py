@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +17,16 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from burnish.capture import CaptureError, Program, capture
-from burnish.lower import Executable, Slot
+from burnish.lower import Executable, Slot, WeightPlace, find_weight
+from burnish.numerics import Verdict
 from burnish.op import find_impl
-from burnish.pack import Pack, pack
+from burnish.ops import linear
+from burnish.pack import pack
 from burnish.record import StepRecord
 from burnish.rewrites import FUSE, RAISE, apply
 from burnish.runtime.module import STALE, Call, Entry, OptimizedModule, original_entry
 from burnish.tuning import CacheMode, Choice, Tuner, key_of, measure
-from burnish.verify import Verification, restore, verify
+from burnish.verify import Verification, check_outputs, outputs_in_float64, random_node, restore, verify
 
 if TYPE_CHECKING:
     from burnish.report import Report
@@ -72,10 +73,11 @@ class _Prepared:
     training: bool
     executable: Executable
     differentiable: fx.GraphModule
-    packs: list[Pack]
+    members: list[WeightPlace]  # the parameters that became views of packed weights
     verified: bool = False
     verification: Verification | None = None
     rejected: dict[str, str] = field(default_factory=dict)  # slots whose Impl failed verification, and why
+    checked: set[Any] = field(default_factory=set)  # where the inputs had sizes of 1 in calls whose outputs were compared
 
 
 class Schedule:
@@ -152,7 +154,7 @@ class Schedule:
         if structure in self._uncapturable:
             return None, self._uncapturable[structure]
         try:
-            program = capture(self.model, call.args, call.kwargs)
+            program = self._capture(call)
         except CaptureError as error:
             with torch.no_grad():
                 self.model(*call.args, **call.kwargs)  # a call that is wrong raises the model's own error here
@@ -162,6 +164,28 @@ class Schedule:
         self._prepared.append(prepared)
         return prepared, None
 
+    def _capture(self, call: Call) -> Program:
+        """A Program that computes what the model computes, on this call's inputs at least."""
+        reason = None
+        for attention_interface in (True, False):
+            program = capture(self.model, call.args, call.kwargs, attention_interface=attention_interface)
+            if not self.settings.verify or random_node(program.captured.graph):
+                return program
+            verdict = self._compare_outputs(program, call, lambda: program.captured(*call.leaves))
+            if verdict.ok:
+                return program
+            reason = verdict.reason
+            if not program.attention_interface:
+                break
+        raise CaptureError(f"the captured graph computes something else: {reason}")
+
+    def _compare_outputs(self, program: Program, call: Call, run: Callable[[], Any]) -> Verdict:
+        """The rule on the model's outputs: those of `run` against the original's and the captured graph's in float64."""
+        with torch.no_grad():
+            original = pytree.tree_leaves(self.model(*call.args, **call.kwargs))
+            result = pytree.tree_leaves(run())
+        return check_outputs(result, original, outputs_in_float64(program.captured, call.leaves))
+
     def _rewrite(self, program: Program) -> _Prepared:
         graph_module = program.graph_module
         program.history.append(apply("raise", RAISE, graph_module))
@@ -169,7 +193,8 @@ class Schedule:
         differentiable = _copied(graph_module)
         packs, record = pack(graph_module, self.model, self._wants_transposed)
         program.history.append(record)
-        return _Prepared(program, self.model.training, Executable(graph_module, self.model), differentiable, packs)
+        members = [find_weight((self.model,), member.path) for packed in packs for member in packed.members]
+        return _Prepared(program, self.model.training, Executable(graph_module, self.model), differentiable, members)
 
     def _wants_transposed(self, weight: fx.Node) -> bool:
         """Whether products read this weight faster when it is stored (K, N): measured on its first reader's sizes."""
@@ -180,13 +205,9 @@ class Schedule:
         rows = _hinted_rows(reader.args[0].meta["val"]) if reader is not None else 128  # type: ignore[union-attr]
         x = torch.randn(rows, value.shape[1]).to(value.dtype)
         plain = torch.randn(value.shape[0], value.shape[1]).to(value.dtype)
-        linear = find_impl("linear", "reference")
-        assert linear is not None
         times = []
         for stored in (plain, plain.t().contiguous().t()):
-            from burnish.ops import linear as op
-
-            _, choice = self.tuner.choose(op, op.bind(x, stored), budget_us=FIRST_BUDGET_US)
+            _, choice = self.tuner.choose(linear, linear.bind(x, stored), budget_us=FIRST_BUDGET_US)
             times.append(min(choice.times_us.values(), default=float("inf")))
         return times[1] < times[0]
 
@@ -200,10 +221,10 @@ class Schedule:
             if self.settings.verify:
                 functions = self._verify(prepared, call, served, functions)
         entry = _bound(prepared, functions)
-        if first and not self.model.training:
+        if self.settings.verify:
+            entry = self._unless_different(prepared, entry, call, served)
+        if first and served.kept_original is None and not self.model.training:
             entry = self._unless_slower(entry, call, served)
-        elif _has_unit_size(call) and self.settings.verify:
-            entry = self._unless_different(entry, call, served)
         return entry
 
     def _choose_all(self, prepared: _Prepared, call: Call, served: Served) -> dict[str, Callable[..., Any]]:
@@ -333,24 +354,18 @@ class Schedule:
             return original_entry(self.model)
         return entry
 
-    def _unless_different(self, entry: Entry, call: Call, served: Served) -> Entry:
-        """Sizes of 1 were never seen by export: the first such call is compared with the original."""
-        from burnish.numerics import check
-
-        with torch.no_grad():
-            original = pytree.tree_leaves(self.model(*call.args, **call.kwargs))
-            result = pytree.tree_leaves(entry(call))
-        for new, old in zip(result, original, strict=True):
-            if not isinstance(old, Tensor):
-                continue
-            # Without a float64 run at hand, eager is taken as its own oracle and allowed the error of its dtype's products.
-            scale = float(old.double().abs().max()) if old.numel() and old.is_floating_point() else 0.0
-            slack = 64 * torch.finfo(old.dtype).eps * scale if old.is_floating_point() else 0.0
-            verdict = check(new, old, old.double() if old.is_floating_point() else old)
-            if not verdict.ok and not verdict.error <= slack:
-                served.kept_original = f"differs from the original at size 1: {verdict.reason}"
-                return original_entry(self.model)
-        return entry
+    def _unless_different(self, prepared: _Prepared, entry: Entry, call: Call, served: Served) -> Entry:
+        """The original where the outputs as a whole are not right: at the first call, and at the first with sizes of 1 in places
+        where export saw none."""
+        unit_sizes = _unit_sizes(call)
+        if unit_sizes in prepared.checked or random_node(prepared.program.captured.graph):
+            return entry
+        verdict = self._compare_outputs(prepared.program, call, lambda: entry(call))
+        if verdict.ok:
+            prepared.checked.add(unit_sizes)
+            return entry
+        served.kept_original = f"the outputs differ from the original's: {verdict.reason}"
+        return original_entry(self.model)
 
 
 def optimize(
@@ -401,7 +416,7 @@ def _bound(prepared: _Prepared, functions: Mapping[str, Callable[..., Any]], exe
     run = executable.bind(functions)
     unflatten = prepared.program.out_spec.unflatten
     places = [(place.owner, place.name) for place in executable.weights]
-    members = [(place.owner, place.name) for place in prepared_members(prepared)]
+    members = [(place.owner, place.name) for place in prepared.members]
     pointers = [owner[name].data_ptr() for owner, name in (*places, *members)]
 
     def entry(call: Call) -> Any:
@@ -411,15 +426,6 @@ def _bound(prepared: _Prepared, functions: Mapping[str, Callable[..., Any]], exe
         return unflatten(run(weights, call.leaves))
 
     return entry
-
-
-def prepared_members(prepared: _Prepared) -> Iterator[Any]:
-    from burnish.lower import _place
-
-    model = prepared.executable.model
-    for packed in prepared.packs:
-        for member in packed.members:
-            yield _place((model,), member.path)
 
 
 def _run(prepared: _Prepared, functions: Mapping[str, Callable[..., Any]], call: Call) -> None:
@@ -457,12 +463,6 @@ def _structure(leaf: Any) -> Any:
     return (leaf.dtype, leaf.device, leaf.dim()) if isinstance(leaf, Tensor) else repr(leaf)
 
 
-def _has_unit_size(call: Call) -> bool:
-    return any(isinstance(leaf, Tensor) and 1 in leaf.shape[:2] for leaf in call.leaves)
-
-
-@contextmanager
-def _timed(record: StepRecord) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    record.seconds = time.perf_counter() - started
+def _unit_sizes(call: Call) -> Any:
+    """Which of the leading dims are 1, leaf by leaf."""
+    return tuple(tuple(size == 1 for size in leaf.shape[:2]) for leaf in call.leaves if isinstance(leaf, Tensor))

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from burnish.device import cache_folder, fingerprint
+from burnish.hardware import fingerprint
 from burnish.op import Impl, ImplUnavailable, Op, find_impl
 
 CacheMode = Literal["readwrite", "readonly", "off"]

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from burnish.lower import op_of
 from burnish.numerics import Verdict, check
+from burnish.rewrites.rewrite import arguments
 
 aten = torch.ops.aten
 _CHUNK = 1 << 22  # elements of a weight that are upcast at a time
@@ -94,7 +95,7 @@ def verify(
     Args:
         function_of: the callable that stands for an Op node: the Impl chosen for it.
     """
-    if name := _random_node(captured.graph):
+    if name := random_node(captured.graph):
         return Verification(skipped=f"{name} is random")
     units = units_of(graph_module.graph, captured.graph)
     pending: dict[fx.Node, list[Unit]] = {}
@@ -202,10 +203,37 @@ def _last_uses(captured: fx.Graph, units: Iterable[Unit]) -> dict[int, list[fx.N
     return uses
 
 
-def _random_node(graph: fx.Graph) -> str | None:
+def outputs_in_float64(captured: fx.GraphModule, leaves: Sequence[Any]) -> list[Any]:
+    """The captured graph's flat outputs, all of it computed in float64."""
+    known: dict[fx.Node, Any] = {}
+    supplied = iter(leaves)
+    last_use = _last_uses(captured.graph, ())
+    with torch.no_grad():
+        for position, node in enumerate(captured.graph.nodes):
+            if node.op == "placeholder":
+                known[node] = _upcast(next(supplied))
+            elif node.op == "output":
+                return list(fx.node.map_arg(node.args[0], known.__getitem__))
+            else:
+                _oracle(node, captured, known, {})
+            for done in last_use.get(position, ()):
+                known.pop(done, None)
+    raise AssertionError("a graph ends with its output")
+
+
+def check_outputs(result: Sequence[Any], original: Sequence[Any], true: Sequence[Any]) -> Verdict:
+    """The rule on a whole model's flat outputs: `result` against the original's and the float64 ones."""
+    triples = [leaf for leaf in zip(result, original, true, strict=True) if isinstance(leaf[1], Tensor)]
+    return check(*(list(column) for column in zip(*triples, strict=True))) if triples else check([], [], [])
+
+
+def random_node(graph: fx.Graph) -> str | None:
+    """The first node whose result differs from run to run, if there is one."""
     for node in graph.nodes:
-        tags = getattr(node.target, "tags", ())
-        if torch.Tag.nondeterministic_seeded in tags and not (node.target is aten.dropout.default and not node.args[2]):
+        if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+            continue
+        bound = arguments(node)
+        if bound.get("train", True) and bound.get("p", bound.get("dropout_p", 1.0)):
             return str(node.name)
     return None
 

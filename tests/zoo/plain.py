@@ -181,11 +181,10 @@ class DecoderBlock(nn.Module):
         return self.norm2(x + self.feed_forward(x))
 
 
-def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, training: bool) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v over (B, H, S, d), with dropout on the probabilities when training."""
+def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout) -> Tensor:
+    """dropout(softmax(q k^T / sqrt(d))) v, over (B, H, S, d)."""
     scores = torch.matmul(q, k.transpose(-2, -1)) / math.sqrt(q.shape[-1])
-    probs = F.dropout(F.softmax(scores, dim=-1), 0.1, training)
-    return torch.matmul(probs, v)
+    return torch.matmul(dropout(F.softmax(scores, dim=-1)), v)
 
 
 class SlapoSelfAttention(nn.Module):
@@ -196,6 +195,7 @@ class SlapoSelfAttention(nn.Module):
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
+        self.dropout = nn.Dropout(0.1)
         self.heads = heads
 
     def permute_for_scores(self, x: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ class SlapoSelfAttention(nn.Module):
         q = self.permute_for_scores(self.q_proj(hidden_states))
         k = self.permute_for_scores(self.k_proj(hidden_states))
         v = self.permute_for_scores(self.v_proj(hidden_states))
-        out = scaled_dot_product(q, k, v, self.training).permute(0, 2, 1, 3).contiguous()
+        out = scaled_dot_product(q, k, v, self.dropout).permute(0, 2, 1, 3).contiguous()
         return out.view((*out.shape[:2], -1))
 
 

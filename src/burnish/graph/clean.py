@@ -11,13 +11,14 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from burnish.graph._words import words
 from burnish.graph.effects import alias_roots, input_nodes, is_pure, mutated_roots
 from burnish.graph.normalize import INT64_MAX, canonical
 
-_CHECKS = frozenset("_assert_tensor_metadata _assert_scalar sym_constrain_range sym_constrain_range_for_size".split())
-_RESHAPES = frozenset("view reshape _unsafe_view expand flatten squeeze".split())
-_DROPOUTS = frozenset("dropout feature_dropout alpha_dropout feature_alpha_dropout".split())
-_COPIES = frozenset("_to_copy lift_fresh_copy".split())
+_CHECKS = words("_assert_tensor_metadata _assert_scalar sym_constrain_range sym_constrain_range_for_size")
+_RESHAPES = words("view reshape _unsafe_view expand flatten squeeze")
+_DROPOUTS = words("dropout feature_dropout alpha_dropout feature_alpha_dropout")
+_COPIES = words("_to_copy lift_fresh_copy")
 
 
 def clean(gm: fx.GraphModule) -> int:
@@ -39,7 +40,11 @@ def clean(gm: fx.GraphModule) -> int:
 
 
 def _aten_name(node: fx.Node) -> str:
-    if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten":
+    if (
+        node.op == "call_function"
+        and isinstance(node.target, torch._ops.OpOverload)
+        and node.target.namespace == "aten"
+    ):
         return node.target._schema.name.rpartition("::")[2]
     return ""
 

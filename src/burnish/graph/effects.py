@@ -10,18 +10,26 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-_VIEWS = frozenset(
-    "alias contiguous chunk detach diagonal dropout expand expand_as feature_dropout flatten getitem movedim narrow permute "
-    "reshape reshape_as select slice split squeeze swapaxes swapdims t to transpose type_as unbind unflatten unfold "
-    "unsqueeze view view_as float half bfloat16 double".split()
+from burnish.graph._words import words
+
+_VIEWS = words(
+    """
+    alias contiguous chunk detach diagonal dropout expand expand_as feature_dropout flatten getitem movedim narrow
+    permute reshape reshape_as select slice split squeeze swapaxes swapdims t to transpose type_as unbind unflatten
+    unfold unsqueeze view view_as float half bfloat16 double
+    """
 )
-_RANDOM = frozenset(
-    "alpha_dropout bernoulli dropout dropout1d dropout2d dropout3d feature_alpha_dropout feature_dropout multinomial "
-    "normal poisson rand rand_like randint randint_like randn randn_like randperm rrelu".split()
+_RANDOM = words(
+    """
+    alpha_dropout bernoulli dropout dropout1d dropout2d dropout3d feature_alpha_dropout feature_dropout multinomial
+    normal poisson rand rand_like randint randint_like randn randn_like randperm rrelu
+    """
 )
 _INPLACE_OPERATORS = frozenset(
     getattr(operator, name)
-    for name in "setitem delitem iadd isub imul itruediv ifloordiv imod imatmul ipow iand ior ixor ilshift irshift".split()
+    for name in words(
+        "setitem delitem iadd isub imul itruediv ifloordiv imod imatmul ipow iand ior ixor ilshift irshift"
+    )
 )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
+
+from burnish.graph._words import words
 
 
 def call_module(name: str, /, *args: Any, **kwargs: Any) -> Any:
@@ -24,7 +25,7 @@ def call_module(name: str, /, *args: Any, **kwargs: Any) -> Any:
         re.compile(name)
     except re.error as error:
         raise ValueError(f"call_module: name {name!r} is not a regular expression: {error}") from error
-    return _record(call_module, (name, *args), kwargs)
+    return _record(LeafCall(name), "call_module", args, kwargs)
 
 
 def module(kind: type[nn.Module], /, *args: Any, **settings: Any) -> Any:
@@ -38,37 +39,48 @@ def module(kind: type[nn.Module], /, *args: Any, **settings: Any) -> Any:
     """
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise TypeError(f"module: kind must be a class of modules such as nn.LayerNorm, got {kind!r}")
-    return _record(module, (kind, *args), settings)
+    return _record(LeafCall(kind, settings), "module", args, {})
 
 
-def _record(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+class LeafCall:
+    """The target of a pattern node that stands for a call of a submodule: by name (a regular expression) or type."""
+
+    __name__ = "leaf_call"  # what fx names the node after
+
+    def __init__(self, wanted: str | type[nn.Module], settings: dict[str, Any] | None = None) -> None:
+        self.wanted = wanted
+        self.settings = settings or {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{self.label}: a pattern is there to be matched, it cannot be called")
+
+    @property
+    def label(self) -> str:
+        """The name under which a match lists the submodule found."""
+        return self.wanted if isinstance(self.wanted, str) else self.wanted.__name__
+
+    def difference(self, target: str, candidate: nn.Module) -> str | None:
+        """Why the submodule `candidate` at path `target` is not what is asked for; None where it is."""
+        wanted = self.wanted
+        if isinstance(wanted, str):
+            if re.fullmatch(wanted, target) or re.fullmatch(wanted, target.rpartition(".")[2]):
+                return None
+            return f"the submodule is called {target} where the pattern has {wanted!r}"
+        if type(candidate) is not wanted:
+            return f"{target} is a {type(candidate).__name__} where the pattern has {wanted.__name__}"
+        return next(filter(None, (_setting_difference(candidate, *item) for item in self.settings.items())), None)
+
+
+def _record(target: LeafCall, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     for value in (*args, *kwargs.values()):
         if isinstance(value, fx.Proxy):
-            return value.tracer.create_proxy("call_function", function, args, kwargs)
-    raise TypeError(f"{function.__name__}: only has a meaning inside a pattern that is traced symbolically")
+            return value.tracer.create_proxy("call_function", target, args, kwargs)
+    raise TypeError(f"{name}: only has a meaning inside a pattern that is traced symbolically")
 
 
 def is_leaf_call(node: fx.Node) -> bool:
     """Whether a pattern's node stands for the call of a submodule by name or type."""
-    return node.op == "call_function" and node.target in (call_module, module)
-
-
-def leaf_label(node: fx.Node) -> str:
-    """The name under which a match lists the submodule found for this pattern node."""
-    first = node.args[0]
-    return first if isinstance(first, str) else str(getattr(first, "__name__", first))
-
-
-def leaf_difference(node: fx.Node, target: str, candidate: nn.Module) -> str | None:
-    """Why the submodule `candidate` at path `target` is not what the pattern's leaf call asks for; None where it is."""
-    wanted: Any = node.args[0]
-    if node.target is call_module:
-        if re.fullmatch(wanted, target) or re.fullmatch(wanted, target.rpartition(".")[2]):
-            return None
-        return f"the submodule is called {target} where the pattern has {wanted!r}"
-    if type(candidate) is not wanted:
-        return f"{target} is a {type(candidate).__name__} where the pattern has {wanted.__name__}"
-    return next(filter(None, (_setting_difference(candidate, *item) for item in node.kwargs.items())), None)
+    return isinstance(node.target, LeafCall)
 
 
 _MISSING = object()
@@ -80,30 +92,38 @@ def _setting_difference(candidate: nn.Module, name: str, wanted: Any) -> str | N
         return f"{type(candidate).__name__} has no {name}"
     if isinstance(wanted, bool) and not isinstance(value, bool):
         present = value is not None
-        return None if present is wanted else f"it has {'a' if present else 'no'} {name} where the pattern wants {name}={wanted}"
+        return (
+            None
+            if present is wanted
+            else f"it has {'a' if present else 'no'} {name} where the pattern wants {name}={wanted}"
+        )
     if callable(wanted) and not isinstance(wanted, type):
         return None if wanted(value) else f"{name}={value!r} is refused by the pattern"
     return None if value == wanted else f"{name} is {value!r} where the pattern has {wanted!r}"
 
 
 # Attributes of torch.nn modules that say how large, not what is computed.
-_SIZES = frozenset(
-    "in_features out_features in1_features in2_features in_channels out_channels num_features num_embeddings embedding_dim "
-    "normalized_shape num_channels kernel_size hidden_size input_size embed_dim kdim vdim head_dim training".split()
+_SIZES = words(
+    """
+    in_features out_features in1_features in2_features in_channels out_channels num_features num_embeddings
+    embedding_dim normalized_shape num_channels kernel_size hidden_size input_size embed_dim kdim vdim head_dim
+    training
+    """
 )
 
 
 def module_difference(wanted: nn.Module, candidate: nn.Module) -> str | None:
     """Why two modules do not compute the same function of input and weights; None where they do.
 
-    Type and the settings of `torch.nn` modules decide (eps, stride, whether there is a bias, ...), sizes and weights don't.
+    The type decides, and the settings of `torch.nn` modules (eps, stride, whether there is a bias), not sizes or weights.
     """
     if type(wanted) is not type(candidate):
         return f"it is a {type(candidate).__name__} where the pattern has {type(wanted).__name__}"
     for name, parameter in (*wanted._parameters.items(), *wanted._buffers.items()):
         other = getattr(candidate, name, None)
         if (parameter is None) != (other is None):
-            return f"it has {'no' if other is None else 'a'} {name} where the pattern has {'none' if parameter is None else 'one'}"
+            has, wants = ("no" if value is None else "a" for value in (other, parameter))
+            return f"it has {has} {name} where the pattern has {wants} {name}"
     if not type(wanted).__module__.startswith("torch.nn."):
         return None
     for name, value in vars(wanted).items():

@@ -9,12 +9,23 @@ from typing import Any
 from torch import fx, nn
 
 from burnish.graph.effects import alias_roots, is_pure, mutated_args, mutated_roots, nodes_between
-from burnish.graph.leaves import is_leaf_call, leaf_label
+from burnish.graph.leaves import LeafCall
 from burnish.graph.normalize import describe_key
 from burnish.graph.prepare import Parameter, Pattern
 from burnish.graph.search import Binding, Furthest, GraphIndex, Search
 
-__all__ = ["Explanation", "GraphIndex", "Guard", "Match", "Matches", "NearMiss", "Parameter", "Pattern", "explain_match", "find_matches"]
+__all__ = [
+    "Explanation",
+    "GraphIndex",
+    "Guard",
+    "Match",
+    "Matches",
+    "NearMiss",
+    "Parameter",
+    "Pattern",
+    "explain_match",
+    "find_matches",
+]
 
 _KEPT_NEAR_MISSES = 10
 
@@ -78,9 +89,9 @@ def find_matches(
 ) -> Matches:
     """Every occurrence of `pattern` in `gm`, in graph order; nothing is changed.
 
-    Data-flow edges, operations, types and constants decide, names never do. A match is refused where an intermediate value
-    is used elsewhere, where a path through other nodes would make a cycle, where an in-place operation lies between, where
-    it shares nodes with an earlier match, or where `guard` gives a reason (a string, or False).
+    Data-flow edges, operations, types and constants decide, names never do. A match is refused where an intermediate
+    value is used elsewhere, where a path through other nodes would make a cycle, where an in-place operation lies
+    between, where it shares nodes with an earlier match, or where `guard` gives a reason (a string, or False).
 
     example_inputs: trace the pattern to ATen operators with these, for a graph that came from `torch.export`.
     index: a `GraphIndex` of the unchanged graph, to share among several searches.
@@ -133,10 +144,10 @@ class _Finder:
         return self.matches
 
     def _note(self, anchor: fx.Node, furthest: Furthest) -> None:
-        self.misses.append(NearMiss(furthest.node or anchor, max(furthest.matched, 0), furthest.reason))
+        self.misses.append(NearMiss(furthest.node or anchor, furthest.matched, furthest.reason))
 
     def _look_for_parts(self) -> None:
-        """Nothing ends like the pattern: find the largest part of the pattern that is there, and what follows it instead."""
+        """Nothing ends like the pattern: find the largest part of it that is there, and what follows it instead."""
         root = self.pattern.roots[0]
         for part in reversed(self.pattern.nodes):
             if part is root:
@@ -163,8 +174,8 @@ class _Finder:
             found = binding.nodes[wanted]
             if found.op != "call_module":
                 continue
-            if is_leaf_call(wanted):
-                label = leaf_label(wanted)
+            if isinstance(wanted.target, LeafCall):
+                label = wanted.target.label
                 repeats = sum(name == label or name.startswith(f"{label}#") for name in modules)
                 modules[f"{label}#{repeats + 1}" if repeats else label] = str(found.target)
             elif wanted.op == "call_module":
@@ -218,12 +229,14 @@ class _Finder:
             moved |= self.index.position[node] < last
             # An accepted match is going to be one node: whatever needs any result of it comes after all of its inputs.
             other = self.owner.get(node)
-            leaving = node.users if other is None else [u for out in other.outputs for u in out.users if u not in other.nodes]
+            leaving = (
+                node.users if other is None else [u for out in other.outputs for u in out.users if u not in other.nodes]
+            )
             pending += [(user, start) for user in leaving]
         if moved:
             for node in nodes_between(match.nodes[0], match.nodes[-1]):
                 if node not in inside and node.op != "placeholder" and not is_pure(node, self.gm):
-                    return f"{node.name}: has side effects between the nodes of the match, whose users would have to move past it"
+                    return f"{node.name}: has side effects, and users of the match would have to move past it"
         return None
 
     def _mutation(self, match: Match, inside: set[fx.Node]) -> str | None:
@@ -282,6 +295,6 @@ def explain_match(
     guard: Guard | None = None,
     example_inputs: tuple[Any, ...] | None = None,
 ) -> Explanation:
-    """How often `pattern` matches in `gm`, and for the nearest miss the first node that differed and why. Changes nothing."""
+    """How often `pattern` matches in `gm`, and for the nearest misses the first node that differed and why."""
     prepared = Pattern.of(pattern, example_inputs)
     return Explanation(prepared.name, find_matches(gm, prepared, guard=guard))

@@ -1,4 +1,4 @@
-"""One spelling for every call: `F.relu(x)`, `x.relu()`, `torch.relu(x)`, `nn.ReLU()(x)` and `aten.relu(x)` become the same `Call`.
+"""One spelling for every call: `F.relu(x)`, `x.relu()`, `nn.ReLU()(x)` and `aten.relu(x)` become the same `Call`.
 
 Names follow ATen's operator schemas. Arguments are bound to parameter names with defaults filled in, so that position,
 keyword and omitted default compare alike. What has no ATen counterpart keeps its own name.
@@ -18,28 +18,36 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-COMMUTATIVE = frozenset("add mul bitwise_and bitwise_or bitwise_xor logical_and logical_or eq ne maximum minimum".split())
+from burnish.graph._words import words
+
+COMMUTATIVE = words("add mul bitwise_and bitwise_or bitwise_xor logical_and logical_or eq ne maximum minimum")
 # Integer lists that say how large something is; in a pattern traced from example inputs they hold the example's sizes.
-SHAPE_ARGUMENTS = frozenset("size shape repeats normalized_shape sizes split_size".split())
-DIM_ARGUMENTS = frozenset("dim dims dim0 dim1 start_dim end_dim".split())
+SHAPE_ARGUMENTS = words("size shape repeats normalized_shape sizes split_size")
+DIM_ARGUMENTS = words("dim dims dim0 dim1 start_dim end_dim")
 INT64_MAX = 2**63 - 1
 
 _OPERATORS: dict[Any, str] = {
     operator.add: "add", operator.iadd: "add_", operator.sub: "sub", operator.mul: "mul", operator.imul: "mul_",
     operator.truediv: "div", operator.floordiv: "floor_divide", operator.mod: "remainder", operator.matmul: "matmul",
-    operator.pow: "pow", operator.neg: "neg", operator.pos: "positive", operator.abs: "abs", operator.invert: "bitwise_not",
-    operator.and_: "bitwise_and", operator.or_: "bitwise_or", operator.xor: "bitwise_xor", operator.eq: "eq", operator.ne: "ne",
-    operator.lt: "lt", operator.le: "le", operator.gt: "gt", operator.ge: "ge",
+    operator.pow: "pow", operator.neg: "neg", operator.pos: "positive", operator.abs: "abs",
+    operator.invert: "bitwise_not", operator.and_: "bitwise_and", operator.or_: "bitwise_or",
+    operator.xor: "bitwise_xor", operator.eq: "eq", operator.ne: "ne", operator.lt: "lt", operator.le: "le",
+    operator.gt: "gt", operator.ge: "ge",
 }  # fmt: skip
 _SYNONYMS = {
     "__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor", "multiply": "mul", "subtract": "sub",
     "divide": "div", "true_divide": "div", "absolute": "abs", "negative": "neg", "swapaxes": "transpose",
-    "swapdims": "transpose", "greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le", "not_equal": "ne",
-    "concat": "cat", "concatenate": "cat",
+    "swapdims": "transpose", "greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le",
+    "not_equal": "ne", "concat": "cat", "concatenate": "cat",
 }  # fmt: skip
 _ARGUMENT_SYNONYMS = {"input": "self", "training": "train", "axis": "dim", "keepdims": "keepdim"}
 _IGNORED_ARGUMENTS = frozenset({"_stacklevel", "cudnn_enable", "non_blocking"})
-_MEMORY_FORMATS = {0: torch.contiguous_format, 1: torch.preserve_format, 2: torch.channels_last, 3: torch.channels_last_3d}
+_MEMORY_FORMATS = {
+    0: torch.contiguous_format,
+    1: torch.preserve_format,
+    2: torch.channels_last,
+    3: torch.channels_last_3d,
+}
 
 # Modules without state, as the function they call and the attributes that they pass to it.
 _FUNCTIONAL_MODULES: dict[type[nn.Module], tuple[Callable[..., Any], dict[str, str]]] = {
@@ -62,7 +70,7 @@ _FUNCTIONAL_MODULES: dict[type[nn.Module], tuple[Callable[..., Any], dict[str, s
 
 @dataclass(frozen=True)
 class Call:
-    """A node's operation in its one spelling: `key` is the operation, `args` its arguments by name, defaults included."""
+    """A node in its one spelling: `key` is the operation, `args` its arguments by name, defaults included."""
 
     key: Hashable
     args: dict[str, Any]
@@ -382,5 +390,9 @@ def _plain_slices(index: Any) -> Any:
         return type(index)(_plain_slices(i) for i in index)
     if isinstance(index, slice):
         step = None if index.step == 1 else index.step
-        return slice(None if index.start == 0 and step is None else index.start, None if index.stop == INT64_MAX else index.stop, step)
+        return slice(
+            None if index.start == 0 and step is None else index.start,
+            None if index.stop == INT64_MAX else index.stop,
+            step,
+        )
     return index

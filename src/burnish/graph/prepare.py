@@ -1,4 +1,4 @@
-"""A pattern made ready for matching: traced once, its parameters classified, its constants that stand for parameters found."""
+"""A pattern made ready for matching: traced once, its parameters classified, its scalars told from its constants."""
 
 from __future__ import annotations
 
@@ -62,7 +62,12 @@ class Pattern:
     """
 
     def __init__(
-        self, gm: fx.GraphModule, parameters: dict[str, Parameter], fixed: dict[str, None], state: frozenset[str], name: str
+        self,
+        gm: fx.GraphModule,
+        parameters: dict[str, Parameter],
+        fixed: dict[str, None],
+        state: frozenset[str],
+        name: str,
     ) -> None:
         self.gm = gm
         self.parameters = parameters
@@ -81,13 +86,11 @@ class Pattern:
                 self.parameter_of[node] = parameters[str(node.target)]
                 if node not in reached:
                     raise ValueError(
-                        f"pattern {name}: parameter {node.target} is not used; remove it, or use it in what the pattern returns"
+                        f"pattern {name}: parameter {node.target} is not used; remove it, or use it in the result"
                     )
 
     @classmethod
-    def of(
-        cls, fn: Callable[..., Any] | nn.Module | Pattern, example_inputs: tuple[Any, ...] | None = None
-    ) -> Pattern:
+    def of(cls, fn: Callable[..., Any] | nn.Module | Pattern, example_inputs: tuple[Any, ...] | None = None) -> Pattern:
         """Trace and prepare a function, module or GraphModule.
 
         With `example_inputs` (one per parameter; trailing defaults may be left out) the pattern is traced to ATen
@@ -133,17 +136,19 @@ class Pattern:
         for output in outputs:
             if not isinstance(output, fx.Node) or output.op in ("placeholder", "get_attr"):
                 raise ValueError(
-                    f"pattern {self.name}: returns {output}, which it does not compute; return the results of the pattern's "
+                    f"pattern {self.name}: returns {output}, which it does not compute; return results of its "
                     "operations, one or a flat tuple"
                 )
         return outputs
 
     def _find_roots(self) -> tuple[fx.Node, ...]:
-        """Nodes from which all others are reached over arguments: outputs that no other output needs, unused side effects."""
+        """Nodes from which all others are reached: outputs that no other output needs, and unused side effects."""
         needed: set[fx.Node] = set()
         for node in self.outputs:
             needed |= self._reach(node.all_input_nodes)
-        effects = [n for n in self.gm.graph.nodes if not n.users and n.op.startswith("call") and not is_pure(n, self.gm)]
+        effects = [
+            n for n in self.gm.graph.nodes if not n.users and n.op.startswith("call") and not is_pure(n, self.gm)
+        ]
         candidates = dict.fromkeys([*self.outputs, *effects])
         return tuple(n for n in candidates if n not in needed)
 
@@ -188,7 +193,11 @@ def _declared_parameters(fn: Callable[..., Any] | nn.Module) -> dict[str, Parame
 
 
 def _classify(name: str, annotation: Any, default: Any) -> Parameter:
-    options = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
+    options = (
+        typing.get_args(annotation)
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        else (annotation,)
+    )
     wanted = tuple(o for o in options if o in SCALARS)
     if wanted and all(o in SCALARS or o is type(None) for o in options):
         return Parameter(name, wanted, optional=type(None) in options)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from burnish.graph.effects import input_nodes, is_pure
+from burnish.graph.effects import is_pure
 from burnish.graph.matcher import Guard, Match, Matches, Pattern, PatternLike, find_matches
 from burnish.graph.record import Recording, Replacement
 
-__all__ = ["erase_dead_inputs", "replace_matches", "replace_pattern"]
+__all__ = ["erase", "replace_matches", "replace_pattern"]
 
 
 def replace_pattern(
@@ -26,11 +26,11 @@ def replace_pattern(
 ) -> Matches:
     """Replace every match of `pattern` in `gm` by `replacement`, in place, and recompile.
 
-    `replacement` is called once per match. Its parameters are bound by name: each must be a parameter of the pattern, or a
-    parameter or buffer of a pattern module, or have a default; `match` as a keyword-only parameter receives the Match.
-    Nodes arrive as proxies, which know shape and dtype where the graph does; constants arrive as they are, so that the
-    function may branch on `bias is None`. It returns as many values as the pattern, and may return an input. A replacement
-    module's submodules and weights that are named like the pattern's are the model's; others are added to the model.
+    `replacement` is called once per match. Its parameters are bound by name: each must be a parameter of the pattern, or
+    a weight of a pattern module, or have a default; `match` as a keyword-only parameter receives the Match. Nodes arrive
+    as proxies, which know shape and dtype where the graph does; constants arrive as they are, so that the function may
+    branch on `bias is None`. It returns as many values as the pattern, and may return an input. Submodules and weights
+    of a replacement module that are named like the pattern's are the model's; others are added to the model.
 
     A replacement that fails leaves graph and modules as they were, and its error is raised.
 
@@ -61,31 +61,28 @@ def _insert(gm: fx.GraphModule, match: Match, recording: Recording, replaced: di
     # An input of this match may have been the output of a match before it.
     image = {scratch: _current(node, replaced) for scratch, node in recording.inputs.items()}
     kept: set[fx.Node] = set()
-    with gm.graph.inserting_after(match.nodes[-1]):
-        for scratch in recording.nodes:
-            args, kwargs = (map_arg(a, image.__getitem__) for a in (scratch.args, scratch.kwargs))
-            target = recording.targets.get(scratch, scratch.target)
-            same = _same_node(gm, match, kept, (scratch.op, target, args, kwargs))
-            if same is not None:
-                kept.add(same)
-                image[scratch] = same
-                continue
-            node = gm.graph.create_node(scratch.op, target, args, kwargs, name=scratch.name)
-            node.meta.update(scratch.meta)
-            image[scratch] = node
-            gm.graph._insert = node.append
+    last = match.nodes[-1]
+    for scratch in recording.nodes:
+        args, kwargs = (map_arg(a, image.__getitem__) for a in (scratch.args, scratch.kwargs))
+        target = recording.targets.get(scratch, scratch.target)
+        same = _same_node(match, kept, (scratch.op, target, args, kwargs))
+        if same is not None:
+            kept.add(same)
+            image[scratch] = same
+            continue
+        with gm.graph.inserting_after(last):
+            last = gm.graph.create_node(scratch.op, target, args, kwargs, name=scratch.name)
+        last.meta.update(scratch.meta)
+        image[scratch] = last
     for old, result in zip(match.outputs, recording.outputs, strict=True):
         new = image[result]
         if new is old:
             continue
-        if result in recording.nodes and new not in kept:
+        if result not in recording.inputs and new not in kept:
             _inherit(new, old)
         old.replace_all_uses_with(new)
         replaced[old] = new
-    for node in reversed(match.nodes):
-        if node not in kept:
-            gm.graph.erase_node(node)
-            erase_dead_inputs(gm, node)
+    erase(gm, (node for node in reversed(match.nodes) if node not in kept))
 
 
 def _current(node: fx.Node, replaced: dict[fx.Node, fx.Node]) -> fx.Node:
@@ -94,10 +91,14 @@ def _current(node: fx.Node, replaced: dict[fx.Node, fx.Node]) -> fx.Node:
     return node
 
 
-def _same_node(gm: fx.GraphModule, match: Match, kept: set[fx.Node], call: tuple[Any, ...]) -> fx.Node | None:
+def _same_node(match: Match, kept: set[fx.Node], call: tuple[Any, ...]) -> fx.Node | None:
     """The matched node that the replacement repeats as it is: it stays, untouched."""
     for node in match.nodes:
-        if node not in kept and (node.op, node.target) == call[:2] and _same_arguments((node.args, node.kwargs), call[2:]):
+        if (
+            node not in kept
+            and (node.op, node.target) == call[:2]
+            and _same_arguments((node.args, node.kwargs), call[2:])
+        ):
             return node
     return None
 
@@ -119,13 +120,16 @@ def _inherit(new: fx.Node, old: fx.Node) -> None:
         new.meta["val"] = value
 
 
-def erase_dead_inputs(gm: fx.GraphModule, erased: fx.Node) -> None:
-    """Erase what only an already erased node needed: pure nodes without users, and what they needed in turn."""
-    pending = erased._saved_inputs if hasattr(erased, "_saved_inputs") else []
+def erase(gm: fx.GraphModule, nodes: Iterable[fx.Node]) -> None:
+    """Erase nodes, given users first, and then what only they needed: pure nodes that are left without users."""
+    pending: list[fx.Node] = []
+    for node in nodes:
+        pending += node.all_input_nodes
+        gm.graph.erase_node(node)
     while pending:
         node = pending.pop()
         if not node.users and not node._erased and is_pure(node, gm):
-            pending += input_nodes((node.args, node.kwargs))
+            pending += node.all_input_nodes
             gm.graph.erase_node(node)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from burnish.graph.leaves import is_leaf_call, leaf_difference, module_difference
+from burnish.graph.leaves import LeafCall, is_leaf_call, module_difference
 from burnish.graph.normalize import (
     COMMUTATIVE,
     DIM_ARGUMENTS,
@@ -65,7 +65,8 @@ class GraphIndex:
 class Furthest:
     """How far a search came: the pattern nodes that agreed, and the first thing that did not."""
 
-    matched: int = -1
+    rank: tuple[int, bool] = (-1, False)
+    matched: int = 0
     node: fx.Node | None = None
     reason: str = ""
 
@@ -106,6 +107,7 @@ class Search:
 
     def solutions(self, anchor: fx.Node, root: fx.Node | None = None) -> Iterator[Binding]:
         """Every solution with the pattern's first root (or the given pattern node and what it needs) at `anchor`."""
+        self._undo(0)  # the search before may have been left at its first solution
         self.furthest = Furthest()
         self._steps = 0
         start: _Goal = (root or self.pattern.roots[0], anchor, None)
@@ -113,7 +115,6 @@ class Search:
         for _ in self._solve((start, rest)):
             if root is not None or self._outputs_differ():
                 yield Binding(dict(self._nodes), dict(self._parameters), dict(self._attributes))
-        self._undo(0)
 
     def _root_goals(self) -> _Goals:
         goals: _Goals = ()
@@ -161,14 +162,16 @@ class Search:
         taken = {self._nodes[n] for n in self.pattern.roots if n in self._nodes}
         candidates = [n for n in self._connected(root) if n not in taken]
         if not candidates:
-            self._fail(None, f"there is no further {describe_key(self.pattern.calls[root].key)} for the pattern's {root.name}")
+            self._fail(
+                None, f"there is no further {describe_key(self.pattern.calls[root].key)} for the pattern's {root.name}"
+            )
         for candidate in candidates:
             mark = len(self._trail)
             yield from self._solve(((root, candidate, _Where(candidate, "")), goals))
             self._undo(mark)
 
     def _connected(self, root: fx.Node) -> list[fx.Node]:
-        """Candidates for a further root, by graph order: reached from what is bound by the pattern's own path where there is one."""
+        """Candidates for a further root, in graph order: reached from what is bound, where the pattern connects them."""
         parents: dict[fx.Node, fx.Node] = {}
         queue = [root]
         for node in queue:
@@ -207,8 +210,10 @@ class Search:
             del table[key]
 
     def _fail(self, node: fx.Node | None, reason: str) -> bool:
-        if len(self._nodes) > self.furthest.matched:
-            self.furthest = Furthest(len(self._nodes), node, f"{node.name}: {reason}" if node else reason)
+        # Of two orders of a commutative operation that fail alike, the one that compared operations says more.
+        rank = (len(self._nodes), node is not None and node.op.startswith("call"))
+        if rank > self.furthest.rank:
+            self.furthest = Furthest(rank, len(self._nodes), node, f"{node.name}: {reason}" if node else reason)
         return False
 
     # --- one node of the pattern at one value of the graph ------------------------------------------------------------
@@ -218,28 +223,32 @@ class Search:
         if wanted in self._nodes:
             if self._nodes[wanted] is found:
                 return [[]]
-            self._fail(_blame(found, where), f"is not {self._nodes[wanted].name}, which the pattern uses here again")
+            self._fail(
+                _blame(found, where),
+                f"{_argument(where)} is {_shown(found)} where the pattern uses {self._nodes[wanted].name} again",
+            )
             return []
         if not isinstance(found, fx.Node):
             self._fail(_blame(found, where), f"{_argument(where)} is {found!r} where the pattern has {wanted.name}")
             return []
-        if is_leaf_call(wanted):
-            options = self._match_leaf(wanted, found)
+        if isinstance(wanted.target, LeafCall):
+            options = self._match_leaf(wanted, wanted.target, found)
         else:
             options = self._match_call(wanted, found)
         if options:
             self._set(self._nodes, wanted, found)
         return options
 
-    def _match_leaf(self, wanted: fx.Node, found: fx.Node) -> list[list[_Goal]]:
+    def _match_leaf(self, wanted: fx.Node, leaf: LeafCall, found: fx.Node) -> list[list[_Goal]]:
         if found.op != "call_module":
             self._fail(found, f"{self._operation(found)} where the pattern has a submodule")
             return []
-        if reason := leaf_difference(wanted, str(found.target), self.index.gm.get_submodule(str(found.target))):
+        if reason := leaf.difference(str(found.target), self.index.gm.get_submodule(str(found.target))):
             self._fail(found, reason)
             return []
-        kwargs = {} if wanted.target.__name__ == "module" else wanted.kwargs
-        pairs = self._pairs((tuple(wanted.args[1:]), dict(kwargs)), (found.args, found.kwargs), _Where(found, "the arguments"))
+        pairs = self._pairs(
+            (wanted.args, dict(wanted.kwargs)), (found.args, found.kwargs), _Where(found, "the arguments")
+        )
         return [] if pairs is None else [pairs]
 
     def _match_call(self, wanted: fx.Node, found: fx.Node) -> list[list[_Goal]]:
@@ -319,7 +328,9 @@ class Search:
             return True
         if type(wanted) is int and type(found) is int and where.argument in DIM_ARGUMENTS:
             rank = _rank(where.node, self.index.call(where.node))
-            return rank is not None and (wanted % rank if wanted < 0 else wanted) == (found % rank if found < 0 else found)
+            return rank is not None and (wanted % rank if wanted < 0 else wanted) == (
+                found % rank if found < 0 else found
+            )
         # 2 and 2.0 are one factor for a floating tensor, not for an integer one.
         numbers = {type(wanted), type(found)} == {int, float}
         value = where.node.meta.get("val")
@@ -335,13 +346,14 @@ class Search:
             if same_value(bound, found):
                 return True
             return self._fail(
-                _blame(found, where), f"{_argument(where)} is {_shown(found)}, but {parameter.name} is already {_shown(bound)}"
+                _blame(found, where),
+                f"{_argument(where)} is {_shown(found)}, but {parameter.name} is already {_shown(bound)}",
             )
         if isinstance(found, fx.Node):
             if parameter.is_scalar and not (int in parameter.types and _is_size_like(found)):
                 return self._fail(
-                    where.node if where else found,
-                    f"{_argument(where)} is computed by {found.name} where the pattern has the constant {parameter.name}",
+                    _blame(found, where),
+                    f"{_argument(where)} is {found.name} where the pattern has the constant {parameter.name}",
                 )
         elif reason := parameter.refuses(found):
             return self._fail(_blame(found, where), f"{_argument(where)}: {reason}")
@@ -351,13 +363,17 @@ class Search:
     def _bind_attribute(self, wanted: fx.Node, found: Any, where: _Where | None) -> bool:
         name = str(wanted.target)
         if not isinstance(found, fx.Node) or found.op != "get_attr":
-            return self._fail(_blame(found, where), f"{_argument(where)} is {_shown(found)} where the pattern has its own {name}")
+            return self._fail(
+                _blame(found, where), f"{_argument(where)} is {_shown(found)} where the pattern has its own {name}"
+            )
         if name in self._attributes:
             if self._attributes[name].target == found.target:
                 return True
             return self._fail(found, f"is not {self._attributes[name].target}, which the pattern uses here again")
         if not self.pattern.is_state(wanted):
-            ours, theirs = (_attribute(gm, str(n.target)) for gm, n in ((self.pattern.gm, wanted), (self.index.gm, found)))
+            ours, theirs = (
+                _attribute(gm, str(n.target)) for gm, n in ((self.pattern.gm, wanted), (self.index.gm, found))
+            )
             if not same_value(ours, theirs):
                 return self._fail(found, "is a constant of another value than the pattern's")
         self._set(self._attributes, name, found)
@@ -375,9 +391,9 @@ def _argument(where: _Where | None) -> str:
 
 
 def _blame(found: Any, where: _Where | None) -> fx.Node | None:
-    if isinstance(found, fx.Node):
-        return found
-    return where.node if where else None
+    if where is not None:
+        return where.node
+    return found if isinstance(found, fx.Node) else None
 
 
 def _shown(value: Any) -> str:

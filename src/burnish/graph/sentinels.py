@@ -1,8 +1,8 @@
-"""Trace a pattern from example inputs and keep its scalar parameters open, although torch.export writes constants for them.
+"""Trace a pattern from example inputs and keep its scalar parameters open, although export writes constants for them.
 
-A float parameter is given an odd value that nobody writes by hand; where it turns up in the graph, the parameter stood.
-Where no odd value can be traced (a `dim`, a number of heads, a dtype), the pattern is traced with two ordinary values, and
-the constants that changed are the parameter's.
+A float is given an odd value that nobody writes by hand; where it turns up in the graph, the parameter stood. For other
+scalars (a `dim`, a number of heads, a dtype) the pattern is traced with two ordinary values, and the constants that
+changed are the parameter's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from burnish.graph.normalize import canonical
 from burnish.graph.trace import trace
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
@@ -35,15 +34,11 @@ def trace_with_scalars(
     values: all example inputs by parameter name; `is_size` tells which arguments hold example sizes and need no care.
     Raises ValueError where a scalar cannot be kept open.
     """
-    odd = {p: _odd_value(i, v) for i, (p, v) in enumerate(scalars.items()) if type(v) in (int, float)}
-    if len(odd) == len(scalars):
-        gm = _try_trace(fn, {**values, **odd})
-        if gm is not None:
-            places = {p: _occurrences(gm, v) for p, v in odd.items()}
-            return _open(gm, name, places)
-    floats = {p: v for p, v in odd.items() if type(v) is float}
+    # Floats only: an odd integer as the bound of a slice would change which nodes are no-ops.
+    odd = (0.3183098861837907 + 0.0271828182845904 * i for i in range(len(scalars)))
+    floats = {p: number for (p, v), number in zip(scalars.items(), odd, strict=True) if type(v) is float}
     base_values = {**values, **floats}
-    gm = trace(fn, tuple(base_values.values()))
+    gm = _spelled_out(trace(fn, tuple(base_values.values())))
     places = {p: _occurrences(gm, v) for p, v in floats.items()}
     for parameter, value in scalars.items():
         if parameter not in floats:
@@ -51,15 +46,31 @@ def trace_with_scalars(
     return _open(gm, name, places)
 
 
-def _odd_value(i: int, value: int | float) -> int | float:
-    return 0.3183098861837907 + 0.0271828182845904 * i if isinstance(value, float) else 1000003 + 30030 * i
+def _try_trace(fn: Callable[..., Any] | nn.Module, values: dict[str, Any]) -> fx.GraphModule | None:
+    """The trace, or None: any error of any operator may come of a value that only serves to tell constants apart."""
+    try:
+        return _spelled_out(trace(fn, tuple(values.values())))
+    except Exception:
+        return None
 
 
 def _try_trace(fn: Callable[..., Any] | nn.Module, values: dict[str, Any]) -> fx.GraphModule | None:
     try:
-        return trace(fn, tuple(values.values()))
-    except Exception:  # any error of any operator may come of an odd value; the ordinary trace after this one shows real ones
+        return _spelled_out(trace(fn, tuple(values.values())))
+    except Exception:  # any error of any operator may come of a value that we chose; the next value may do
         return None
+
+
+def _spelled_out(gm: fx.GraphModule) -> fx.GraphModule:
+    """Write default arguments into the calls: a value that happens to be the default would leave no place behind."""
+    for node in gm.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload):
+            arguments = node.target._schema.arguments
+            given = {a.name: value for a, value in zip(arguments, node.args, strict=False)} | dict(node.kwargs)
+            every = {a.name: given.get(a.name, a.default_value) for a in arguments}
+            node.args = tuple(every.pop(a.name) for a in arguments if not a.kwarg_only)
+            node.kwargs = every
+    return gm
 
 
 def _open(gm: fx.GraphModule, name: str, places: dict[str, list[_Place]]) -> fx.GraphModule:
@@ -68,8 +79,8 @@ def _open(gm: fx.GraphModule, name: str, places: dict[str, list[_Place]]) -> fx.
     for parameter, found in places.items():
         if not found:
             raise ValueError(
-                f"pattern {name}: the value of {parameter} does not occur as such in the traced pattern (unused, or only after "
-                "arithmetic); make the number that occurs the parameter"
+                f"pattern {name}: the value of {parameter} does not occur as such in the traced pattern (it is unused, or "
+                "used only after arithmetic); make the number that occurs the parameter"
             )
         for position, path in found:
             node = nodes[position]
@@ -142,21 +153,21 @@ def _compare_traces(
                 derived.append(before)
         if derived:
             raise ValueError(
-                f"pattern {name}: {derived[0]} depends on {parameter} but is not its value; make the number that occurs the "
-                "parameter"
+                f"pattern {name}: {derived[0]} depends on {parameter} but is not its value; make the number that "
+                "occurs the parameter"
             )
         return found
     raise ValueError(
-        f"pattern {name}: what is computed depends on {parameter}={value!r}; write one pattern for each value instead of a parameter"
+        f"pattern {name}: what is computed depends on {parameter}={value!r}; write one pattern for each value instead"
     )
 
 
 def _is_size_place(gm: fx.GraphModule, place: _Place, is_size: Callable[[str], bool]) -> bool:
     position, (part, index, *_) = place
     node = list(gm.graph.nodes)[position]
-    arguments = list(canonical(node, gm).args)
-    argument = arguments[index] if part == 0 and index < len(arguments) else str(index)
-    return is_size(argument)
+    if part == 0 and isinstance(node.target, torch._ops.OpOverload):
+        return is_size(node.target._schema.arguments[index].name)
+    return is_size(str(index))
 
 
 def _same_structure(a: fx.GraphModule, b: fx.GraphModule) -> bool:

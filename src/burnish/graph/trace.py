@@ -1,4 +1,4 @@
-"""Functions and modules as fx graphs, in one of two dialects: what they call (symbolic), or ATen operators (with inputs)."""
+"""Functions and modules as fx graphs, in one of two dialects: what they call (symbolic), or ATen operators."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_map
 
 from burnish.graph.clean import clean
 
@@ -33,7 +34,8 @@ def trace(
         if example_inputs is not None and not isinstance(example_inputs, tuple):
             raise TypeError(f"trace: example_inputs must be a tuple, got {type(example_inputs).__name__}")
         module = fn if isinstance(fn, nn.Module) else _as_module(fn)
-        exported = torch.export.export(module, example_inputs or (), example_kwargs or {}, strict=False)
+        args, kwargs = _distinct((example_inputs or (), example_kwargs or {}))
+        exported = torch.export.export(module, args, kwargs, strict=False)
         gm = exported.module()
         clean(gm)
         return gm
@@ -47,6 +49,20 @@ def trace(
 def signature_of(fn: Callable[..., Any] | nn.Module) -> inspect.Signature:
     """The signature that a caller of the function or module sees, without `self`."""
     return inspect.signature(fn.forward if isinstance(fn, nn.Module) else fn)
+
+
+def _distinct(inputs: Any) -> Any:
+    """The inputs with copies for tensors that occur twice: export would take two parameters for one."""
+    seen: set[int] = set()
+
+    def copy(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        repeated = id(value) in seen
+        seen.add(id(value))
+        return value.detach().clone().requires_grad_(value.requires_grad) if repeated else value
+
+    return tree_map(copy, inputs)
 
 
 def _as_module(fn: Callable[..., Any]) -> nn.Module:

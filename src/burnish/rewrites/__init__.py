@@ -5,8 +5,12 @@ from burnish.rewrites.raise_attention import ATTENTION
 from burnish.rewrites.raise_linear import LINEAR
 from burnish.rewrites.raise_norm import NORM
 from burnish.rewrites.raise_rope import ROPE
-from burnish.rewrites.rewrite import GraphPass, Rewrite, apply
+from burnish.graph.trace import clean
+from burnish.rewrites.rewrite import GraphPass, Outcome, Rewrite, apply
 
-RAISE = [*LINEAR, *NORM, *ROPE, *ATTENTION]
+# Ops lay their results out so that copies made after them are none: a second cleaning finds those.
+_CLEAN = GraphPass("no-ops removed", lambda graph_module: Outcome(clean(graph_module)))
+
+RAISE = [*LINEAR, *NORM, *ROPE, *ATTENTION, _CLEAN]
 
 __all__ = ["FUSE", "RAISE", "GraphPass", "Rewrite", "apply"]

@@ -171,17 +171,14 @@ def merge_parallel_linears(graph_module: fx.GraphModule) -> Outcome:
 def _merge(graph_module: fx.GraphModule, x: fx.Node, group: list[fx.Node]) -> None:
     weights, biases = [node.args[1] for node in group], [node.args[2] if len(node.args) > 2 else None for node in group]
     sizes = [value(weight).shape[0] for weight in weights]
-    like = next((value(bias) for bias in biases if bias is not None), None)
+    some_bias = next((i for i, bias in enumerate(biases) if bias is not None), None)
 
     def build(x: Any, weights: Any, biases: Any) -> tuple[Any, ...]:
         bias = None
-        if like is not None:  # a product without bias among others that have one (Whisper's keys) gets zeros
-            bias = aten.cat.default(
-                [
-                    aten.zeros.default([size], dtype=like.dtype, device=like.device) if part is None else part
-                    for part, size in zip(biases, sizes, strict=True)
-                ]
-            )
+        if some_bias is not None:  # a product without bias among others that have one (Whisper's keys) gets zeros
+            like = biases[some_bias]
+            filled = zip(biases, sizes, strict=True)
+            bias = aten.cat.default([aten.new_zeros.default(like, [n]) if b is None else b for b, n in filled])
         parts = aten.split_with_sizes.default(ops.linear(x, aten.cat.default(list(weights)), bias), sizes, -1)
         return tuple(parts[i] for i in range(len(sizes)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, fx
 
 from burnish import ops
 from burnish.graph.matcher import Match
-from burnish.rewrites.rewrite import GraphPass, Outcome, Rewrite, rewrite_nodes, same, value, values
+from burnish.rewrites.rewrite import GraphPass, Outcome, Rewrite, forget_origin, rewrite_nodes, same, value, values
 
 aten = torch.ops.aten
 
@@ -28,7 +29,7 @@ def _sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    return _on_four_dims(lambda q, k, v: ops.attention(q, k, v, bias=attn_mask, is_causal=is_causal, scale=scale), q, k, v)
+    return _attend(q, k, v, attn_mask, is_causal, scale)
 
 
 def _refuse_sdpa(node: fx.Node, args: dict[str, Any]) -> str | None:
@@ -46,12 +47,14 @@ def raise_sdpa(graph_module: fx.GraphModule) -> Outcome:
     return rewrite_nodes(graph_module, aten.scaled_dot_product_attention.default, _sdpa, _refuse_sdpa)
 
 
-def _on_four_dims(attend: Callable[[Any, Any, Any], Any], q: Any, k: Any, v: Any) -> Any:
+def _attend(q: Any, k: Any, v: Any, bias: Any, is_causal: bool, scale: float | None) -> Any:
     """Single-head (batch, length, features) attention is attention with one head."""
     if value(q.node).dim() == 4:
-        return attend(q, k, v)
+        return ops.attention(q, k, v, bias, None, is_causal, None, scale)
     q, k, v = (aten.unsqueeze.default(x, 1) for x in (q, k, v))
-    return aten.squeeze.dim(attend(q, k, v), 1)
+    if bias is not None and value(bias.node).dim() == 3:
+        bias = aten.unsqueeze.default(bias, 1)
+    return aten.squeeze.dim(ops.attention(q, k, v, bias, None, is_causal, None, scale), 1)
 
 
 # --- softmax(scale(q @ k.T) [+ bias | masked]) @ v ---------------------------------------------------------------------------------
@@ -85,37 +88,30 @@ _SOFTMAX: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
 
 
 def _spelling(scale_with: str, mask: str, softmax: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The pattern of one spelling, and its replacement."""
-    scaled, weights = _SCALES[scale_with], _SOFTMAX[softmax]
+    """The pattern of one spelling and its replacement, with the parameters that this spelling has."""
+    extra = {"added": ["bias"], "filled": ["mask", "fill"], "unmasked": []}[mask]
+    names = ["q", "k", "v", *extra, *(["scale"] if scale_with != "unscaled" else [])]
 
-    def attend(q: Any, k: Any, v: Any, bias: Any, scale: float) -> Any:
-        factor = 1 / scale if scale_with == "over" else scale
-        return _on_four_dims(lambda q, k, v: ops.attention(q, k, v, bias=bias, scale=factor), q, k, v)
+    def pattern(*args: Any) -> Tensor:
+        given = dict(zip(names, args, strict=True))
+        q, k, v = args[:3]
+        scores = _SCALES[scale_with](q @ k.transpose(-2, -1), given.get("scale", 1.0))
+        if mask == "added":
+            scores = scores + given["bias"]
+        elif mask == "filled":
+            scores = scores.masked_fill(given["mask"], given["fill"])
+        return _SOFTMAX[softmax](scores, q.dtype) @ v
 
-    if mask == "added":
+    def replacement(**given: Any) -> Any:
+        scale = given.get("scale", 1.0)
+        bias = aten.logical_not.default(given["mask"]) if mask == "filled" else given.get("bias")
+        scale = 1 / scale if scale_with == "over" else scale
+        return _attend(given["q"], given["k"], given["v"], bias, False, scale)
 
-        def pattern(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float = 1.0) -> Tensor:
-            return weights(scaled(q @ k.transpose(-2, -1), scale) + bias, q.dtype) @ v
-
-        def replacement(q: Any, k: Any, v: Any, bias: Any, scale: float = 1.0) -> Any:
-            return attend(q, k, v, bias, scale)
-
-    elif mask == "filled":
-
-        def pattern(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, fill: float, scale: float = 1.0) -> Tensor:  # type: ignore[misc]
-            return weights(scaled(q @ k.transpose(-2, -1), scale).masked_fill(mask, fill), q.dtype) @ v
-
-        def replacement(q: Any, k: Any, v: Any, mask: Any, scale: float = 1.0) -> Any:  # type: ignore[misc]
-            return attend(q, k, v, aten.logical_not.default(mask), scale)
-
-    else:
-
-        def pattern(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:  # type: ignore[misc]
-            return weights(scaled(q @ k.transpose(-2, -1), scale), q.dtype) @ v
-
-        def replacement(q: Any, k: Any, v: Any, scale: float = 1.0) -> Any:  # type: ignore[misc]
-            return attend(q, k, v, None, scale)
-
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    for function in (pattern, replacement):
+        function.__name__ = f"{softmax.replace(' ', '_')}_{scale_with}_{mask}"
+        function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return pattern, replacement
 
 
@@ -159,6 +155,7 @@ def strip_around_attention(graph_module: fx.GraphModule) -> Outcome:
         if (bare_q, bare_k, bare_v) != (q, k, v):
             node.args = (bare_q, bare_k, bare_v, *node.args[3:])
             count += 1
+    graph_module.graph.eliminate_dead_code()
     return Outcome(count)
 
 
@@ -194,8 +191,9 @@ def fold_query_scale(graph_module: fx.GraphModule) -> Outcome:
     for node in graph_module.graph.nodes:
         if node.target is not ops.attention.overload:
             continue
-        scaled = node.args[0]
+        moved, scaled = [], node.args[0]
         while scaled.target in moves and len(scaled.users) == 1:
+            moved.append(scaled)
             scaled = scaled.args[0]
         if scaled.target is not aten.mul.Tensor or len(scaled.users) != 1 or not isinstance(scaled.args[1], (int, float)):
             continue
@@ -203,7 +201,22 @@ def fold_query_scale(graph_module: fx.GraphModule) -> Outcome:
         head_dim = value(node.args[0]).shape[-1]
         node.args, node.kwargs = (*args, scaled.args[1] * (1 / math.sqrt(head_dim) if scale is None else scale)), {}
         scaled.replace_all_uses_with(scaled.args[0])
+        for moved_node in moved:
+            forget_origin(moved_node)
         count += 1
+    return Outcome(count)
+
+
+def drop_zero_bias(graph_module: fx.GraphModule) -> Outcome:
+    """A bias of zeros is none: T5's cross attention has one."""
+    count = 0
+    for node in graph_module.graph.nodes:
+        if node.target is ops.attention.overload:
+            args = list(ops.attention.bind(*node.args, **node.kwargs))
+            if isinstance(args[3], fx.Node) and args[3].target is aten.zeros.default:
+                args[3] = None
+                node.args, node.kwargs = tuple(args), {}
+                count += 1
     return Outcome(count)
 
 
@@ -212,4 +225,5 @@ ATTENTION = [
     *_manual(),
     GraphPass("attention: inputs as they were before copies", strip_around_attention),
     GraphPass("attention: query scale", fold_query_scale),
+    GraphPass("attention: bias of zeros", drop_zero_bias),
 ]

@@ -13,9 +13,14 @@ from burnish.rewrites.rewrite import Rewrite, values
 aten = torch.ops.aten
 
 
+
 def _norm_examples(dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
     return torch.randn(2, 3, 8, dtype=dtype), torch.randn(8, dtype=dtype), 1e-5
 
+
+def _layer_norm_examples(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, float]:
+    x, weight, eps = _norm_examples(dtype)
+    return x, weight, weight.clone(), eps
 
 
 # --- layer norm: torch's own ---------------------------------------------------------------------------------------------------
@@ -79,7 +84,7 @@ def _weight_is_vector(match: Match) -> str | None:
 
 
 NORM = [
-    Rewrite("layer_norm", layer_norm, to_layer_norm, _norm_examples, aten.layer_norm.default, _last_dim_only),
+    Rewrite("layer_norm", layer_norm, to_layer_norm, _layer_norm_examples, aten.layer_norm.default, _last_dim_only),
     *(
         Rewrite(f"rms_norm: {spelling.__name__}", spelling, to_rms_norm, _norm_examples, anchor, _weight_is_vector)
         for spelling, anchor in (

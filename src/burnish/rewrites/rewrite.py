@@ -68,7 +68,11 @@ def apply(name: str, rewrites: Iterable[Rewrite | GraphPass], graph_module: fx.G
         if not any(node.target is rewrite.anchor for node in graph_module.graph.nodes):
             continue
         for dtype in dtypes if rewrite.examples else dtypes[:1]:
-            found = replace_pattern(graph_module, rewrite.prepared(dtype), rewrite.replacement, guard=rewrite.guard)
+            try:
+                found = replace_pattern(graph_module, rewrite.prepared(dtype), rewrite.replacement, guard=rewrite.guard)
+            except (TypeError, ValueError) as error:  # the Op refuses what the guard let pass: the original stays
+                record.near_misses.append(f"{rewrite.name}: {error}")
+                continue
             matches[rewrite.name] += len(found)
             record.near_misses += [f"{rewrite.name}: {reason}" for _, reason in found.refused]
             if not found and found.near_misses:
@@ -133,6 +137,11 @@ def insert(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], build: Callab
         result.node.meta |= {key: entry for key, entry in node.meta.items() if key != "val"}
         node.replace_all_uses_with(result.node)
         graph.erase_node(node)
+
+
+def forget_origin(node: fx.Node) -> None:
+    """Says that `node` no longer has the value of the captured node that it came from."""
+    node.meta.pop("origin", None)
 
 
 def _set_value(graph_module: fx.GraphModule, node: fx.Node) -> None:

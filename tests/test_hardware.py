@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import burnish.device
-from burnish.device import DeviceInfo, Rates, device, fingerprint
+from burnish.hardware import DeviceInfo, Rates, device, fingerprint
 
 RATES = Rates(copy_gbs=30.0, gflops={"float32": 200.0, "bfloat16": 400.0}, date="2026-01-01T00:00:00+00:00")
 

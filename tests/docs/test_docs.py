@@ -1,0 +1,87 @@
+"""The documentation is true: its Python runs, its links lead somewhere, its tables are those of the result files."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from benchmarks import tables
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block of Python: the words after the fence's `python`, the code, and the line on which it starts."""
+
+    words: list[str]
+    code: str
+    line: int
+
+
+def python_blocks(text: str) -> list[Block]:
+    found = []
+    for match in BLOCK.finditer(text):
+        language, *words = match["info"].split() or [""]
+        if language == "python":
+            found.append(Block(words, match["code"], text.count("\n", 0, match.start("code"))))
+    return found
+
+
+def by_name(pages: list[Path]) -> list[object]:
+    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in pages]
+
+
+@pytest.mark.parametrize("page", by_name([page for page in PAGES if python_blocks(page.read_text())]))
+def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks of a page in one namespace, in order, in an empty folder, with cache folders of their own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    namespace: dict[str, object] = {"__name__": "__docs__"}
+    for block in python_blocks(page.read_text()):
+        if not block.words:
+            padding = "\n" * block.line  # so that a traceback names the page's own line
+            exec(compile(padding + block.code, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", by_name(PAGES))
+def test_blocks_that_do_not_run_say_why(page: Path) -> None:
+    for block in python_blocks(page.read_text()):
+        assert block.words in ([], ["no-run"]), f"{page}:{block.line}: unknown words {block.words}"
+        if block.words:
+            reason = re.match(r"# not run: \w.{10,}", block.code)
+            assert reason, f"{page}:{block.line + 1}: the first line must be '# not run: <reason>'"
+
+
+@pytest.mark.parametrize("page", by_name(PAGES))
+def test_links_lead_somewhere(page: Path) -> None:
+    broken = []
+    for target in LINK.findall(BLOCK.sub("", page.read_text())):
+        if re.match(r"\w+:", target):
+            continue  # another site: not looked up, the tests have no network
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path) if path else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(target)
+    assert not broken
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that a page's headings get."""
+    headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", by_name(PAGES))
+def test_tables_are_up_to_date(page: Path) -> None:
+    assert tables.renew(page.read_text(), tables.RESULTS) == page.read_text(), "run: make docs-tables"
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "index.md").read_text()
+    missing = [page.name for page in (ROOT / "docs").glob("*.md") if page.name != "index.md" and page.name not in index]
+    assert not missing

@@ -1,0 +1,98 @@
+"""The benchmarks that ship: every Op has one, cases can be told apart, tables show losses as plainly as wins."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from benchmarks import ops, startup
+from benchmarks.runner import verdicts
+from benchmarks.tables import group_tables, registry_table, renew
+from burnish.bench import RECORD_KEYS, save_records
+from burnish.numerics import oracle
+from burnish.op import OPS
+
+
+def record(case: str, variant: str, median_us: float | None, **more: object) -> dict[str, object]:
+    measured = {"case": case, "variant": variant, "median_us": median_us, "p20_us": median_us, "p80_us": median_us}
+    fixed = {"device": "Test CPU", "versions": {"torch": "2.13.0"}, "date": "2026-01-02T03:04:05+00:00", "command": "x"}
+    return {**dict.fromkeys(RECORD_KEYS), **measured, **fixed, **more}
+
+
+def test_every_op_has_a_benchmark() -> None:
+    assert set(ops.BENCHED) == set(OPS)
+
+
+def test_case_names_are_unique() -> None:
+    for group in (ops, startup):
+        names = [case.name for case in group.cases()]
+        assert len(names) == len(set(names)) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [pytest.param(name, size, id=f"{name} {size}") for name, (_, sizes) in ops.BENCHED.items() for size in sizes],
+)
+def test_the_peer_computes_what_the_op_does(name: str, size: str) -> None:
+    op = OPS[name]
+    peer, sizes = ops.BENCHED[name]
+    bound = op.bind(*sizes[size](torch.float32))
+    truth = oracle(op.reference, *bound)
+    # Both in float64, so that only a difference in meaning is left; judged in float32: their sums differ in order.
+    found, expected = tree_map(Tensor.float, (oracle(peer, *bound), truth))
+    assert verdicts({"peer": found}, expected, truth) == {"peer": None}
+
+
+def test_verdicts_look_through_output_classes() -> None:
+    x = torch.randn(4)
+    found = verdicts({"list": [x], "tuple": (x,), "wrong": [x + 1]}, [x], [x.double()])
+    assert found["list"] is None
+    assert found["tuple"] is None
+    assert "error is 1 " in str(found["wrong"])
+
+
+def test_tables_show_wins_and_losses_alike(tmp_path: Path) -> None:
+    records = [record("win", "eager", 3000), record("win", "torch.compile", 2000), record("win", "burnish", 1000)]
+    records += [record("loss", "eager", 3000), record("loss", "burnish", 4000)]
+    save_records(tmp_path / "cpu" / "models.json", records)
+    text = "\n".join(group_tables("models", None, tmp_path))
+    assert "| win | 3 ms | 2 ms | 1 ms | 2.00x as fast | torch.compile |" in text
+    assert "| loss | 3 ms |  | 4 ms | 0.75x as fast | eager |" in text
+    assert "Test CPU; torch 2.13.0; 2026-01-02." in text
+    assert "win" not in "\n".join(group_tables("models", "los*", tmp_path))
+
+
+def test_memory_and_inaccurate_peers_are_said(tmp_path: Path) -> None:
+    records = [record("memory", "eager", None, peak_mib=100.0), record("memory", "burnish", None, peak_mib=110.0)]
+    records += [record("odd", "onnxruntime", 2000, inaccurate="off by one"), record("odd", "burnish", 1000)]
+    save_records(tmp_path / "cpu" / "g.json", records)
+    text = "\n".join(group_tables("g", None, tmp_path))
+    assert "| memory | 100 MiB | 110 MiB |  | 1.10x the memory | eager |" in text
+    assert "2 ms \\*" in text
+    assert "\\* its numbers differ" in text
+
+
+def test_op_tables_name_the_fastest_impl_and_its_floor(tmp_path: Path) -> None:
+    times = {"eager": 30.0, "torch.compile": 20.0, "torch": 25.0, "onednn": 10.0}
+    save_records(tmp_path / "cpu" / "ops.json", [record("linear", v, us, floor_us=5.0) for v, us in times.items()])
+    text = "\n".join(group_tables("ops", None, tmp_path))
+    assert "| linear | 30 us | 20 us | onednn | 10 us | 2.00x as fast | torch.compile | 50% |" in text
+
+
+def test_markers_stay_and_only_what_is_between_changes(tmp_path: Path) -> None:
+    text = "before\n<!-- table: models a* -->\nold\n<!-- end table -->\nafter\n"
+    assert "No results recorded yet" in renew(text, tmp_path)
+    save_records(tmp_path / "cpu" / "models.json", [record("abc", "burnish", 1000)])
+    renewed = renew(text, tmp_path)
+    assert renewed.startswith("before\n<!-- table: models a* -->\n")
+    assert renewed.endswith("<!-- end table -->\nafter\n")
+    assert "abc" in renewed
+    assert "old" not in renewed
+    assert renew(renewed, tmp_path) == renewed
+
+
+def test_registry_table_has_every_op() -> None:
+    text = "\n".join(registry_table())
+    assert all(f"| `{name}(" in text for name in OPS)
