@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import burnish.device
+import burnish.hardware
 from burnish.hardware import DeviceInfo, Rates, device, fingerprint
 
 RATES = Rates(copy_gbs=30.0, gflops={"float32": 200.0, "bfloat16": 400.0}, date="2026-01-01T00:00:00+00:00")
@@ -21,15 +21,15 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[torch.devi
         calls.append(target)
         return RATES
 
-    monkeypatch.setattr(burnish.device, "cache_folder", lambda *parts: tmp_path.joinpath(*parts))
-    monkeypatch.setattr(burnish.device, "_measure", measure)
-    monkeypatch.setattr(burnish.device, "_remembered", {})
+    monkeypatch.setattr(burnish.hardware, "cache_folder", lambda *parts: tmp_path.joinpath(*parts))
+    monkeypatch.setattr(burnish.hardware, "_measure", measure)
+    monkeypatch.setattr(burnish.hardware, "_remembered", {})
     return calls
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a new process: only what is on disk is known."""
-    monkeypatch.setattr(burnish.device, "_remembered", {})
+    monkeypatch.setattr(burnish.hardware, "_remembered", {})
 
 
 def saved_file(folder: Path) -> Path:
@@ -69,8 +69,8 @@ def test_wrong_type_is_refused() -> None:
 
 
 def test_measures_plausible_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(burnish.device, "cache_folder", lambda *parts: tmp_path.joinpath(*parts))
-    monkeypatch.setattr(burnish.device, "_remembered", {})
+    monkeypatch.setattr(burnish.hardware, "cache_folder", lambda *parts: tmp_path.joinpath(*parts))
+    monkeypatch.setattr(burnish.hardware, "_remembered", {})
     rates = device("cpu").rates
     assert rates is not None
     assert 0.5 < rates.copy_gbs < 5_000
@@ -131,7 +131,7 @@ def test_a_cache_folder_that_cannot_be_written_is_no_error(
     measured: list[torch.device], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(burnish.device, "cache_folder", lambda *parts: tmp_path.joinpath("file", *parts))
+    monkeypatch.setattr(burnish.hardware, "cache_folder", lambda *parts: tmp_path.joinpath("file", *parts))
     assert device("cpu").rates == RATES
 
 
@@ -179,8 +179,8 @@ def test_prints_as_a_table_and_as_json() -> None:
 
 @pytest.mark.gpu
 def test_measures_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(burnish.device, "cache_folder", lambda *parts: tmp_path.joinpath(*parts))
-    monkeypatch.setattr(burnish.device, "_remembered", {})
+    monkeypatch.setattr(burnish.hardware, "cache_folder", lambda *parts: tmp_path.joinpath(*parts))
+    monkeypatch.setattr(burnish.hardware, "_remembered", {})
     info = device("cuda")
     assert info.rates is not None
     assert info.architecture.startswith("sm_")

@@ -1,7 +1,7 @@
 """Burnish makes PyTorch transformers fast, step by step, and shows its work.
 
-`optimize` is the one-line way; `ops`, `use` and `why_not` give every fused Op with an explicit choice of implementation;
-`replace_pattern`, `explain_match`, `graph_report` and `draw` work on any fx graph.
+`optimize` is the one-line way; `ops`, `use` and `why_not` give every fused Op with an explicit choice of
+implementation; `replace_pattern`, `explain_match`, `graph_report` and `draw` work on any fx graph.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from burnish import ops, pattern
     from burnish.bench import Benchmark, benchmark
-    from burnish.hardware import DeviceInfo, device
     from burnish.graph.matcher import explain_match, find_matches
     from burnish.graph.rewriter import replace_pattern
     from burnish.graph.show import draw, graph_report
+    from burnish.hardware import DeviceInfo, device
     from burnish.op import use, why_not
     from burnish.report import Report
     from burnish.schedule import Schedule, optimize

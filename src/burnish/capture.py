@@ -1,8 +1,8 @@
 """nn.Module + example inputs -> `Program`: one flat graph in ATen dialect that serves every batch and sequence size.
 
-Source of the method: `torch.export` in non-strict mode keeps composite operators (linear, layer_norm, ...), the module path and
-the source line of every node, and works on every Hugging Face architecture tried; dimensions are left to `Dim.AUTO`, so that the
-export itself finds out which of them the model fixes.
+Source of the method: `torch.export` in non-strict mode keeps composite operators (linear, layer_norm, ...), the module
+path and the source line of every node, and works on every Hugging Face architecture tried; dimensions are left to
+`Dim.AUTO`, so that the export itself finds out which of them the model fixes.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Program:
     """One captured model.
 
     Attributes:
-        graph_module: the graph in its present state. Inputs and outputs are flat (pytree leaves); weights are `get_attr` nodes with
-            the names they have in the model, and are the model's own tensors, not copies.
-        captured: the graph as it was captured. Every node of `graph_module` whose value is also computed by `captured` has
-            `meta["origin"]`, the name of that node: this is what verification compares.
+        graph_module: the graph in its present state. Inputs and outputs are flat (pytree leaves); weights are
+            `get_attr` nodes with the names they have in the model, and are the model's own tensors, not copies.
+        captured: the graph as it was captured. Every node of `graph_module` whose value is also computed by `captured`
+            has `meta["origin"]`, the name of that node: this is what verification compares.
         in_spec, out_spec: the pytree structure of `(args, kwargs)` and of the result.
         attention_interface: whether Hugging Face's attention was taken over while capturing.
         history: one `StepRecord` for each step applied so far.
@@ -59,10 +59,25 @@ class Program:
                 return reason
         return None
 
+    def first_rows(self, leaves: Sequence[Any], tokens: int) -> list[Any]:
+        """The leaves cut to as many samples of the batch as have about `tokens` tokens together; at least two, if there
+        are."""
+        batch = next((spec.sizes[0] for spec in self.inputs if spec.sizes and isinstance(spec.sizes[0], str)), None)
+        sample = next(
+            (leaf for leaf, spec in zip(leaves, self.inputs, strict=True) if spec.sizes[:1] == (batch,)), None
+        )
+        if batch is None or sample is None:
+            return list(leaves)
+        length = sample.shape[1] if sample.dim() > 1 else 1
+        rows = max(2, tokens // max(length, 1))
+        cut = [spec.sizes[:1] == (batch,) for spec in self.inputs]
+        return [leaf[:rows] if cuts else leaf for leaf, cuts in zip(leaves, cut, strict=True)]
+
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What one flat input must be: for a tensor its dtype, device and sizes (an int is fixed, a str is a free symbol)."""
+    """What one flat input must be: for a tensor its dtype, device and sizes (an int is fixed, a str is a free
+    symbol)."""
 
     name: str
     dtype: torch.dtype | None = None
@@ -89,7 +104,8 @@ class InputSpec:
             low, high = self.limits[dim]
             if symbols.setdefault(expected, size) != size if isinstance(expected, str) else expected != size:
                 return f"{self.name}: size {size} at dim {dim} does not fit {expected}"
-            # A symbol's lower bound of 2 only says that export saw no size of 0 or 1; the runtime checks those sizes by value.
+            # A symbol's lower bound of 2 only says that export saw no size of 0 or 1; the runtime checks those sizes by
+            # value.
             if (high is not None and size > high) or (low > 2 and size < low) or size == 0:
                 return f"{self.name}: size {size} at dim {dim} is outside {low}..{high or 'any'}"
         return None
@@ -102,10 +118,12 @@ def capture(
     *,
     attention_interface: bool = True,
 ) -> Program:
-    """Captures `model` as it computes for `args` and `kwargs`; sizes of these inputs become free where the model allows it.
+    """Captures `model` as it computes for `args` and `kwargs`; sizes of these inputs become free where the model allows
+    it.
 
     Args:
-        attention_interface: take over Hugging Face's attention, so that masks reach the `attention` Op by their meaning.
+        attention_interface: take over Hugging Face's attention, so that masks reach the `attention` Op by their
+            meaning.
 
     Raises:
         CaptureError: one line with the place in the model and the reason.
@@ -171,7 +189,10 @@ def _export(
 
     with torch.no_grad(), _quiet():
         if attention_interface:
-            with contextlib.suppress(huggingface.NotExpressible), huggingface.captured_attention(model, given) as took_over:
+            with (
+                contextlib.suppress(huggingface.NotExpressible),
+                huggingface.captured_attention(model, given) as took_over,
+            ):
                 return export(), took_over
         return export(), False
 
@@ -191,8 +212,8 @@ def _is_unit(leaf: Any) -> bool:
 
 
 def _widen(leaves: Sequence[Any]) -> list[Any]:
-    """Batch and sequence sizes of 1 become 2, because export would fix them: the first dim of every tensor if all agree on 1, and
-    the second of those that look like (batch, sequence[, features])."""
+    """Batch and sequence sizes of 1 become 2, because export would fix them: the first dim of every tensor if all agree
+    on 1, and the second of those that look like (batch, sequence[, features])."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
     batch_is_one = all(t.shape[0] == 1 for t in tensors)
     sequence_is_one = all(t.shape[1] == 1 for t in tensors if t.dim() in (2, 3))
@@ -244,7 +265,8 @@ def _flatten_signature(graph_module: fx.GraphModule) -> None:
 
 def _copy_graph(graph: fx.Graph) -> fx.Graph:
     copied = fx.Graph()
-    output = copied.graph_copy(graph, mapping := {})
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = copied.graph_copy(graph, mapping)
     copied.output(output)
     for old, new in mapping.items():
         new.meta = dict(old.meta)
@@ -269,7 +291,15 @@ def _one_line(error: BaseException) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     message = lines[0] if lines else type(error).__name__
-    place = next((frame for frame in reversed(inspect.getinnerframes(error.__traceback__)) if "torch" not in frame.filename), None) \
-        if error.__traceback__ else None
-    where = f" ({place.filename}:{place.lineno} in {place.function})" if place and "burnish" not in place.filename else ""
+    place = (
+        next(
+            (frame for frame in reversed(inspect.getinnerframes(error.__traceback__)) if "torch" not in frame.filename),
+            None,
+        )
+        if error.__traceback__
+        else None
+    )
+    where = (
+        f" ({place.filename}:{place.lineno} in {place.function})" if place and "burnish" not in place.filename else ""
+    )
     return f"{type(error).__name__}: {message}{where}"

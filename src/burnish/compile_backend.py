@@ -1,7 +1,8 @@
 """`torch.compile(model, backend="burnish")`: the same rewrites in front of Inductor.
 
-For models that `torch.export` cannot take as one graph: Dynamo hands over the parts that it can. Weights are inputs of those parts, so
-what needs packed weights (merged projections) is left out; everything else is raised and fused as in `optimize`.
+For models that `torch.export` cannot take as one graph: Dynamo hands over the parts that it can. Weights are inputs of
+those parts, so what needs packed weights (merged projections) is left out; everything else is raised and fused as in
+`optimize`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **optio
     patches = dict(options.get("options") or {})
     if mode := options.get("mode"):
         patches = torch._inductor.list_mode_options(mode) | patches
-    return compile_fx(rewritten, list(example_inputs), config_patches=patches or None)  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(rewritten, list(example_inputs), config_patches=patches or None)
+    return compiled
 
 
 def rewrite(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[StepRecord]]:

@@ -1,9 +1,10 @@
 """Capture of Hugging Face models: padding and causality reach the `attention` Op as such, not as a materialised mask.
 
-Source of the method: transformers' own extension points, `AttentionInterface` and `AttentionMaskInterface`. While a model is captured,
-its configs name our implementation. Our mask function returns transformers' whole mask and remembers, by that tensor's identity,
-what it means; our attention function recognises the tensor and hands the meaning to the Op. Nobody reads the mask then, and
-dead-code elimination removes it. A mask that a model slices, casts or adds to is another tensor: it stays a bias, slower and still right.
+Source of the method: transformers' own extension points, `AttentionInterface` and `AttentionMaskInterface`. While a
+model is captured, its configs name our implementation. Our mask function returns transformers' whole mask and
+remembers, by that tensor's identity, what it means; our attention function recognises the tensor and hands the meaning
+to the Op. Nobody reads the mask then, and dead-code elimination removes it. A mask that a model slices, casts or adds
+to is another tensor: it stays a bias, slower and still right.
 """
 
 from __future__ import annotations
@@ -41,17 +42,22 @@ class Meaning:
 
 @contextlib.contextmanager
 def captured_attention(model: nn.Module, names_given: frozenset[str] = frozenset()) -> Iterator[bool]:
-    """Within the `with`, Hugging Face attention in `model` is the `attention` Op; all settings are as before when it ends.
-    Yields whether anything was taken over.
+    """Within the `with`, Hugging Face attention in `model` is the `attention` Op; all settings are as before when it
+    ends. Yields whether anything was taken over.
 
-    Left as they are: models that are not Hugging Face's, that have attention code of their own, that use another implementation
-    than eager or sdpa, or that are to return their attention weights.
+    Left as they are: models that are not Hugging Face's, that have attention code of their own, that use another
+    implementation than eager or sdpa, or that are to return their attention weights.
 
     Args:
-        names_given: names of the inputs that the caller passes. Position ids that the caller passes may mean packed sequences.
+        names_given: names of the inputs that the caller passes. Position ids that the caller passes may mean packed
+            sequences.
     """
     configs = _configs(model)
-    if not configs or "output_attentions" in names_given or any(getattr(c, "output_attentions", False) for c in configs):
+    if (
+        not configs
+        or "output_attentions" in names_given
+        or any(getattr(c, "output_attentions", False) for c in configs)
+    ):
         yield False
         return
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -73,7 +79,8 @@ def captured_attention(model: nn.Module, names_given: frozenset[str] = frozenset
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """The configs through which attention can be exchanged: of the models in `model` that use the attention interface."""
+    """The configs through which attention can be exchanged: of the models in `model` that use the attention
+    interface."""
     if "transformers" not in sys.modules:
         return []
     from transformers import PreTrainedModel
@@ -81,7 +88,8 @@ def _configs(model: nn.Module) -> list[Any]:
     found = {}
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.config._attn_implementation in _TAKEN_OVER:
-            # Code of the model's own may read the mask of the implementation that the config names, and add it to its scores.
+            # Code of the model's own may read the mask of the implementation that the config names, and add it to its
+            # scores.
             if not module._can_set_attn_implementation():
                 return []
             found[id(module.config)] = module.config
@@ -123,7 +131,12 @@ class _Takeover:
         )
         parts = {getattr(part, "__qualname__", ""): part for part in _parts(mask_function)}
         is_causal = "causal_mask_function" in parts
-        plain = parts.keys() <= self.known and not kwargs.get("use_vmap") and isinstance(q_offset, int) and q_offset == kv_offset == 0
+        plain = (
+            parts.keys() <= self.known
+            and not kwargs.get("use_vmap")
+            and isinstance(q_offset, int)
+            and q_offset == kv_offset == 0
+        )
         if plain and (not is_causal or statically_known_true(q_length == kv_length)):
             window = _enclosed(parts[_WINDOW], "sliding_window") if _WINDOW in parts else None
             self.meanings.append(Meaning(mask, attention_mask, is_causal, window))
@@ -142,7 +155,8 @@ class _Takeover:
         position_bias: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """(batch, heads, length, head_dim) in, (batch, length, heads, head_dim) out, as transformers' attention functions do it."""
+        """(batch, heads, length, head_dim) in, (batch, length, heads, head_dim) out, as transformers' attention
+        functions do it."""
         from burnish import ops
 
         given = [name for name in ("softcap", "s_aux", "cache", "cu_seq_lens_q") if kwargs.get(name) is not None]

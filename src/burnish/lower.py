@@ -1,7 +1,7 @@
 """Program -> `Executable`: one generated function in which every Op node is a slot that an Impl's plain callable fills.
 
-The code is generated once for a Program. What differs from one input signature to the next is only which Impl stands in which slot,
-so that a new batch or sequence size costs a dictionary, not a compilation.
+The code is generated once for a Program. What differs from one input signature to the next is only which Impl stands in
+which slot, so that a new batch or sequence size costs a dictionary, not a compilation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from burnish.op import OPS, Op
 
 
 class Slot:
-    """The place of one Op node in the generated code. Calling it runs the Op's reference, so that unbound code is right too."""
+    """The place of one Op node in the generated code. Calling it runs the Op's reference, so that unbound code is right
+    too."""
 
     def __init__(self, name: str, op: Op, origin: str) -> None:
         self.name = self.__name__ = self.__qualname__ = name
@@ -32,8 +33,8 @@ class Slot:
 
 @dataclass(frozen=True)
 class WeightPlace:
-    """Where a weight lives: the dictionary of the module that owns it, and its name there. Read anew at each call, so that a
-    replaced parameter is seen."""
+    """Where a weight lives: the dictionary of the module that owns it, and its name there. Read anew at each call, so
+    that a replaced parameter is seen."""
 
     owner: Mapping[str, Any]
     name: str
@@ -51,17 +52,22 @@ class Executable:
 
     def __init__(self, graph_module: fx.GraphModule, model: nn.Module | None = None) -> None:
         graph, self.slots, paths = _slotted(graph_module)
-        self.weights = [find_weight((model, graph_module) if model is not None else (graph_module,), path) for path in paths]
+        self.weights = [
+            find_weight((model, graph_module) if model is not None else (graph_module,), path) for path in paths
+        ]
         code = graph.python_code("self")
         self.source = code.src
         self._globals = dict(code.globals)
         self._global_names = {id(value): name for name, value in code.globals.items() if isinstance(value, Slot)}
         namespace = dict(self._globals)
-        exec(compile(self.source, f"<burnish {type(graph_module).__name__}>", "exec"), namespace)  # fx's own generated code
+        exec(
+            compile(self.source, f"<burnish {type(graph_module).__name__}>", "exec"), namespace
+        )  # fx's own generated code
         self._code: types.CodeType = namespace["forward"].__code__
 
     def bind(self, chosen: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-        """A function `(weights, leaves) -> output leaves` that calls `chosen[slot.name]` in each slot (the reference where absent)."""
+        """A function `(weights, leaves) -> output leaves` that calls `chosen[slot.name]` in each slot (the reference
+        where absent)."""
         namespace = dict(self._globals)
         for slot in self.slots:
             if slot.name in chosen:

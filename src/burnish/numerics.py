@@ -1,18 +1,20 @@
 """The one rule for "equal enough", for tests and `verify()` alike.
 
-A result is right when its error against a float64 oracle is at most twice the error that eager PyTorch makes in the same
-dtype, plus one rounding step: `error <= 2 * eager_error + eps(dtype) * max|oracle|`. For float32 it is eight times.
+A result is right when its error against a float64 oracle is at most twice the error that eager PyTorch makes in the
+same dtype, plus one rounding step: `error <= 2 * eager_error + eps(dtype) * max|oracle|`. In float32 it may be eight
+times.
 
-Errors are the largest absolute difference, and the same must hold of the mean absolute difference (with `mean|oracle|`):
-one outlier sets the largest allowed error of a whole tensor, and would hide an error everywhere else. A sum of products is as exact as its largest terms, so an entry that came out
-near zero by cancellation has no relative accuracy to compare; the scale of the whole result has. No tolerance is set by
-hand: eager says what the dtype can do on these very inputs, the factor allows another order of summation, and the
-rounding step covers results that eager happens to get exactly right.
+Errors are the largest absolute difference. A sum of products is as exact as its largest terms, so an entry that came
+out near zero by cancellation has no relative accuracy to compare; the scale of the whole result has. The same must
+hold of the mean absolute difference, with `mean|oracle|`: one outlier sets the largest error that is allowed in a
+whole tensor, and would hide errors everywhere else. No tolerance is set by hand: eager says what the dtype can do on
+these very inputs, the factor allows another order of summation, and the rounding step covers results that eager
+happens to get exactly right.
 
 Two is the factor of QuACK's tests: half-precision sums are accumulated in float32, and the rounding of the result
 dominates. In float32 nothing is left but the order of summation, and that alone is worth more than two: oneDNN's
-product has up to 4.7 times the error of MKL's (36 random ones, K from 64 to 16000), and MKL's own differ as much between
-one row and many. A wrong operator or a lower precision is off by a hundred times and more.
+product has up to 4.7 times the error of MKL's (72 random ones, K from 64 to 16000), and MKL's own one row and many
+differ as much. A wrong operator or a lower precision is off by a hundred times and more.
 """
 
 from __future__ import annotations
@@ -121,7 +123,9 @@ def _check_leaf(result: Any, eager: Any, oracle: Any) -> Verdict:
     result, eager, oracle = result.detach(), eager.detach().to(result.device), oracle.detach().to(result.device)
     if not result.is_floating_point():
         different = int((result != eager).sum())
-        return _wrong(f"{different} of {result.numel()} values differ from eager") if different else Verdict(True, 0, 0, 0)
+        return (
+            _wrong(f"{different} of {result.numel()} values differ from eager") if different else Verdict(True, 0, 0, 0)
+        )
     return _check_floats(result, eager, oracle)
 
 

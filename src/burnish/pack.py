@@ -1,8 +1,9 @@
 """Weights that a fused Op wants together become one tensor, of which the original parameters become views.
 
-So memory does not grow, `load_state_dict` and in-place updates reach the packed tensor, and nothing has to be packed again. On the
-CPU a weight may also be stored (K, N) instead of (N, K), where that measures faster: oneDNN then reads it in place (measured on
-Zen 4, 128 x 384 x 1536: 721 us against 741 as stored by PyTorch; on Zen 5 the gap is wider), and a parameter stays a (N, K) view.
+So memory does not grow, `load_state_dict` and in-place updates reach the packed tensor, and nothing has to be packed
+again. On the CPU a weight may also be stored (K, N) instead of (N, K), where that measures faster: oneDNN then reads it
+in place (measured on Zen 4, 128 x 384 x 1536: 721 us against 741 as stored by PyTorch; on Zen 5 the gap is wider), and
+a parameter stays a (N, K) view.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Pack:
 def pack(
     graph_module: fx.GraphModule, model: nn.Module, wants_transposed: Callable[[fx.Node], bool]
 ) -> tuple[list[Pack], StepRecord]:
-    """Replaces every `cat` of weights by one packed weight, and stores (K, N) the weights for which `wants_transposed` says so.
+    """Replaces every `cat` of weights by one packed weight, and stores (K, N) the weights for which `wants_transposed`
+    says so.
 
     Args:
         model: owner of the parameters; their `.data` become views.
@@ -101,9 +103,12 @@ def _is_matrix(node: fx.Node) -> bool:
 
 
 def _only_products_read(node: fx.Node) -> bool:
-    """Whether every reader of the weight (or of the weights in a cat) is a product. An embedding that shares it would suffer."""
+    """Whether every reader of the weight (or of the weights in a cat) is a product. An embedding that shares it would
+    suffer."""
     paths = {part.target for part in _parts(node)}
-    readers = [user for other in node.graph.nodes if other.op == "get_attr" and other.target in paths for user in other.users]
+    readers = [
+        user for other in node.graph.nodes if other.op == "get_attr" and other.target in paths for user in other.users
+    ]
     readers += [user for user in node.users if node.op != "get_attr"]
     products = {torch.ops.burnish.linear.default, torch.ops.burnish.gated_mlp.default}
     return all(reader is node or reader.target in products for reader in readers)

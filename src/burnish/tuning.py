@@ -1,8 +1,8 @@
 """Which Impl is fastest here: measured, remembered on disk, looked up for sizes nearby.
 
-A *family* is everything about a call except its sizes (op, dtypes, layouts, constants); a *choice* is what was measured for one list
-of sizes in a family. A size that was never measured takes the choice of its nearest neighbour within a factor of two; only where
-there is none is it measured, within the caller's time budget.
+A *family* is everything about a call except its sizes (op, dtypes, layouts, constants); a *choice* is what was measured
+for one list of sizes in a family. A size that was never measured takes the choice of its nearest neighbour within a
+factor of two; only where there is none is it measured, within the caller's time budget.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from burnish._files import cache_folder
 from burnish.hardware import fingerprint
 from burnish.op import Impl, ImplUnavailable, Op, find_impl
 
@@ -36,7 +37,8 @@ class Choice:
         impl: its name.
         times_us: median microseconds of every Impl that was measured (empty: none was).
         rejected: why each other Impl could not take the call, by name.
-        source: "measured", "cached", "nearby" (a neighbour's choice), "explicit" (asked for by the user), "only" or "default".
+        source: "measured", "cached", "nearby" (a neighbour's choice), "explicit" (asked for by the user), "only" or
+            "default".
     """
 
     impl: str
@@ -93,7 +95,9 @@ class Tuner:
         self._disk: dict[str, dict[str, dict[str, float]]] = _read(cache_path()) if cache != "off" else {}
         self._dirty = False
 
-    def choose(self, op: Op, args: Sequence[Any], *, budget_us: float, variants: Sequence[Sequence[Any]] = ()) -> tuple[Impl, Choice]:
+    def choose(
+        self, op: Op, args: Sequence[Any], *, budget_us: float, variants: Sequence[Sequence[Any]] = ()
+    ) -> tuple[Impl, Choice]:
         """The Impl for `op(*args)`.
 
         Args:
@@ -116,7 +120,9 @@ class Tuner:
             raise ImplUnavailable(op.name, name, reasons)
         return Choice(name, source="explicit")
 
-    def _choose(self, op: Op, key: Key, args: Sequence[Any], budget_us: float, variants: Sequence[Sequence[Any]]) -> Choice:
+    def _choose(
+        self, op: Op, key: Key, args: Sequence[Any], budget_us: float, variants: Sequence[Sequence[Any]]
+    ) -> Choice:
         rejected = {name: reasons for name, impl in op.impls.items() if (reasons := impl.why_not(*args))}
         able = [name for name in op.impls if name not in rejected]
         if len(able) == 1:
@@ -136,8 +142,8 @@ class Tuner:
         return Choice(_fastest(times, able), times, rejected)
 
     def save(self) -> None:
-        """Writes what was measured since the last save, merged with what others wrote meanwhile. A folder that cannot be written
-        is no error: the next process measures again."""
+        """Writes what was measured since the last save, merged with what others wrote meanwhile. A folder that cannot
+        be written is no error: the next process measures again."""
         if not self._dirty or self.cache != "readwrite":
             return
         path = cache_path()
@@ -161,7 +167,7 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in functions}
     running = dict(functions)
     with torch.no_grad():
-        for name, function in functions.items():  # the first call pays for primitives and pages
+        for function in functions.values():  # the first call pays for primitives and pages
             _timed(function, arguments[0])
         started = time.perf_counter()
         for sample in range(_SAMPLES):

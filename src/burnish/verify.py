@@ -1,8 +1,9 @@
 """Every rewritten node against the float64 oracle, on real activations; and the way back for those that fail.
 
-The captured graph is run once in the model's own dtype: that is eager. Wherever the rewritten graph computes a value that the
-captured graph computes too, the nodes that lead to it (a *unit*) are run on eager's own inputs and compared with eager's value and
-with the same part of the captured graph in float64. Values are dropped as soon as nothing needs them.
+The captured graph is run once in the model's own dtype: that is eager. Wherever the rewritten graph computes a value
+that the captured graph computes too, the nodes that lead to it (a *unit*) are run on eager's own inputs and compared
+with eager's value and with the same part of the captured graph in float64. Values are dropped as soon as nothing needs
+them.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Unit:
 
 @dataclass
 class Verification:
-    """What was compared. `units` in the order of execution, each with its verdict; `skipped` says why nothing was compared."""
+    """What was compared. `units` in the order of execution, each with its verdict; `skipped` says why nothing was
+    compared."""
 
     units: list[Unit] = field(default_factory=list)
     skipped: str | None = None
@@ -64,8 +66,11 @@ def units_of(graph: fx.Graph, captured: fx.Graph) -> list[Unit]:
     return units
 
 
-def _slice(node: fx.Node, origin_of: Callable[[fx.Node], fx.Node | None]) -> tuple[list[fx.Node], dict[fx.Node, fx.Node]]:
-    """The nodes from the nearest shared values to `node`, in order; and the shared values with their captured counterparts."""
+def _slice(
+    node: fx.Node, origin_of: Callable[[fx.Node], fx.Node | None]
+) -> tuple[list[fx.Node], dict[fx.Node, fx.Node]]:
+    """The nodes from the nearest shared values to `node`, in order; and the shared values with their captured
+    counterparts."""
     inner: dict[fx.Node, None] = {}
     inputs: dict[fx.Node, fx.Node] = {}
 
@@ -150,16 +155,16 @@ def _attribute(graph_module: fx.GraphModule, path: str) -> Any:
     return getattr(graph_module.get_submodule(owner), name)
 
 
-def _oracle(
-    node: fx.Node, captured: fx.GraphModule, known: dict[fx.Node, Any], eager: dict[fx.Node, Any]
-) -> Any:
+def _oracle(node: fx.Node, captured: fx.GraphModule, known: dict[fx.Node, Any], eager: dict[fx.Node, Any]) -> Any:
     """`node` in float64, computed from the values in `known` (which it extends)."""
     if node in known:
         return known[node]
     if node.op == "placeholder":
         known[node] = _upcast(eager[node])
     elif node.op == "get_attr":
-        known[node] = _attribute(captured, str(node.target))  # upcast where it is used: an embedding table stays as it is
+        known[node] = _attribute(
+            captured, str(node.target)
+        )  # upcast where it is used: an embedding table stays as it is
     else:
         for source in node.all_input_nodes:
             _oracle(source, captured, known, eager)

@@ -83,7 +83,9 @@ def test_a11_call_module_names_the_matched_module():
     gm = trace(model)
     replace_pattern(gm, lambda x: call_module("fc1", x).tanh(), lambda x: call_module("fc1", x).relu())
     assert torch.equal(gm(X), torch.sigmoid(model.fc2(torch.relu(model.fc1(X)))))
-    replace_pattern(gm, lambda x: call_module("fc1", x).relu(), lambda x, *, match: gm.get_submodule(match.modules["fc1"])(x))
+    replace_pattern(
+        gm, lambda x: call_module("fc1", x).relu(), lambda x, *, match: gm.get_submodule(match.modules["fc1"])(x)
+    )
     assert torch.equal(gm(X), torch.sigmoid(model.fc2(model.fc1(X))))
 
 

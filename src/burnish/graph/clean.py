@@ -39,6 +39,19 @@ def clean(gm: fx.GraphModule) -> int:
     return removed
 
 
+def _needing_gradients(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes through which a backward pass would go: a detach of one of these does something."""
+    tracked: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            source = node.op in ("placeholder", "get_attr") and value.requires_grad
+            passes = any(n in tracked for n in node.all_input_nodes) and _aten_name(node) != "detach"
+            if source or passes:
+                tracked.add(node)
+    return tracked
+
+
 def _aten_name(node: fx.Node) -> str:
     if (
         node.op == "call_function"
@@ -61,12 +74,15 @@ def _drop_checks(gm: fx.GraphModule) -> None:
 def _drop_no_ops(gm: fx.GraphModule) -> None:
     mutated = mutated_roots(gm.graph.nodes, gm)
     returned = alias_roots(input_nodes(gm.graph.output_node().args), gm)
+    tracked = _needing_gradients(gm)
     for node in list(gm.graph.nodes):
         name = _aten_name(node)
         if not name or not node.users or not node.args or not isinstance(node.args[0], fx.Node):
             continue
         source = node.args[0]
         if not _changes_nothing(name, node, source, canonical(node, gm).args):
+            continue
+        if name == "detach" and source in tracked:
             continue
         # A copy has a storage of its own: that matters to whoever writes to it, to its source, or receives it.
         if name in _COPIES and (node in mutated or node in returned or alias_roots([source], gm) & mutated):
@@ -125,17 +141,13 @@ def _never_drops(before: torch.Tensor, after: torch.Tensor, args: dict[str, Any]
     return args["train"] is False or args["p"] == 0
 
 
-def _shares_gradient(before: torch.Tensor, after: torch.Tensor, args: dict[str, Any]) -> bool:
-    return not before.requires_grad  # a detach of what requires grad cuts the backward pass
-
-
 _RULES: dict[str, Callable[[torch.Tensor, torch.Tensor, dict[str, Any]], bool]] = {
     "to": _same_place,
     "_to_copy": _same_place,
     "type_as": _same_place,
     "alias": lambda *_: True,
     "lift_fresh_copy": lambda *_: True,
-    "detach": _shares_gradient,
+    "detach": lambda *_: True,
     "contiguous": _is_contiguous,
     "permute": _is_identity_permutation,
     "transpose": _is_identity_transpose,

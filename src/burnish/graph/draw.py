@@ -51,8 +51,8 @@ def draw(gm: fx.GraphModule, path: str | Path, highlight: Iterable[Match] = ()) 
     """Draw the graph to an SVG file and return its path.
 
     Weights and symbolic sizes are written inside the boxes that use them. Nodes of the matches in `highlight` are
-    coloured, one colour for each. The layout is igraph's (the extra `draw`); where igraph is missing, a Graphviz file is
-    written next to it instead, with the suffix `.dot`, and its path returned.
+    coloured, one colour for each. The layout is igraph's (the extra `draw`); where igraph is missing, a Graphviz file
+    with the suffix `.dot` is written instead, and its path returned.
 
     Raises ValueError for a match of another graph, or one whose nodes have been replaced.
     """
@@ -169,7 +169,7 @@ def _layers(count: int, edges: Sequence[tuple[int, int]]) -> list[int]:
 def _arrange(igraph: Any, boxes: list[_Box], edges: list[tuple[int, int]]) -> list[list[_Point]]:
     """Place the boxes; return for every edge the points it passes."""
     layers = _layers(len(boxes), edges)
-    # A long edge gets a place of its own in every layer that it crosses, so that it passes between boxes, not behind them.
+    # A long edge gets a place of its own in every layer that it crosses: it passes between boxes, not behind them.
     chains: list[list[int]] = []
     for source, target in edges:
         passed = range(len(layers), len(layers) + layers[target] - layers[source] - 1)
@@ -251,12 +251,12 @@ def _svg(boxes: Sequence[_Box], routes: Sequence[Sequence[_Point]], matches: Seq
     legend_width = max((len(label) for _, label in legend), default=0) * _DETAIL * 0.58 + 50 if legend else 0
     width, height = right + legend_width, max(bottom, 40 + 20 * len(legend))
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}" '
-        f'font-family="{_FONT}" fill="{_INK}">',
-        f'<defs><marker id="arrow" viewBox="0 0 8 8" refX="7.5" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        f'<path d="M0,0.5 L8,4 L0,7.5 z" fill="{_QUIET}"/></marker></defs>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
+        f'viewBox="0 0 {width:.0f} {height:.0f}" font-family="{_FONT}" fill="{_INK}">',
+        '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7.5" refY="4" markerWidth="7" markerHeight="7" '
+        f'orient="auto"><path d="M0,0.5 L8,4 L0,7.5 z" fill="{_QUIET}"/></marker></defs>',
         f'<rect width="100%" height="100%" fill="{_PAPER}"/>',
-        f'<g fill="none" stroke="{_QUIET}" stroke-width="1.2" stroke-opacity="0.75" marker-end="url(#arrow)">',
+        f'<g fill="none" stroke="{_QUIET}" stroke-width="1.2" stroke-opacity="0.75">',
     ]
     lines += [f'<path d="{_curve(route)}" marker-end="url(#arrow)"/>' for route in routes]
     lines.append('</g>\n<g text-anchor="middle">')
@@ -287,13 +287,14 @@ def _svg_box(box: _Box) -> str:
     tooltip = escape(f"{box.node.name}: {box.node.format_node() or box.node.op}")
     parts = [
         f"<g><title>{tooltip}</title>",
-        f'<rect x="{left:.1f}" y="{top:.1f}" width="{box.width:.1f}" height="{box.height:.1f}" rx="6" fill="{box.fill}" '
-        f'stroke="{box.stroke}"/>',
+        f'<rect x="{left:.1f}" y="{top:.1f}" width="{box.width:.1f}" height="{box.height:.1f}" rx="6" '
+        f'fill="{box.fill}" stroke="{box.stroke}"/>',
         f'<text x="{box.x:.1f}" y="{top + 17:.1f}" font-size="{_TITLE}" font-weight="600">{escape(box.title)}</text>',
     ]
     for i, line in enumerate(box.details):
+        y = top + 32 + 14 * i
         parts.append(
-            f'<text x="{box.x:.1f}" y="{top + 32 + 14 * i:.1f}" font-size="{_DETAIL}" fill-opacity="0.8">{escape(line)}</text>'
+            f'<text x="{box.x:.1f}" y="{y:.1f}" font-size="{_DETAIL}" fill-opacity="0.8">{escape(line)}</text>'
         )
     return "".join(parts) + "</g>"
 

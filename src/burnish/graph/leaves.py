@@ -115,7 +115,7 @@ _SIZES = words(
 def module_difference(wanted: nn.Module, candidate: nn.Module) -> str | None:
     """Why two modules do not compute the same function of input and weights; None where they do.
 
-    The type decides, and the settings of `torch.nn` modules (eps, stride, whether there is a bias), not sizes or weights.
+    The type decides, and the settings of `torch.nn` modules (eps, stride, whether there is a bias); sizes don't.
     """
     if type(wanted) is not type(candidate):
         return f"it is a {type(candidate).__name__} where the pattern has {type(wanted).__name__}"

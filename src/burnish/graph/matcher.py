@@ -9,10 +9,11 @@ from typing import Any
 from torch import fx, nn
 
 from burnish.graph.effects import alias_roots, is_pure, mutated_args, mutated_roots, nodes_between
+from burnish.graph.index import GraphIndex
 from burnish.graph.leaves import LeafCall
 from burnish.graph.normalize import describe_key
 from burnish.graph.prepare import Parameter, Pattern
-from burnish.graph.search import Binding, Furthest, GraphIndex, Search
+from burnish.graph.search import Binding, Search
 
 __all__ = [
     "Explanation",
@@ -103,7 +104,7 @@ def find_matches(
     prepared = Pattern.of(pattern, example_inputs)
     index = index or GraphIndex(gm)
     finder = _Finder(prepared, index, guard)
-    for anchor in index.candidates(prepared, prepared.roots[0]):
+    for anchor in index.candidates(prepared.roots[0], prepared.gm):
         finder.try_anchor(anchor)
     return finder.finish()
 
@@ -121,20 +122,24 @@ class _Finder:
         self._mutators: list[fx.Node] | None = None
 
     def try_anchor(self, anchor: fx.Node) -> None:
-        refusal: tuple[Match, str] | None = None
+        refusals: dict[Any, tuple[Match, str]] = {}
         for binding in self.search.solutions(anchor):
             match = self._match(anchor, binding)
+            place = (match.nodes, match.outputs)
+            if place in refusals and self.guard is None:
+                continue  # the same nodes with inputs swapped
             reason = self._refusal(match)
             if reason is None:
                 self.matches.append(match)
                 self.owner.update(dict.fromkeys(match.nodes, match))
                 return
-            refusal = refusal or (match, reason)
-        if refusal is not None:
-            self.matches.refused.append(refusal)
-            self.misses.append(NearMiss(anchor, len(self.pattern.nodes), refusal[1]))
-        else:
-            self._note(anchor, self.search.furthest)
+            refusals.setdefault(place, (match, reason))
+        self.matches.refused += refusals.values()
+        for _, reason in refusals.values():
+            self.misses.append(NearMiss(anchor, len(self.pattern.nodes), reason))
+        if not refusals:
+            furthest = self.search.furthest
+            self.misses.append(NearMiss(furthest.node or anchor, furthest.matched, furthest.reason))
 
     def finish(self) -> Matches:
         if not self.matches and not any(miss.matched for miss in self.misses):
@@ -143,22 +148,17 @@ class _Finder:
         self.matches.near_misses = self.misses[:_KEPT_NEAR_MISSES]
         return self.matches
 
-    def _note(self, anchor: fx.Node, furthest: Furthest) -> None:
-        self.misses.append(NearMiss(furthest.node or anchor, furthest.matched, furthest.reason))
-
     def _look_for_parts(self) -> None:
         """Nothing ends like the pattern: find the largest part of it that is there, and what follows it instead."""
         root = self.pattern.roots[0]
         for part in reversed(self.pattern.nodes):
-            if part is root:
-                continue
-            for anchor in self.index.candidates(self.pattern, part):
+            followers = [user for user in part.users if user in self.pattern.calls]
+            for anchor in self.index.candidates(part, self.pattern.gm) if followers else ():
                 solution = next(self.search.solutions(anchor, part), None)
                 if solution is None:
                     continue
-                follower = next(iter(part.users))
-                wanted = describe_key(self.pattern.calls[follower].key)
-                user = next(iter(anchor.users))
+                wanted = describe_key(self.pattern.calls[followers[0]].key)
+                user = next(iter(anchor.users), anchor)
                 reason = f"{user.name}: follows {anchor.name} where the pattern has {wanted}"
                 self.misses.append(NearMiss(user, len(solution.nodes), reason))
                 return

@@ -114,7 +114,8 @@ def _function_key(function: Any) -> Hashable:
         return "getattr"
     name = getattr(function, "__name__", None)
     if name is None or not _is_torch_function(function):
-        return function  # type: ignore[no-any-return]
+        own: Hashable = function
+        return own
     return "sub" if name == "rsub" else _SYNONYMS.get(name, name)
 
 
@@ -136,7 +137,10 @@ def operation_key(node: fx.Node, gm: fx.GraphModule) -> Hashable:
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
         entry = _FUNCTIONAL_MODULES.get(type(module))
-        return _function_key(entry[0]) if entry and not _has_hooks(module) else type(module)
+        if entry is not None and not _has_hooks(module):
+            return _function_key(entry[0])
+        kind: Any = type(module)
+        return kind  # type: ignore[no-any-return]
     return node.op
 
 
@@ -259,7 +263,7 @@ def _overload_arguments(overload: Any) -> tuple[_Argument, ...]:
 
 @functools.cache
 def _overload_name(overload: Any) -> str:
-    return overload._schema.name.rpartition("::")[2]  # type: ignore[no-any-return]
+    return str(overload._schema.name.rpartition("::")[2])
 
 
 @functools.cache

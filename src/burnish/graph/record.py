@@ -83,7 +83,8 @@ class Replacement:
         """Call the replacement with proxies for the match's nodes. Its own errors pass through; `gm` stays as it is."""
         recorder = _Recorder(gm, match, self)
         graph = recorder.trace(recorder.root_module)
-        outputs = list(graph.output_node().args[0])
+        returned: Any = graph.output_node().args[0]
+        outputs: list[fx.Node] = list(returned)
         recording = Recording([], dict(recorder.inputs), outputs, dict(recorder.targets))
         for node in graph.nodes:
             if node.op in ("placeholder", "output") or node in recording.inputs:
@@ -189,7 +190,10 @@ class _Recorder(fx.Tracer):
         return self._results(target(*args, **kwargs))
 
     def _proxied(self, value: Any) -> Any:
-        return map_aggregate(value, lambda v: self._input(v) if isinstance(v, fx.Node) else v)
+        def proxied(leaf: Any) -> Any:
+            return self._input(leaf) if isinstance(leaf, fx.Node) else leaf
+
+        return map_aggregate(value, proxied)
 
     def _input(self, node: fx.Node) -> fx.Proxy:
         if node not in self._proxies:
@@ -296,6 +300,9 @@ class _Recorder(fx.Tracer):
             return node.target(*args, **kwargs)  # type: ignore[operator]
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        matched = self.match.attributes.get(str(node.target).removeprefix("inner."))
+        if matched is not None and "val" in matched.meta:
+            return matched.meta["val"]
         value = self._value_at(node)
         return fake_mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value
 
@@ -309,7 +316,9 @@ class _Recorder(fx.Tracer):
         value: Any = self.root
         for part in path.split("."):
             # Not getattr: while tracing, fx answers it with proxies.
-            tables = (value._modules, value._parameters, value._buffers, vars(value)) if isinstance(value, nn.Module) else ()
+            tables = (
+                (value._modules, value._parameters, value._buffers, vars(value)) if isinstance(value, nn.Module) else ()
+            )
             value = next((table[part] for table in tables if part in table), None)
         return value
 

@@ -26,11 +26,11 @@ def replace_pattern(
 ) -> Matches:
     """Replace every match of `pattern` in `gm` by `replacement`, in place, and recompile.
 
-    `replacement` is called once per match. Its parameters are bound by name: each must be a parameter of the pattern, or
-    a weight of a pattern module, or have a default; `match` as a keyword-only parameter receives the Match. Nodes arrive
-    as proxies, which know shape and dtype where the graph does; constants arrive as they are, so that the function may
-    branch on `bias is None`. It returns as many values as the pattern, and may return an input. Submodules and weights
-    of a replacement module that are named like the pattern's are the model's; others are added to the model.
+    `replacement` is called once per match. Its parameters are bound by name: each must be a parameter of the pattern,
+    or a weight of a pattern module, or have a default; `match` as a keyword-only parameter receives the Match. Nodes
+    arrive as proxies, which know shape and dtype where the graph does; constants arrive as they are, so that the
+    function may branch on `bias is None`. It returns as many values as the pattern, and may return an input. Submodules
+    and weights of a replacement module that are named like the pattern's are the model's; others are added to it.
 
     A replacement that fails leaves graph and modules as they were, and its error is raised.
 
@@ -63,7 +63,8 @@ def _insert(gm: fx.GraphModule, match: Match, recording: Recording, replaced: di
     kept: set[fx.Node] = set()
     last = match.nodes[-1]
     for scratch in recording.nodes:
-        args, kwargs = (map_arg(a, image.__getitem__) for a in (scratch.args, scratch.kwargs))
+        call: Any = map_arg((scratch.args, scratch.kwargs), image.__getitem__)
+        args, kwargs = call
         target = recording.targets.get(scratch, scratch.target)
         same = _same_node(match, kept, (scratch.op, target, args, kwargs))
         if same is not None:

@@ -2,63 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from burnish.graph.index import GraphIndex
 from burnish.graph.leaves import LeafCall, is_leaf_call, module_difference
-from burnish.graph.normalize import (
-    COMMUTATIVE,
-    DIM_ARGUMENTS,
-    Call,
-    canonical,
-    describe_key,
-    is_symbolic_value,
-    operation_key,
-)
+from burnish.graph.normalize import COMMUTATIVE, DIM_ARGUMENTS, Call, describe_key, operation_key
 from burnish.graph.prepare import Parameter, Pattern
+from burnish.graph.values import attribute_of, is_size_like, rank_of, same_value
 
 # Commutative operators make the search exponential in the worst case; a search this long is given up, and reported.
 STEP_LIMIT = 200_000
-
-
-class GraphIndex:
-    """A graph's nodes by operation, with positions; the calls are brought into their one spelling when first asked for.
-
-    Valid until the graph changes. Building one is linear and cheap; share one among searches of an unchanged graph.
-    """
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self.gm = gm
-        self.position: dict[fx.Node, int] = {}
-        self.by_key: dict[Hashable, list[fx.Node]] = {}
-        self.modules: list[fx.Node] = []
-        self.keys: dict[fx.Node, Hashable] = {}
-        self._calls: dict[fx.Node, Call] = {}
-        for i, node in enumerate(gm.graph.nodes):
-            self.position[node] = i
-            if node.op in ("placeholder", "get_attr", "output"):
-                continue
-            key = operation_key(node, gm)
-            self.keys[node] = key
-            self.by_key.setdefault(key, []).append(node)
-            if node.op == "call_module":
-                self.modules.append(node)
-
-    def call(self, node: fx.Node) -> Call:
-        if node not in self._calls:
-            self._calls[node] = canonical(node, self.gm)
-        return self._calls[node]
-
-    def candidates(self, pattern: Pattern, wanted: fx.Node) -> list[fx.Node]:
-        """The graph's nodes, in graph order, whose operation is that of the pattern's node."""
-        if is_leaf_call(wanted):
-            return self.modules
-        return self.by_key.get(operation_key(wanted, pattern.gm), [])
 
 
 @dataclass
@@ -171,7 +129,7 @@ class Search:
             self._undo(mark)
 
     def _connected(self, root: fx.Node) -> list[fx.Node]:
-        """Candidates for a further root, in graph order: reached from what is bound, where the pattern connects them."""
+        """Candidates for a further root, in graph order: reached from what is bound where the pattern connects them."""
         parents: dict[fx.Node, fx.Node] = {}
         queue = [root]
         for node in queue:
@@ -187,7 +145,7 @@ class Search:
                 if source not in parents:
                     parents[source] = node
                     queue.append(source)
-        return self.index.candidates(self.pattern, root)
+        return self.index.candidates(root, self.pattern.gm)
 
     def _same_operation(self, wanted: fx.Node, node: fx.Node) -> bool:
         if is_leaf_call(wanted):
@@ -268,7 +226,9 @@ class Search:
             self._fail(found, f"called with {', '.join(theirs.args)} where the pattern has {', '.join(ours.args)}")
             return []
         options = [self._argument_goals(ours, theirs, names, names, found)]
-        if ours.key in COMMUTATIVE and ours.args.get("alpha", 1) == 1 == theirs.args.get("alpha", 1):
+        # `shape + (n,)` is an add too, one that does not commute: it fits no schema and has no "self".
+        plain = "self" in names and ours.args.get("alpha", 1) == 1 == theirs.args.get("alpha", 1)
+        if ours.key in COMMUTATIVE and plain:
             swapped = [{"self": "other", "other": "self"}.get(n, n) for n in names]
             if theirs.args["self"] is not theirs.args["other"]:
                 options.append(self._argument_goals(ours, theirs, names, swapped, found))
@@ -327,7 +287,7 @@ class Search:
         if same_value(wanted, found):
             return True
         if type(wanted) is int and type(found) is int and where.argument in DIM_ARGUMENTS:
-            rank = _rank(where.node, self.index.call(where.node))
+            rank = rank_of(where.node, self.index.call(where.node))
             return rank is not None and (wanted % rank if wanted < 0 else wanted) == (
                 found % rank if found < 0 else found
             )
@@ -350,7 +310,7 @@ class Search:
                 f"{_argument(where)} is {_shown(found)}, but {parameter.name} is already {_shown(bound)}",
             )
         if isinstance(found, fx.Node):
-            if parameter.is_scalar and not (int in parameter.types and _is_size_like(found)):
+            if parameter.is_scalar and not (int in parameter.types and is_size_like(found)):
                 return self._fail(
                     _blame(found, where),
                     f"{_argument(where)} is {found.name} where the pattern has the constant {parameter.name}",
@@ -372,7 +332,7 @@ class Search:
             return self._fail(found, f"is not {self._attributes[name].target}, which the pattern uses here again")
         if not self.pattern.is_state(wanted):
             ours, theirs = (
-                _attribute(gm, str(n.target)) for gm, n in ((self.pattern.gm, wanted), (self.index.gm, found))
+                attribute_of(gm, str(n.target)) for gm, n in ((self.pattern.gm, wanted), (self.index.gm, found))
             )
             if not same_value(ours, theirs):
                 return self._fail(found, "is a constant of another value than the pattern's")
@@ -398,43 +358,3 @@ def _blame(found: Any, where: _Where | None) -> fx.Node | None:
 
 def _shown(value: Any) -> str:
     return value.name if isinstance(value, fx.Node) else repr(value)
-
-
-def _rank(node: fx.Node, call: Call) -> int | None:
-    """The rank that a `dim` of this call counts in, where the shapes are known."""
-    source = node if call.key in ("unsqueeze", "stack") else call.args.get("self", node)
-    value = source.meta.get("val") if isinstance(source, fx.Node) else None
-    return value.dim() if isinstance(value, torch.Tensor) and value.dim() else None
-
-
-def _is_size_like(node: fx.Node) -> bool:
-    """Whether a node holds an integer: known by its value, or by being computed from a shape."""
-    if "val" in node.meta:
-        return is_symbolic_value(node) or type(node.meta["val"]) is int
-    if node.op == "call_method":
-        return node.target in ("size", "dim", "numel")
-    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-    if name == "getattr":
-        return node.args[1] in ("shape", "ndim")
-    arithmetic = ("getitem", "add", "sub", "mul", "floordiv", "mod")
-    return name in arithmetic and all(_is_size_like(n) for n in node.all_input_nodes)
-
-
-def _attribute(gm: fx.GraphModule, target: str) -> Any:
-    value: Any = gm
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def same_value(a: Any, b: Any) -> bool:
-    """Whether two bound values are one: the same node, or constants of one type and value (NaN equals NaN)."""
-    if isinstance(a, fx.Node) or isinstance(b, fx.Node):
-        return a is b
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a is b or (a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b))
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(same_value, a, b))
-    if isinstance(a, float) and isinstance(b, float):
-        return a == b or (math.isnan(a) and math.isnan(b))
-    return type(a) is type(b) and bool(a == b)

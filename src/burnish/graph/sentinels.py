@@ -7,6 +7,7 @@ changed are the parameter's.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,7 +39,7 @@ def trace_with_scalars(
     odd = (0.3183098861837907 + 0.0271828182845904 * i for i in range(len(scalars)))
     floats = {p: number for (p, v), number in zip(scalars.items(), odd, strict=True) if type(v) is float}
     base_values = {**values, **floats}
-    gm = _spelled_out(trace(fn, tuple(base_values.values())))
+    gm = _trace(fn, base_values)
     places = {p: _occurrences(gm, v) for p, v in floats.items()}
     for parameter, value in scalars.items():
         if parameter not in floats:
@@ -49,20 +50,19 @@ def trace_with_scalars(
 def _try_trace(fn: Callable[..., Any] | nn.Module, values: dict[str, Any]) -> fx.GraphModule | None:
     """The trace, or None: any error of any operator may come of a value that only serves to tell constants apart."""
     try:
-        return _spelled_out(trace(fn, tuple(values.values())))
+        return _trace(fn, values)
     except Exception:
         return None
 
 
-def _try_trace(fn: Callable[..., Any] | nn.Module, values: dict[str, Any]) -> fx.GraphModule | None:
-    try:
-        return _spelled_out(trace(fn, tuple(values.values())))
-    except Exception:  # any error of any operator may come of a value that we chose; the next value may do
-        return None
-
-
-def _spelled_out(gm: fx.GraphModule) -> fx.GraphModule:
-    """Write default arguments into the calls: a value that happens to be the default would leave no place behind."""
+def _trace(fn: Callable[..., Any] | nn.Module, values: dict[str, Any]) -> fx.GraphModule:
+    """`fn` in ATen dialect, default arguments written out: a value that is the default would leave no place behind."""
+    dtypes = {p: v for p, v in values.items() if isinstance(v, torch.dtype)}
+    others = {p: v for p, v in values.items() if p not in dtypes}
+    gm = trace(_without_dtypes(fn, others, dtypes) if dtypes else fn, tuple(others.values()))
+    with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
+        for parameter in dtypes:
+            gm.graph.placeholder(parameter)
     for node in gm.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload):
             arguments = node.target._schema.arguments
@@ -73,14 +73,25 @@ def _spelled_out(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
+def _without_dtypes(fn: Callable[..., Any], others: dict[str, Any], dtypes: dict[str, Any]) -> Callable[..., Any]:
+    """`fn` as a function of its other parameters: export takes no dtype for an input."""
+
+    def call(*args: Any) -> Any:
+        return fn(**dict(zip(others, args, strict=True)), **dtypes)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    call.__signature__ = inspect.Signature([inspect.Parameter(p, kind) for p in others])  # type: ignore[attr-defined]
+    return call
+
+
 def _open(gm: fx.GraphModule, name: str, places: dict[str, list[_Place]]) -> fx.GraphModule:
     placeholders = {str(n.target): n for n in gm.graph.nodes if n.op == "placeholder"}
     nodes = list(gm.graph.nodes)
     for parameter, found in places.items():
         if not found:
             raise ValueError(
-                f"pattern {name}: the value of {parameter} does not occur as such in the traced pattern (it is unused, or "
-                "used only after arithmetic); make the number that occurs the parameter"
+                f"pattern {name}: the value of {parameter} does not occur as such in the traced pattern (it is unused, "
+                "or used only after arithmetic); make the number that occurs the parameter"
             )
         for position, path in found:
             node = nodes[position]

@@ -68,7 +68,7 @@ class GraphReport:
 
 
 def graph_report(gm: fx.GraphModule) -> GraphReport:
-    """Every node of `gm` with operation, arguments and (where known) dtype and shape, and every module that it calls."""
+    """Every node of `gm` with operation, arguments and (where known) dtype and shape, and the modules that it calls."""
     if not isinstance(gm, fx.GraphModule):
         raise TypeError(f"gm must be a torch.fx.GraphModule (see burnish.graph.trace), got {type(gm).__name__}")
     rows = []
@@ -76,14 +76,15 @@ def graph_report(gm: fx.GraphModule) -> GraphReport:
     for node in gm.graph.nodes:
         if node.op == "call_module":
             modules[str(node.target)] = gm.get_submodule(str(node.target))
-        args, kwargs = (map_aggregate(a, _plain) for a in (node.args, node.kwargs))
+        call: Any = map_aggregate((node.args, node.kwargs), _plain)
+        args, kwargs = call
         rows.append(
             NodeRow(
                 opcode=node.op,
                 name=node.name,
                 target=_target(node),
                 args=str(args) if args else "",
-                kwargs=", ".join(f"{k}={v}" for k, v in dict(kwargs).items()),  # type: ignore[arg-type]
+                kwargs=", ".join(f"{k}={v}" for k, v in kwargs.items()),
                 value=describe_value(node.meta.get("val")),
             )
         )

@@ -76,7 +76,8 @@ def _as_module(fn: Callable[..., Any]) -> nn.Module:
     for p in inspect.signature(fn).parameters.values():
         parameters.append(p.replace(annotation=p.empty))
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return type("Function", (nn.Module,), {"forward": forward})()  # type: ignore[no-any-return]
+    module: nn.Module = type("Function", (nn.Module,), {"forward": forward})()
+    return module
 
 
 def _single_call(module: nn.Module) -> fx.GraphModule:

@@ -16,7 +16,7 @@ def check_activation(activation: str, allowed: tuple[str, ...] = ACTIVATIONS) ->
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """`x` through the activation; `x` itself for "none". "gelu" is the exact one (erf), "gelu_tanh" its approximation."""
+    """`x` through the activation; `x` itself for "none". "gelu" is exact (erf), "gelu_tanh" its approximation."""
     if activation == "relu":
         return F.relu(x)
     if activation == "gelu":

@@ -23,6 +23,10 @@ def check_residual(x: Tensor, residual: Tensor) -> None:
     check_same_dtype("residual", residual, "x", x)
 
 
+def empty_contiguous(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     dtype = wide(x.dtype)
     weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))

@@ -22,17 +22,31 @@ _ATTRIBUTES: dict[str, tuple[str, str | None]] = {
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """`act(x @ weight.T + bias)` in one oneDNN primitive. A weight stored K-major, (K, N) rows, is read as it lies."""
     attribute, algorithm = _ATTRIBUTES[activation]
-    return _linear_pointwise()(x, weight, bias, attribute, [], algorithm)
+    return _linear_pointwise()(x.contiguous(), weight, bias, attribute, [], algorithm)
 
 
 def onednn_why_not(x: Tensor, *weights: Tensor) -> list[str]:
-    reasons = not_on_cpu(x)
+    """Reasons against oneDNN's linear in x's own dtype."""
+    reasons = not_on_cpu(x) + _layout_reasons(x, weights)
     if fault := _unsupported(x.dtype):
         reasons.append(fault)
-    if x.numel() == 0:
-        reasons.append("x is empty")
-    if not x.is_contiguous():
-        reasons.append(f"x has strides {x.stride()}; oneDNN's linear reads contiguous rows")
+    return reasons
+
+
+def onednn_float32_why_not(x: Tensor, *weights: Tensor) -> list[str]:
+    """Reasons against oneDNN's linear on inputs converted to float32, for a CPU that has no float16 products."""
+    reasons = not_on_cpu(x) + _layout_reasons(x, weights)
+    if fault := _unsupported(torch.float32):
+        reasons.append(fault)
+    if x.dtype != torch.float16:
+        reasons.append(f"the inputs are {x.dtype}; it converts from torch.float16")
+    elif _unsupported(torch.float16) is None:
+        reasons.append("this CPU has torch.float16 matrix products")
+    return reasons
+
+
+def _layout_reasons(x: Tensor, weights: tuple[Tensor, ...]) -> list[str]:
+    reasons = ["x is empty"] if x.numel() == 0 else []
     for weight in weights:
         if weight.numel() == 0:
             reasons.append("a weight is empty")

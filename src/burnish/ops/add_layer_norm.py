@@ -11,7 +11,7 @@ from torch import Tensor
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._common import nbytes
-from burnish.ops._norms import check_norm, check_residual, layer_norm_reference, not_mixed_layer_norm
+from burnish.ops._norms import check_norm, check_residual, empty_contiguous, layer_norm_reference, not_mixed_layer_norm
 
 
 def _check(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
@@ -36,7 +36,13 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("both transposed", (transposed, transposed, weight, None))
 
 
-@op(cost=_cost, samples=_samples, check=_check)
+def _shape(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    return empty_contiguous(x), empty_contiguous(x)
+
+
+@op(cost=_cost, samples=_samples, check=_check, shape=_shape)
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
@@ -52,9 +58,7 @@ def add_layer_norm(
     return layer_norm_reference(total, weight, bias, eps), total
 
 
-def _torch_why_not(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> list[str]:
+def _torch_why_not(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> list[str]:
     return not_mixed_layer_norm(x, weight, bias)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._common import nbytes, not_on_cpu, not_same_dtype
-from burnish.ops._norms import check_norm, check_residual, rms_norm_by_vector_norm, rms_norm_reference
+from burnish.ops._norms import check_norm, check_residual, empty_contiguous, rms_norm_by_vector_norm, rms_norm_reference
 
 
 def _check(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> None:
@@ -36,10 +36,12 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("both transposed", (transposed, transposed, weight))
 
 
-@op(cost=_cost, samples=_samples, check=_check)
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
+def _shape(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    return empty_contiguous(x), empty_contiguous(x)
+
+
+@op(cost=_cost, samples=_samples, check=_check, shape=_shape)
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """`rms_norm(x + residual)` and the sum itself, for the next residual connection: `(normed, sum)`.
 
     Shapes: x and residual (..., N); weight (N,) or None; both results are x's, contiguous.
@@ -57,9 +59,7 @@ def _vector_norm_why_not(x: Tensor, residual: Tensor, weight: Tensor | None, eps
 
 
 @add_rms_norm.impl("vector_norm", why_not=_vector_norm_why_not)
-def _vector_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
+def _vector_norm(x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """One addition, one reduction (linalg.vector_norm) and one fresh tensor, scaled in place."""
     total = (x + residual).contiguous()
     return rms_norm_by_vector_norm(total, weight, eps), total

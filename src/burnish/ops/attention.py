@@ -10,7 +10,7 @@ from torch import Tensor
 
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
-from burnish.ops._common import check_floating, check_same_dtype, nbytes, not_on_cpu, wide
+from burnish.ops._common import HALF_TYPES, check_floating, check_same_dtype, nbytes, not_on_cpu, wide
 from burnish.ops._masks import additive_mask, allowed_pairs, attended_pairs
 
 
@@ -31,8 +31,8 @@ def _check(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be (batch, heads, length, head_dim)")
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"k has shape {tuple(k.shape)}; for q of {tuple(q.shape)} it must have its batch and head_dim, and a number "
-            "of heads that divides q's"
+            f"k has shape {tuple(k.shape)}; for q of {tuple(q.shape)} it must have its batch and head_dim, and a "
+            "number of heads that divides q's"
         )
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v has shape {tuple(v.shape)}; it must be k's {tuple(k.shape)} up to the last dimension")
@@ -43,8 +43,8 @@ def _check(
         )
     if key_padding_mask is not None and key_padding_mask.is_floating_point():
         raise TypeError(
-            f"key_padding_mask has dtype {key_padding_mask.dtype}; it must be bool or integer, nonzero for a real token "
-            "(an additive mask goes to bias)"
+            f"key_padding_mask has dtype {key_padding_mask.dtype}; it must be bool or integer, nonzero for a real "
+            "token (an additive mask goes to bias)"
         )
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; it must be at least 1, or None")
@@ -123,7 +123,20 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("1x12x128x64", qkv(1, 12, 12, 128, 128, 64), {"key_padding_mask": padding(1, 128)})
 
 
-@op(cost=_cost, samples=_samples, check=_check)
+def _shape(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2)
+
+
+@op(cost=_cost, samples=_samples, check=_check, shape=_shape)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -179,6 +192,37 @@ def _flash_why_not(
     if q.numel() == 0 or k.numel() == 0:
         reasons.append("q or k is empty")
     return reasons
+
+
+def _flash_float32_why_not(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> list[str]:
+    reasons = _flash_why_not(q, k, v, bias, key_padding_mask, is_causal, window, scale)
+    return reasons if q.dtype in HALF_TYPES else [*reasons, f"q is {q.dtype}, not a half-precision type"]
+
+
+@attention.impl("torch_flash_float32", why_not=_flash_float32_why_not)
+def _torch_flash_float32(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """PyTorch's flash attention for the CPU in float32, then rounded, for half-precision inputs."""
+    # Conversions included, on a CPU without AMX it is 3x as fast as the float16 kernel and level with the bfloat16 one.
+    out = _torch_flash(q.float(), k.float(), v.float(), bias, key_padding_mask, is_causal, window, scale)
+    return out.to(q.dtype)
 
 
 @attention.impl("torch_flash", why_not=_flash_why_not)

@@ -35,7 +35,9 @@ def _check(
         if index.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name} has dtype {index.dtype}; it must be int32 or int64")
         if index.dim() != 2 or index.shape[1] != ids.shape[1] or index.shape[0] not in (1, ids.shape[0]):
-            raise ValueError(f"{name} has shape {tuple(index.shape)}; it must be that of ids, {tuple(ids.shape)}, or (1, S)")
+            raise ValueError(
+                f"{name} has shape {tuple(index.shape)}; it must be that of ids, {tuple(ids.shape)}, or (1, S)"
+            )
     for name, table in (("word", word), ("position", position), ("type", type)):
         if table is None:
             continue
@@ -82,7 +84,21 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("expanded types", (ids, word, positions, position, type_ids[:1].expand(2, 33), types, weight, bias))
 
 
-@op(cost=_cost, samples=_samples, check=_check)
+def _shape(
+    ids: Tensor,
+    word: Tensor,
+    position_ids: Tensor,
+    position: Tensor,
+    type_ids: Tensor | None,
+    type: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    return word.new_empty((*ids.shape, word.shape[1]))
+
+
+@op(cost=_cost, samples=_samples, check=_check, shape=_shape)
 def embedding_layer_norm(
     ids: Tensor,
     word: Tensor,
@@ -100,7 +116,7 @@ def embedding_layer_norm(
     and bias (N,) or None; the result (B, S, N), contiguous. Without types, both type_ids and type are None.
     Dtypes: indices int32 or int64; the tables the same floating one, which is the result's; weight and bias may differ.
     The sum is rounded after each addition; normalized in float32 (float64 for float64), rounded once.
-    Errors: ValueError for sizes that do not fit, TypeError for dtypes; an index out of range raises as F.embedding does.
+    Errors: ValueError for sizes that do not fit, TypeError for dtypes; an index out of range as F.embedding does.
     Source: Devlin et al., "BERT", arXiv:1810.04805, and the order of Hugging Face's BertEmbeddings.
     """
     total = F.embedding(ids, word)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
-from burnish.ops._activations import GATES, activate, activate_, check_activation
+from burnish.ops._activations import GATES, activate, check_activation
 from burnish.ops._common import check_floating, check_same_dtype, check_vector, nbytes
-from burnish.ops._onednn import onednn_linear, onednn_why_not
+from burnish.ops._onednn import onednn_float32_why_not, onednn_linear, onednn_why_not
 
 
 def _check(
@@ -79,7 +79,18 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("64x512x1408", (tensor(1, 64, 512, seed=9), weights(2816, 512, seed=10), weights(512, 1408, seed=11)))
 
 
-@op(cost=_cost, samples=_samples, check=_check)
+def _shape(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], down_weight.shape[0]))
+
+
+@op(cost=_cost, samples=_samples, check=_check, shape=_shape)
 def gated_mlp(
     x: Tensor,
     gate_up_weight: Tensor,
@@ -123,6 +134,31 @@ def _onednn(
     """oneDNN for both products, the gate applied to its half of the first one's result."""
     gate, up = onednn_linear(x, gate_up_weight, gate_up_bias, "none").chunk(2, dim=-1)
     return onednn_linear(activate(gate, activation).mul_(up), down_weight, down_bias, "none")
+
+
+def _onednn_float32_why_not(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> list[str]:
+    return onednn_float32_why_not(x, gate_up_weight, down_weight)
+
+
+@gated_mlp.impl("onednn_float32", why_not=_onednn_float32_why_not)
+def _onednn_float32(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    """The same on float16 inputs converted to float32, for a CPU without float16 products."""
+    biases = (None if bias is None else bias.float() for bias in (gate_up_bias, down_bias))
+    return _onednn(x.float(), gate_up_weight.float(), down_weight.float(), *biases, activation).to(x.dtype)
 
 
 @gated_mlp.impl("torch")

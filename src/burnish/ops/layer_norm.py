@@ -11,7 +11,7 @@ from torch import Tensor
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._common import nbytes
-from burnish.ops._norms import check_norm, layer_norm_reference, not_mixed_layer_norm
+from burnish.ops._norms import check_norm, empty_contiguous, layer_norm_reference, not_mixed_layer_norm
 
 
 def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
@@ -36,7 +36,11 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("float32 weights", (tensor(2, 16, 768, seed=10), weight.float(), bias.float()))
 
 
-@op(cost=_cost, samples=_samples, check=_check)
+def _shape(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return empty_contiguous(x)
+
+
+@op(cost=_cost, samples=_samples, check=_check, shape=_shape)
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """`(x - mean) / sqrt(variance + eps) * weight + bias` over the last dimension.
 

@@ -12,14 +12,16 @@ from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._activations import ACTIVATIONS, activate, activate_, check_activation
 from burnish.ops._common import check_floating, check_same_dtype, check_vector, nbytes
-from burnish.ops._onednn import onednn_linear, onednn_why_not
+from burnish.ops._onednn import onednn_float32_why_not, onednn_linear, onednn_why_not
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> None:
     check_activation(activation)
     check_floating("x", x)
     if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; for x of {tuple(x.shape)} it must be (N, K), K last in x")
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; for x of {tuple(x.shape)} it must be (N, K), K last in x"
+        )
     check_same_dtype("weight", weight, "x", x)
     check_vector("bias", bias, weight.shape[0], "one entry per row of weight")
     check_same_dtype("bias", bias, "x", x)
@@ -55,10 +57,16 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("transposed x", (tensor(2, 96, 33, seed=5).transpose(1, 2), weight, bias, "relu"))
     yield Sample("expanded residual", (x, weight, bias, "silu", tensor(130, seed=6).expand(2, 33, 130)))
     yield Sample("one row", (tensor(1, 96, seed=7), weight, bias, "tanh"))
-    yield Sample("128x384x1536", (tensor(1, 128, 384, seed=8), weights(1536, 384, seed=9), tensor(1536, seed=10), "gelu"))
+    yield Sample(
+        "128x384x1536", (tensor(1, 128, 384, seed=8), weights(1536, 384, seed=9), tensor(1536, seed=10), "gelu")
+    )
 
 
-@op(cost=_cost, samples=_samples, check=_check)
+def _shape(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@op(cost=_cost, samples=_samples, check=_check, shape=_shape)
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none", residual: Tensor | None = None
 ) -> Tensor:
@@ -90,13 +98,23 @@ def _onednn(
     return out if residual is None else out.add_(residual)
 
 
-def _torch_why_not(
+def _onednn_float32_why_not(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
 ) -> list[str]:
-    return []
+    return onednn_float32_why_not(x, weight)
 
 
-@linear.impl("torch", why_not=_torch_why_not)
+@linear.impl("onednn_float32", why_not=_onednn_float32_why_not)
+def _onednn_float32(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none", residual: Tensor | None = None
+) -> Tensor:
+    """oneDNN's linear on float16 inputs converted to float32, for a CPU without float16 products."""
+    # Without such instructions torch's own float16 product is a plain loop: 24 ms for 128x1536x384, 0.5 ms this way.
+    out = onednn_linear(x.float(), weight.float(), None if bias is None else bias.float(), activation)
+    return (out if residual is None else out.add_(residual)).to(x.dtype)
+
+
+@linear.impl("torch")
 def _torch(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none", residual: Tensor | None = None
 ) -> Tensor:

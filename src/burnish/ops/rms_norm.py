@@ -11,7 +11,7 @@ from torch import Tensor
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._common import nbytes, not_on_cpu, not_same_dtype
-from burnish.ops._norms import check_norm, rms_norm_by_vector_norm, rms_norm_reference
+from burnish.ops._norms import check_norm, empty_contiguous, rms_norm_by_vector_norm, rms_norm_reference
 
 
 def _check(x: Tensor, weight: Tensor | None, eps: float) -> None:
@@ -35,12 +35,16 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("float32 weight", (tensor(2, 16, 1024, seed=7), weight.float()))
 
 
-@op(cost=_cost, samples=_samples, check=_check)
+def _shape(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return empty_contiguous(x)
+
+
+@op(cost=_cost, samples=_samples, check=_check, shape=_shape)
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
 
     Shapes: x (..., N); weight (N,) or None; the result is x's, contiguous.
-    Dtypes: all floating; weight may differ from x. Computed in float32 (float64 for float64), rounded once to x's dtype.
+    Dtypes: all floating; weight may differ from x. Computed in float32 (float64 for float64), rounded once to x's.
     Errors: ValueError for a weight of another size, TypeError for integers.
     Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """

@@ -20,8 +20,14 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be (batch, heads, sequence, head_dim)")
     if cos.shape != sin.shape:
         raise ValueError(f"sin has shape {tuple(sin.shape)}; it must be that of cos, {tuple(cos.shape)}")
-    if cos.dim() not in (2, 3) or cos.shape[-2] != x.shape[2] or (cos.dim() == 3 and cos.shape[0] not in (1, x.shape[0])):
-        raise ValueError(f"cos has shape {tuple(cos.shape)}; for x of {tuple(x.shape)} it must be (S, R) or (1 or B, S, R)")
+    if (
+        cos.dim() not in (2, 3)
+        or cos.shape[-2] != x.shape[2]
+        or (cos.dim() == 3 and cos.shape[0] not in (1, x.shape[0]))
+    ):
+        raise ValueError(
+            f"cos has shape {tuple(cos.shape)}; for x of {tuple(x.shape)} it must be (S, R) or (1 or B, S, R)"
+        )
     if cos.shape[-1] > x.shape[-1] or cos.shape[-1] % 2:
         raise ValueError(f"cos has {cos.shape[-1]} columns; it must be an even number up to head_dim {x.shape[-1]}")
 
@@ -63,7 +69,11 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("1x32x128x64", (tensor(1, 128, 32, 64, seed=3).transpose(1, 2), *tables(128, 64)))
 
 
-@op(cost=_cost, samples=_samples, check=_check)
+def _shape(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+@op(cost=_cost, samples=_samples, check=_check, shape=_shape)
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """`x * cos + rotate(x) * sin` on the first R of the last dimension; the rest passes unchanged.
 
@@ -93,10 +103,10 @@ def _torch_why_not(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> li
 def _torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Four passes over halves, straight into the result."""
     width = cos.shape[-1]
-    first, second = (slice(0, width, 2), slice(1, width, 2)) if interleaved else (
-        slice(0, width // 2),
-        slice(width // 2, width),
-    )
+    if interleaved:
+        first, second = slice(0, width, 2), slice(1, width, 2)
+    else:
+        first, second = slice(0, width // 2), slice(width // 2, width)
     if cos.dim() == 3:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     out = torch.empty_like(x)

@@ -29,7 +29,7 @@ class Report:
         self.served = list(schedule.served)
         self.verifications = schedule.verifications
 
-    # --- data ---------------------------------------------------------------------------------------------------------------------
+    # --- data -------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-able data; `schema` counts up when its form changes."""
@@ -74,8 +74,8 @@ class Report:
         else:
             before, after = timed.original_us or 0.0, timed.optimized_us or 1.0
             sentences.append(
-                f"{self.model} is {before / after:.2f}x as fast as before: {human_us(before)} -> {human_us(after)} a call"
-                f" at {_shapes_text(timed)}."
+                f"{self.model} is {before / after:.2f}x as fast as before: "
+                f"{human_us(before)} -> {human_us(after)} a call at {_shapes_text(timed)}."
             )
         units = [unit for verification in self.verifications for unit in verification.units]
         if units:
@@ -83,7 +83,7 @@ class Report:
             sentences.append(f"{passed} of {len(units)} rewritten values are within twice eager's own rounding error.")
         return " ".join(sentences)
 
-    # --- tables -------------------------------------------------------------------------------------------------------------------
+    # --- tables -----------------------------------------------------------------------------------
 
     def __str__(self) -> str:
         return plain(*self._parts(), width=110)

@@ -13,13 +13,16 @@ from burnish.rewrites.rewrite import GraphPass, Outcome, Rewrite, arguments, ins
 
 aten = torch.ops.aten
 
-# --- linear + activation -----------------------------------------------------------------------------------------------------------
+# --- linear + activation --------------------------------------------------------------------------
+
+
+_ACTIVATIONS: dict[Any, str] = {aten.relu.default: "relu", aten.silu.default: "silu", aten.tanh.default: "tanh"}
 
 
 def _activation_name(node: fx.Node) -> str | None:
     if node.target is aten.gelu.default:
         return "gelu_tanh" if arguments(node)["approximate"] == "tanh" else "gelu"
-    return {aten.relu.default: "relu", aten.silu.default: "silu", aten.tanh.default: "tanh"}.get(node.target)
+    return _ACTIVATIONS.get(node.target)
 
 
 def fuse_linear_activation(graph_module: fx.GraphModule) -> Outcome:
@@ -40,7 +43,7 @@ def fuse_linear_activation(graph_module: fx.GraphModule) -> Outcome:
     return Outcome(count, tuple(refused))
 
 
-# --- gated MLP ---------------------------------------------------------------------------------------------------------------------
+# --- gated MLP ------------------------------------------------------------------------------------
 
 
 def gated(x: Any, gate: Any, gate_bias: Any, up: Any, up_bias: Any, down: Any, down_bias: Any, activation: str) -> Any:
@@ -66,7 +69,7 @@ def _refuse_gated(match: Match) -> str | None:
     return None
 
 
-# --- residual + norm ---------------------------------------------------------------------------------------------------------------
+# --- residual + norm ------------------------------------------------------------------------------
 
 
 def add_then_layer_norm(x: Any, residual: Any, weight: Any, bias: Any, eps: float) -> Any:
@@ -100,7 +103,7 @@ def _refuse_sum(match: Match) -> str | None:
     return None
 
 
-# --- embeddings + norm -------------------------------------------------------------------------------------------------------------
+# --- embeddings + norm ----------------------------------------------------------------------------
 
 
 def embeddings_then_norm(
@@ -146,12 +149,12 @@ def _refuse_embeddings(match: Match) -> str | None:
     return None
 
 
-# --- parallel products of one input ------------------------------------------------------------------------------------------------
+# --- parallel products of one input ---------------------------------------------------------------
 
 
 def merge_parallel_linears(graph_module: fx.GraphModule) -> Outcome:
-    """q(x), k(x), v(x) -> slices of one product. Only of products that belong to one module (the parent of q, k, v), so that
-    a decoder's cross attentions, which all project the encoder's output, do not become one giant."""
+    """q(x), k(x), v(x) -> slices of one product. Only of products that belong to one module (the parent of q, k, v), so
+    that a decoder's cross attentions, which all project the encoder's output, do not become one giant."""
     groups: dict[tuple[Any, ...], list[fx.Node]] = {}
     for node in graph_module.graph.nodes:
         if node.target is not ops.linear.overload:
@@ -185,11 +188,16 @@ def _merge(graph_module: fx.GraphModule, x: fx.Node, group: list[fx.Node]) -> No
     insert(graph_module, group, build, x, weights, biases)
 
 
-FUSE = [
+FUSE: list[Rewrite | GraphPass] = [
     GraphPass("linear + activation", fuse_linear_activation),
     Rewrite("gated_mlp", gated, to_gated_mlp, None, ops.linear.overload, _refuse_gated),
     Rewrite(
-        "embedding_layer_norm", embeddings_then_norm, to_embedding_layer_norm, None, aten.embedding.default, _refuse_embeddings
+        "embedding_layer_norm",
+        embeddings_then_norm,
+        to_embedding_layer_norm,
+        None,
+        aten.embedding.default,
+        _refuse_embeddings,
     ),
     Rewrite("add_layer_norm", add_then_layer_norm, to_add_layer_norm, None, ops.layer_norm.overload, _refuse_sum),
     Rewrite("add_rms_norm", add_then_rms_norm, to_add_rms_norm, None, ops.rms_norm.overload, _refuse_sum),

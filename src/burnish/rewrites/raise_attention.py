@@ -1,4 +1,5 @@
-"""Spellings of attention -> the Op: torch's own function, and softmax written out (eager Hugging Face, nanoGPT, the notebook)."""
+"""Spellings of attention -> the Op: torch's own function, and softmax written out (eager Hugging Face, nanoGPT, the
+notebook)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from burnish.rewrites.rewrite import GraphPass, Outcome, Rewrite, forget_origin,
 
 aten = torch.ops.aten
 
-# --- torch's own: scaled_dot_product_attention -------------------------------------------------------------------------------------
+# --- torch's own: scaled_dot_product_attention ----------------------------------------------------
 
 
 def _sdpa(
@@ -57,7 +58,7 @@ def _attend(q: Any, k: Any, v: Any, bias: Any, is_causal: bool, scale: float | N
     return aten.squeeze.dim(ops.attention(q, k, v, bias, None, is_causal, None, scale), 1)
 
 
-# --- softmax(scale(q @ k.T) [+ bias | masked]) @ v ---------------------------------------------------------------------------------
+# --- softmax(scale(q @ k.T) [+ bias | masked]) @ v ------------------------------------------------
 
 _HEAD_DIM = 4
 
@@ -111,7 +112,7 @@ def _spelling(scale_with: str, mask: str, softmax: str) -> tuple[Callable[..., A
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
     for function in (pattern, replacement):
         function.__name__ = f"{softmax.replace(' ', '_')}_{scale_with}_{mask}"
-        function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        setattr(function, "__signature__", inspect.Signature(parameters))  # noqa: B010
     return pattern, replacement
 
 
@@ -134,10 +135,17 @@ def _manual() -> Iterator[Rewrite]:
             for softmax in _SOFTMAX:
                 pattern, replacement = _spelling(scale_with, mask, softmax)
                 examples = _examples(mask, scale_with != "unscaled")
-                yield Rewrite(f"attention: {softmax}, {scale_with}, {mask}", pattern, replacement, examples, anchor, _refuse_manual)
+                yield Rewrite(
+                    f"attention: {softmax}, {scale_with}, {mask}",
+                    pattern,
+                    replacement,
+                    examples,
+                    anchor,
+                    _refuse_manual,
+                )
 
 
-# --- what stands around attention and is not needed by the Op ----------------------------------------------------------------------
+# --- what stands around attention and is not needed by the Op -------------------------------------
 
 
 def strip_around_attention(graph_module: fx.GraphModule) -> Outcome:
@@ -185,7 +193,8 @@ def _ungrouped(node: fx.Node) -> fx.Node | None:
 
 
 def fold_query_scale(graph_module: fx.GraphModule) -> Outcome:
-    """attention(view(x * c), ..., scale) -> attention(view(x), ..., scale * c): Whisper scales its queries right after the product."""
+    """attention(view(x * c), ..., scale) -> attention(view(x), ..., scale * c): Whisper scales its queries right after
+    the product."""
     count = 0
     moves = {aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default}
     for node in graph_module.graph.nodes:
@@ -195,7 +204,11 @@ def fold_query_scale(graph_module: fx.GraphModule) -> Outcome:
         while scaled.target in moves and len(scaled.users) == 1:
             moved.append(scaled)
             scaled = scaled.args[0]
-        if scaled.target is not aten.mul.Tensor or len(scaled.users) != 1 or not isinstance(scaled.args[1], (int, float)):
+        if (
+            scaled.target is not aten.mul.Tensor
+            or len(scaled.users) != 1
+            or not isinstance(scaled.args[1], (int, float))
+        ):
             continue
         *args, scale = ops.attention.bind(*node.args, **node.kwargs)
         head_dim = value(node.args[0]).shape[-1]
@@ -220,7 +233,7 @@ def drop_zero_bias(graph_module: fx.GraphModule) -> Outcome:
     return Outcome(count)
 
 
-ATTENTION = [
+ATTENTION: list[Rewrite | GraphPass] = [
     GraphPass("attention: scaled_dot_product_attention", raise_sdpa),
     *_manual(),
     GraphPass("attention: inputs as they were before copies", strip_around_attention),

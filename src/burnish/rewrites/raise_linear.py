@@ -19,8 +19,8 @@ def raise_linear(graph_module: fx.GraphModule) -> Outcome:
 
 
 def raise_conv1d(graph_module: fx.GraphModule) -> Outcome:
-    """view(addmm(bias, view(x, [-1, K]), W), [..., N]), as Hugging Face's Conv1D leaves it: the weight is stored (K, N), which the
-    Op sees as a transposed view."""
+    """view(addmm(bias, view(x, [-1, K]), W), [..., N]), as Hugging Face's Conv1D leaves it: the weight is stored (K,
+    N), which the Op sees as a transposed view."""
     count, refused = 0, []
     for node in [node for node in graph_module.graph.nodes if node.target is aten.addmm.default]:
         args = arguments(node)
@@ -65,7 +65,7 @@ def _activation_examples(dtype: torch.dtype) -> tuple[Tensor]:
     return (torch.randn(2, 8, dtype=dtype),)
 
 
-LINEAR = [
+LINEAR: list[Rewrite | GraphPass] = [
     GraphPass("linear: nn.Linear", raise_linear),
     GraphPass("linear: Conv1D", raise_conv1d),
     Rewrite(
@@ -76,6 +76,10 @@ LINEAR = [
         aten.tanh.default,
     ),
     Rewrite(
-        "gelu: written out", gelu_erf_written_out, lambda x: aten.gelu.default(x), _activation_examples, aten.erf.default
+        "gelu: written out",
+        gelu_erf_written_out,
+        lambda x: aten.gelu.default(x),
+        _activation_examples,
+        aten.erf.default,
     ),
 ]

@@ -13,7 +13,6 @@ from burnish.rewrites.rewrite import Rewrite, values
 aten = torch.ops.aten
 
 
-
 def _norm_examples(dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
     return torch.randn(2, 3, 8, dtype=dtype), torch.randn(8, dtype=dtype), 1e-5
 
@@ -23,7 +22,7 @@ def _layer_norm_examples(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, fl
     return x, weight, weight.clone(), eps
 
 
-# --- layer norm: torch's own ---------------------------------------------------------------------------------------------------
+# --- layer norm: torch's own ----------------------------------------------------------------------
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -35,13 +34,13 @@ def to_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor
 
 
 def _last_dim_only(match: Match) -> str | None:
-    (x, weight) = values(match, "x", "weight")
+    (weight,) = values(match, "weight")
     if weight is not None and weight.dim() != 1:
         return f"normalizes over the last {weight.dim()} dims, not over one"
     return None
 
 
-# --- RMS norm: computed in float32, rounded, then scaled (Llama, Qwen, Mistral) ------------------------------------------------
+# --- RMS norm: computed in float32, rounded, then scaled (Llama, Qwen, Mistral) -------------------
 
 
 def rms_norm_llama(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -50,7 +49,7 @@ def rms_norm_llama(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * normed.to(x.dtype)
 
 
-# --- RMS norm: the mean in float32, the product in the input's dtype (T5) -------------------------------------------------------
+# --- RMS norm: the mean in float32, the product in the input's dtype (T5) -------------------------
 
 
 def rms_norm_t5(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -58,7 +57,7 @@ def rms_norm_t5(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (x * torch.rsqrt(variance + eps)).to(weight.dtype)
 
 
-# --- RMS norm: all in float32, rounded once (nanoGPT derivatives, Llama's own repository) ---------------------------------------
+# --- RMS norm: all in float32, rounded once (nanoGPT derivatives, Llama's own repository) ---------
 
 
 def rms_norm_float(x: Tensor, weight: Tensor, eps: float) -> Tensor:

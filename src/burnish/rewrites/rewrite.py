@@ -1,4 +1,5 @@
-"""`Rewrite`: a pattern, what replaces it, and the guard that can refuse with a reason; and `apply`, which runs a list of them."""
+"""`Rewrite`: a pattern, what replaces it, and the guard that can refuse with a reason; and `apply`, which runs a list
+of them."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ class Rewrite:
         name: the Op and the spelling, e.g. "rms_norm: weight * normed".
         pattern: a plain PyTorch function; traced like the model, on `examples(dtype)`.
         replacement: a function of the same parameter names (or some of them) that calls Ops.
-        examples: inputs that the pattern is traced on, by dtype; Python scalars among them match any value. None for a pattern that
-            calls overloads only, which needs no inputs to be traced.
+        examples: inputs that the pattern is traced on, by dtype; Python scalars among them match any value. None for a
+            pattern that calls overloads only, which needs no inputs to be traced.
         guard: a reason to refuse a match, or None. Sees shapes and dtypes through `meta["val"]`.
         anchor: an ATen overload that every match contains; a graph without it is not searched.
     """
@@ -107,7 +108,8 @@ def rewrite_nodes(
     replacement: Callable[..., Any],
     guard: Callable[[fx.Node, dict[str, Any]], str | None] = lambda node, args: None,
 ) -> Outcome:
-    """Replaces each call of the overload `target` by what `replacement(**its arguments by name)` builds from proxies."""
+    """Replaces each call of the overload `target` by what `replacement(**its arguments by name)` builds from
+    proxies."""
     count, refused = 0, []
     for node in [node for node in graph_module.graph.nodes if node.target is target]:
         args = arguments(node)
@@ -120,17 +122,18 @@ def rewrite_nodes(
 
 
 def insert(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], build: Callable[..., Any], *args: Any) -> None:
-    """Puts what `build(*args)` makes of its arguments' proxies in place of `nodes` (one result for each), before the first."""
+    """Puts what `build(*args)` makes of its arguments' proxies in place of `nodes` (one result for each), before the
+    first."""
     graph = graph_module.graph
     tracer = fx.proxy.GraphAppendingTracer(graph)
     last = nodes[0].prev
     with graph.inserting_before(nodes[0]):
-        proxies = fx.node.map_arg(args, lambda node: fx.Proxy(node, tracer))
-        results = build(*proxies)
+        as_proxy: Any = lambda node: fx.Proxy(node, tracer)  # noqa: E731
+        results = build(*fx.node.map_arg(args, as_proxy))
     results = results if isinstance(results, tuple) else (results,)
     new = last.next
     while new is not nodes[0]:
-        _set_value(graph_module, new)
+        set_value(new)
         new.meta |= {key: nodes[0].meta[key] for key in ("nn_module_stack", "stack_trace") if key in nodes[0].meta}
         new = new.next
     for node, result in zip(nodes, results, strict=True):
@@ -144,7 +147,7 @@ def forget_origin(node: fx.Node) -> None:
     node.meta.pop("origin", None)
 
 
-def _set_value(graph_module: fx.GraphModule, node: fx.Node) -> None:
+def set_value(node: fx.Node) -> None:
     """The fake value of a new node, from those of its inputs."""
     if node.op != "call_function":
         return

@@ -108,7 +108,9 @@ class OptimizedModule(nn.Module):
                 self._entries.clear()
                 self.__dict__["_parameter_list"] = list(self._original.parameters())
                 self.schedule.forget()
-        return self._original(*args, **kwargs)  # someone else keeps moving the weights: two optimized versions of one model, say
+        return self._original(
+            *args, **kwargs
+        )  # someone else keeps moving the weights: two optimized versions of one model, say
 
     def _make_entry(self, key: Any, call: Call, differentiable: bool) -> Entry:
         with self._lock:
@@ -146,7 +148,9 @@ class OptimizedModule(nn.Module):
         for leaf in call.leaves:
             if type(leaf) in _TENSORS:
                 stride = None if leaf.is_contiguous() else leaf.stride()
-                parts.append((leaf.shape, leaf.dtype, leaf.device, stride, leaf.requires_grad if differentiable else False))
+                parts.append(
+                    (leaf.shape, leaf.dtype, leaf.device, stride, leaf.requires_grad if differentiable else False)
+                )
             elif type(leaf) in _CONSTANTS:
                 parts.append((type(leaf), leaf))
             else:

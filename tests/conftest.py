@@ -1,0 +1,32 @@
+"""What holds for every test: nothing reaches the user's cache folder, and no decision depends on a stopwatch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that stands for the user's cache folder during one test."""
+    home = tmp_path / "cache-home"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    return home
+
+
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`optimize` measures nothing: each Op runs by its first Impl that can, and the result is never given up as slower.
+
+    Every weight that may be stored (K, N) is, because no clock says that it should not.
+    """
+    from burnish import schedule
+
+    def optimized(self: object, entry: object, call: object, served: object) -> object:
+        return entry
+
+    monkeypatch.setattr(schedule, "FIRST_BUDGET_US", 0.0)
+    monkeypatch.setattr(schedule, "NEW_SIZE_BUDGET_US", 0.0)
+    monkeypatch.setattr(schedule.Schedule, "_unless_slower", optimized)
+    monkeypatch.setattr(schedule.Schedule, "_wants_transposed", lambda self, weight: True)

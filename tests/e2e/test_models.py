@@ -1,0 +1,187 @@
+"""Every model of the zoo: what is found in it, what is made of it, and that it still computes the same."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from fnmatch import fnmatchcase
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+import burnish
+from burnish import ops
+from burnish.capture import capture
+from burnish.lower import op_of
+from burnish.numerics import assert_close
+from burnish.rewrites import FUSE, RAISE, apply
+from burnish.runtime.module import OptimizedModule
+from tests import zoo
+from tests.e2e.float64 import gradients, gradients_in_float64, loss, outputs_in_float64
+
+pytestmark = pytest.mark.usefixtures("untimed")
+aten = torch.ops.aten
+
+# --- what is found and what is made of it ------------------------------------------------------------------------------
+
+# One product for q, k and v is the model's own way: nothing is left to merge.
+QKV_IN_ONE = ("gpt2-*", "nanogpt-*", "notebook-*", "sdpa-tutorial-*")
+
+# Sums that a norm follows directly, beyond or below one for each residual sum.
+OTHER_SUMS = {
+    "whisper-*": (+1, "the decoder's first norm follows the sum of token and position embeddings"),
+    "nanogpt-block": (-1, "no norm follows the block's last sum"),
+    "notebook-block-pre": (-1, "no norm follows the block's last sum"),
+}
+
+# Overloads that an Op stands for, all of which have to be gone.
+RAISED = {
+    *(aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default, aten.matmul.default),
+    *(aten.softmax.int, aten._softmax.default, aten.scaled_dot_product_attention.default),
+    *(aten.layer_norm.default, aten.native_layer_norm.default, aten.rms_norm.default, aten.rsqrt.default),
+    *(aten.gelu.default, aten.silu.default, aten.relu.default, aten.tanh.default, aten.erf.default, aten.sigmoid.default),
+    *(aten.repeat_interleave.self_int, aten.neg.default, aten.masked_fill.Scalar),
+}
+LEFT = {
+    "whisper-*": ({aten.gelu.default: 2}, "the encoder's GELUs follow convolutions"),
+    "t5-*": ({aten.neg.default: 1}, "the decoder's relative positions are negated before they are put into buckets"),
+}
+
+
+def of_case(table: dict[str, Any], case: zoo.Case, default: Any) -> Any:
+    return next((value for pattern, (value, _) in table.items() if fnmatchcase(case.name, pattern)), default)
+
+
+def raised_ops(case: zoo.Case) -> Counter[str]:
+    """The Ops of the raised graph, which knows no fused ones yet."""
+    total = case.total()
+    return Counter({name: total[name] for name in ("attention", "linear", "layer_norm", "rms_norm", "rope") if total[name]})
+
+
+def fused_ops(case: zoo.Case) -> Counter[str]:
+    """The Ops of the fused graph, derived from the raised ones."""
+    total, fused = case.total(), raised_ops(case)
+    sums = total["residual"] + of_case(OTHER_SUMS, case, 0)
+    for norm in ("layer_norm", "rms_norm"):
+        if total[norm]:
+            fused[f"add_{norm}"] = sums
+            fused[norm] -= sums
+    fused["embedding_layer_norm"] = total["embedding_layer_norm"]
+    fused["layer_norm"] -= total["embedding_layer_norm"]
+    fused["gated_mlp"] = total["gated_mlp"]
+    fused["linear"] -= 3 * total["gated_mlp"]
+    if not any(fnmatchcase(case.name, pattern) for pattern in QKV_IN_ONE):
+        fused["linear"] -= sum(stack.layers * merged_away(stack) for stack in case.stacks)
+    return +fused
+
+
+def merged_away(stack: zoo.Stack) -> int:
+    """q, k, v of self-attention become one product of three; k, v of cross attention one of two."""
+    attentions = stack.ops.get("attention", 0)
+    return 2 + (attentions - 1) if attentions else 0
+
+
+def count_ops(graph: fx.Graph) -> Counter[str]:
+    return Counter(op.name for node in graph.nodes if (op := op_of(node.target)) is not None)
+
+
+def activations(graph: fx.Graph) -> int:
+    """Linears with an activation in their epilogue."""
+    linears = (node for node in graph.nodes if node.target is ops.linear.overload)
+    return sum(ops.linear.bind(*node.args, **node.kwargs)[3] != "none" for node in linears)
+
+
+def inputs_of(case: zoo.Case, index: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    return case.inputs(*case.shapes[index], dtype)
+
+
+@pytest.mark.parametrize("case", zoo.params())
+def test_every_op_is_found_and_fused(case: zoo.Case) -> None:
+    program = capture(case.build(), (), inputs_of(case))
+    graph = program.graph_module.graph
+    apply("raise", RAISE, program.graph_module)
+    assert count_ops(graph) == raised_ops(case)
+    fuse = apply("fuse", FUSE, program.graph_module)
+    assert count_ops(graph) == fused_ops(case)
+    assert activations(graph) == case.total()["activation"]
+    left = Counter(node.target for node in graph.nodes if node.target in RAISED)
+    assert left == of_case(LEFT, case, {})
+    assert (fuse.nodes_before, fuse.nodes_after) == (fuse.nodes_before, len(graph.nodes))
+    graph.lint()
+
+
+@pytest.mark.parametrize("case", zoo.params("*-eager*"))
+def test_attention_of_transformers_is_found_without_its_interface(case: zoo.Case) -> None:
+    program = capture(case.build(), (), inputs_of(case), attention_interface=False)
+    apply("raise", RAISE, program.graph_module)
+    assert count_ops(program.graph_module.graph) == raised_ops(case)
+
+
+def test_masks_of_transformers_reach_attention_by_their_meaning() -> None:
+    """Padding and causality as such; nothing of the mask that transformers builds is left in the graph."""
+    case = zoo.CASES["llama-sdpa-mask"]
+    program = capture(case.build(), (), inputs_of(case))
+    apply("raise", RAISE, program.graph_module)
+    graph = program.graph_module.graph
+    calls = [ops.attention.bind(*n.args, **n.kwargs) for n in graph.nodes if n.target is ops.attention.overload]
+    for q, k, _, bias, padding, is_causal, window, _ in calls:
+        assert (bias, is_causal, window) == (None, True, None)
+        assert padding is not None and padding.meta["val"].dim() == 2
+        assert (q.meta["val"].shape[1], k.meta["val"].shape[1]) == (4, 2)
+    made = {node.target for node in graph.nodes}
+    assert made.isdisjoint({aten.bitwise_and.Tensor, aten.logical_and.default, aten.where.self, aten.le.Tensor, aten.index.Tensor})
+
+
+def test_sliding_windows_reach_attention_by_their_meaning() -> None:
+    for name in ("mistral-window", "mistral-window-mask"):
+        case = zoo.CASES[name]
+        graph = capture(case.build(), (), inputs_of(case)).graph_module.graph
+        calls = [ops.attention.bind(*n.args, **n.kwargs) for n in graph.nodes if n.target is ops.attention.overload]
+        assert [(call[3], call[5], call[6]) for call in calls] == [(None, True, 8)] * 2
+
+
+# --- that it still computes the same -------------------------------------------------------------------------------------
+
+
+def assert_same_outputs(fast: OptimizedModule, model: nn.Module, inputs: dict[str, Any]) -> None:
+    with torch.no_grad():
+        eager, result = model(**inputs), fast(**inputs)
+    assert type(result) is type(eager)
+    assert pytree.tree_structure(result) == pytree.tree_structure(eager)
+    assert fast.schedule.served[-1].kept_original is None
+    assert_close(pytree.tree_leaves(result), pytree.tree_leaves(eager), outputs_in_float64(model, (), inputs))
+
+
+def assert_verified(fast: OptimizedModule) -> None:
+    (verification,) = fast.schedule.verifications
+    assert verification.skipped is None
+    assert verification.units
+    assert not verification.failures
+    assert all(unit.verdict is not None for unit in verification.units)
+    covered = {node for unit in verification.units for node in unit.inner}
+    graph = fast.schedule.program.graph_module.graph
+    reached = {node.name for node in covered}
+    assert {node.name for node in graph.nodes if op_of(node.target) is not None} <= reached
+
+
+@pytest.mark.parametrize("case", zoo.params())
+def test_outputs_in_float32_at_every_shape_from_one_capture(case: zoo.Case) -> None:
+    model = case.build()
+    fast = burnish.optimize(model, (), inputs_of(case), cache="off")
+    for index in range(len(case.shapes)):
+        assert_same_outputs(fast, model, inputs_of(case, index))
+    assert_verified(fast)
+    assert len([record for record in fast.schedule.history if record.name == "capture"]) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("case", zoo.params())
+def test_outputs_in_half_precision(case: zoo.Case, dtype: torch.dtype) -> None:
+    model = case.build().to(dtype)
+    fast = burnish.optimize(model, (), inputs_of(case, 0, dtype), cache="off")
+    for index in (0, 2):
+        assert_same_outputs(fast, model, inputs_of(case, index, dtype))
+    assert_verified(fast)

@@ -1,0 +1,199 @@
+"""Every Op in autograd, torch.compile, torch.export and under torch's own checks of operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import burnish.ops
+from burnish.numerics import assert_close, oracle
+from burnish.op import OPS, Op, Sample
+from tests.ops.matrix import tensors
+
+ALL = [OPS[name] for name in burnish.ops.__all__]
+NAMES = burnish.ops.__all__
+FEATURES = {  # of each Op, samples that together use every argument
+    "attention": ("left padding, causal", "grouped bias", "window", "scale", "grouped decode"),
+    "embedding_layer_norm": ("BERT", "no types"),
+    "gated_mlp": ("gelu_tanh", "biases"),
+    "linear": ("gelu", "residual", "K-major weight"),
+    "rope": ("partial interleaved", "heads last in memory", "table per row"),
+}
+
+
+def samples(op: Op, dtype: torch.dtype = torch.float32) -> list[Sample]:
+    found = list(op.samples("cpu", dtype))
+    labels = FEATURES.get(op.name, ("odd", "transposed"))
+    return [next(s for s in found if s.label == label) for label in labels]
+
+
+def with_gradients(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        v.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        if isinstance(v, Tensor) and v.is_floating_point()
+        else v
+        for v in values
+    )
+
+
+def gradients(fn: Any, args: tuple[Any, ...]) -> list[Tensor]:
+    """Gradients of a weighted sum of all results, for every floating input."""
+    total = sum((t * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum() for t in tensors(fn(*args)))
+    assert isinstance(total, Tensor)
+    return list(torch.autograd.grad(total, [a for a in args if isinstance(a, Tensor) and a.requires_grad]))
+
+
+class Module(nn.Module):
+    def __init__(self, op: Op) -> None:
+        super().__init__()
+        self.op = op
+
+    def forward(self, *args: Any) -> Any:
+        return self.op(*args)
+
+
+@pytest.mark.parametrize("op", ALL, ids=NAMES)
+def test_gradients_of_every_way_to_call(op: Op) -> None:
+    for sample in samples(op):
+        args = op.bind(*sample.args, **sample.kwargs)
+        truth = gradients(op.reference, with_gradients(tuple(_double(a) for a in args)))
+        eager = gradients(op.reference, with_gradients(args))
+        ways = {"function": op, "overload": op.overload}
+        for name, impl in op.impls.items():
+            if not impl.why_not(*args):
+                ways[name] = op.with_backward(name)
+        for name, way in ways.items():
+            try:
+                assert_close(gradients(way, with_gradients(args)), eager, truth)
+            except AssertionError as error:
+                raise AssertionError(f"{op.name} by {name} on {sample.label}: {error}") from None
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+SMALL = {  # float64 inputs small enough for numerical derivatives
+    "add_layer_norm": lambda r: (r(2, 5), r(2, 5), r(5), r(5), 1e-2),
+    "add_rms_norm": lambda r: (r(2, 5), r(2, 5), r(5), 1e-2),
+    "attention": lambda r: (
+        r(2, 2, 3, 2),
+        r(2, 1, 3, 2),
+        r(2, 1, 3, 2),
+        r(1, 2, 3, 3),
+        torch.tensor([[0, 1, 1], [0, 0, 0]]),  # rows that may attend to nothing have no gradient, and no NaN
+        True,
+    ),
+    "embedding_layer_norm": lambda r: (
+        torch.tensor([[0, 2, 2]]),
+        r(3, 4),
+        torch.arange(3)[None],
+        r(3, 4),
+        torch.tensor([[0, 1, 0]]),
+        r(2, 4),
+        r(4),
+        r(4),
+        1e-2,
+    ),
+    "gated_mlp": lambda r: (r(2, 3), r(4, 3), r(3, 2), r(4), r(3), "gelu"),
+    "layer_norm": lambda r: (r(2, 5), r(5), r(5), 1e-2),
+    "linear": lambda r: (r(2, 3), r(4, 3), r(4), "silu", r(2, 4)),
+    "rms_norm": lambda r: (r(2, 5), r(5), 1e-2),
+    "rope": lambda r: (r(1, 2, 3, 6), r(3, 4), r(3, 4), True),
+}
+
+
+@pytest.mark.parametrize("op", ALL, ids=NAMES)
+def test_numerical_derivatives(op: Op) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+    args = SMALL[op.name](random)  # type: ignore[no-untyped-call]
+    for way in (op, op.overload):
+        assert torch.autograd.gradcheck(way, args)
+    assert torch.autograd.gradgradcheck(op.overload, args)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("op", ALL, ids=NAMES)
+def test_compile_in_one_graph(op: Op, backend: str) -> None:
+    torch._dynamo.reset()
+    sample = samples(op)[0]
+    args = op.bind(*sample.args, **sample.kwargs)
+    compiled = torch.compile(lambda *a: op(*a), backend=backend, fullgraph=True)
+    truth = oracle(op.reference, *args)
+    assert_close(compiled(*args), op.reference(*args), truth)
+    tracked = with_gradients(args)
+    assert_close(
+        gradients(compiled, tracked),
+        gradients(op.reference, tracked),
+        gradients(op.reference, with_gradients(tuple(_double(a) for a in args))),
+    )
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("op", ALL, ids=NAMES)
+def test_export_as_one_node(op: Op, strict: bool) -> None:
+    sample = samples(op)[0]
+    args = op.bind(*sample.args, **sample.kwargs)
+    program = torch.export.export(Module(op), args, strict=strict)
+    operators = [n.target for n in program.graph.nodes if n.op == "call_function" and "burnish" in str(n.target)]
+    assert operators == [op.overload]
+    assert_close(program.module()(*args), op.reference(*args), oracle(op.reference, *args))
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "dynamic"),
+    [
+        ("linear", lambda b, s: (torch.randn(b, s, 8), torch.randn(6, 8)), ({0: "b", 1: "s"}, None)),
+        ("rms_norm", lambda b, s: (torch.randn(b, s, 8), torch.randn(8)), ({0: "b", 1: "s"}, None)),
+        ("layer_norm", lambda b, s: (torch.randn(b, s, 8), torch.randn(8)), ({0: "b", 1: "s"}, None)),
+        (
+            "add_layer_norm",
+            lambda b, s: (torch.randn(b, s, 8), torch.randn(b, s, 8)),
+            ({0: "b", 1: "s"}, {0: "b", 1: "s"}),
+        ),
+        (
+            "rope",
+            lambda b, s: (torch.randn(b, 2, s, 8), torch.randn(s, 4), torch.randn(s, 4)),
+            ({0: "b", 2: "s"}, {0: "s"}, {0: "s"}),
+        ),
+        (
+            "attention",
+            lambda b, s: (
+                *(torch.randn(b, h, s, 8) for h in (4, 2, 2)),
+                torch.randn(1, 4, s, s),
+                torch.ones(b, s).long(),
+                True,
+            ),
+            (*({0: "b", 2: "s"},) * 3, {2: "s", 3: "s"}, {0: "b", 1: "s"}, None),
+        ),
+    ],
+)
+def test_export_with_dynamic_batch_and_sequence(name: str, make: Any, dynamic: tuple[Any, ...]) -> None:
+    op = OPS[name]
+    dims = {"b": torch.export.Dim("b"), "s": torch.export.Dim("s")}
+    shapes = tuple(None if spec is None else {i: dims[d] for i, d in spec.items()} for spec in dynamic)
+    program = torch.export.export(Module(op), make(3, 7), dynamic_shapes=(shapes,), strict=False)
+    args = make(2, 33)
+    assert_close(program.module()(*args), op.reference(*args), oracle(op.reference, *args))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("op", ALL, ids=NAMES)
+def test_torchs_own_operator_checks(op: Op) -> None:
+    for sample in samples(op)[:2]:
+        torch.library.opcheck(op.overload, with_gradients(op.bind(*sample.args, **sample.kwargs)))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("op", ALL, ids=NAMES)
+def test_torchs_own_operator_checks_on_every_sample(op: Op) -> None:
+    for sample in op.samples("cpu", torch.float32):
+        torch.library.opcheck(op.overload, op.bind(*sample.args, **sample.kwargs))

@@ -1,0 +1,277 @@
+"""Op, Impl, use() and why_not(): choosing, refusing, and being one node wherever a graph is made."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from burnish.op import OPS, Cost, ImplUnavailable, Op, Sample, find_impl, find_op, op, use, why_not
+
+_numbers = itertools.count()
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    yield Sample("three", (torch.ones(3, device=device, dtype=dtype),))
+
+
+def _check(x: Tensor, shift: Tensor | None, factor: float, label: str) -> None:
+    if x.dim() != 1:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must have one dimension")
+
+
+def _why_not(x: Tensor, shift: Tensor | None, factor: float, label: str) -> list[str]:
+    reasons = [] if x.dtype == torch.float32 else [f"x is {x.dtype}"]
+    return reasons if x.shape[0] > 2 else [*reasons, "x has fewer than three entries"]
+
+
+class Toy:
+    """`x * factor + shift, x + 1` as an Op, and what ran."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+        toy = self
+
+        def reference(
+            x: Tensor, shift: Tensor | None = None, factor: float = 2.0, label: str = "none"
+        ) -> tuple[Tensor, Tensor]:
+            """Doubles."""
+            toy.ran.append("reference")
+            return x * factor + (0 if shift is None else shift), x + 1
+
+        reference.__name__ = f"toy_{next(_numbers)}"
+        self.op = op(cost=lambda x, *_: Cost(x.numel(), 8 * x.numel()), samples=_samples, check=_check)(reference)
+
+        @self.op.impl("fast", why_not=_why_not)
+        def fast(
+            x: Tensor, shift: Tensor | None = None, factor: float = 2.0, label: str = "none"
+        ) -> tuple[Tensor, Tensor]:
+            """Quick.
+
+            More words.
+            """
+            toy.ran.append("fast")
+            out = x.detach() * factor
+            return (out if shift is None else out.add_(shift.detach())), x.detach() + 1
+
+
+@pytest.fixture
+def toy() -> Iterator[Toy]:
+    toy = Toy()
+    yield toy
+    del OPS[toy.op.name]
+
+
+def test_the_registry_knows_the_op_and_its_text(toy: Toy) -> None:
+    assert OPS[toy.op.name] is toy.op is find_op(toy.op.name)
+    assert toy.op.__doc__ == "Doubles."
+    assert list(inspect.signature(toy.op).parameters) == ["x", "shift", "factor", "label"]
+    assert toy.op.impls["fast"].description == "Quick."
+    assert list(toy.op.impls) == ["fast", "reference"]
+    assert toy.op.name in repr(toy.op)
+
+
+def test_a_taken_name_is_refused(toy: Toy) -> None:
+    def reference(x: Tensor) -> Tensor:
+        return x + 1
+
+    reference.__name__ = toy.op.name
+    with pytest.raises(ValueError, match="registered already"):
+        op(cost=lambda x: Cost(1, 1), samples=_samples)(reference)
+    assert OPS[toy.op.name] is toy.op
+    with pytest.raises(ValueError, match="has an Impl 'fast' already"):
+        toy.op.impl("fast")
+
+
+def test_bind_fills_the_defaults(toy: Toy) -> None:
+    x = torch.ones(3)
+    assert toy.op.bind(x) == (x, None, 2.0, "none")
+    assert toy.op.bind(x, label="a", factor=3.0) == (x, None, 3.0, "a")
+    assert toy.op.bind(label="a", x=x) == (x, None, 2.0, "a")
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "says"),
+    [
+        ((), {}, "missing x"),
+        ((1, 2, 3, 4, 5), {}, "5 arguments where it has 4"),
+        ((1,), {"nonsense": 2}, "it has no argument 'nonsense'"),
+        ((1,), {"x": 2}, "'x' is given twice"),
+        ((), {"label": "a"}, "missing x"),
+    ],
+)
+def test_a_wrong_call_says_what_is_wrong(toy: Toy, args: tuple[int, ...], kwargs: dict[str, int], says: str) -> None:
+    with pytest.raises(TypeError, match=f"{toy.op.name}: {says}; it takes \\(x, shift, factor, label\\)"):
+        toy.op(*args, **kwargs)
+
+
+def test_the_first_impl_without_reasons_runs(toy: Toy) -> None:
+    toy.op(torch.ones(3))
+    toy.op(torch.ones(2))
+    toy.op(torch.ones(3).double())
+    assert toy.ran == ["fast", "reference", "reference"]
+    assert toy.op.select(torch.ones(3)).name == "fast"
+    assert toy.op.select(x=torch.ones(2)).name == "reference"
+
+
+def test_why_not_gives_every_reason(toy: Toy) -> None:
+    both = ["x is torch.float64", "x has fewer than three entries"]
+    assert why_not(toy.op, "fast", torch.ones(2).double()) == both
+    assert why_not(toy.op.name, "fast", x=torch.ones(2).double(), label="a") == both
+    assert why_not(toy.op, "fast", torch.ones(3)) == []
+    assert why_not(toy.op, "reference", torch.ones(2)) == []
+
+
+def test_an_explicit_choice_never_falls_back(toy: Toy) -> None:
+    with use(**{toy.op.name: "fast"}), pytest.raises(ImplUnavailable) as caught:
+        toy.op(torch.ones(2).double())
+    assert caught.value.reasons == ["x is torch.float64", "x has fewer than three entries"]
+    assert all(reason in str(caught.value) for reason in caught.value.reasons)
+    assert toy.ran == []
+
+
+def test_use_nests_and_ends(toy: Toy) -> None:
+    x = torch.ones(3)
+    with use(**{toy.op.name: "reference"}):
+        toy.op(x)
+        with use(**{toy.op.name: "fast"}):
+            toy.op(x)
+        with pytest.raises(ZeroDivisionError), use(**{toy.op.name: "fast"}):
+            raise ZeroDivisionError
+        toy.op(x)
+    toy.op(x)
+    assert toy.ran == ["reference", "fast", "reference", "fast"]
+
+
+def test_use_is_local_to_the_thread(toy: Toy) -> None:
+    with use(**{toy.op.name: "reference"}):
+        thread = threading.Thread(target=toy.op, args=(torch.ones(3),))
+        thread.start()
+        thread.join()
+    assert toy.ran == ["fast"]
+
+
+def test_unknown_names_are_refused_at_entry_with_those_there_are(toy: Toy) -> None:
+    with pytest.raises(ValueError, match=r"there is no Op 'linaer'; there are: .*linear"), use(linaer="torch"):
+        pass
+    with pytest.raises(ValueError, match="has no Impl 'triton'; it has: fast, reference"):
+        find_impl(toy.op, "triton")
+    with pytest.raises(ValueError, match="has no Impl"):
+        why_not(toy.op, "triton", torch.ones(3))
+
+
+def test_bad_input_is_refused_before_anything_runs(toy: Toy) -> None:
+    with pytest.raises(ValueError, match="it must have one dimension"):
+        toy.op(torch.ones(2, 2))
+    with pytest.raises(ValueError, match="it must have one dimension"):
+        toy.op.overload(torch.ones(2, 2))
+    assert toy.ran == []
+
+
+def test_the_overload_chooses_at_run_time(toy: Toy) -> None:
+    toy.op.overload(torch.ones(3), label="a")
+    with use(**{toy.op.name: "reference"}):
+        toy.op.overload(torch.ones(3))
+    assert toy.ran == ["fast", "reference"]
+
+
+def test_fx_sees_one_node(toy: Toy) -> None:
+    graph = fx.symbolic_trace(lambda x, y: toy.op(x, shift=y)[0]).graph
+    (node,) = [n for n in graph.nodes if n.target is toy.op.overload]
+    assert [str(a) for a in node.args] == ["x", "y", "2.0", "none"]
+    assert toy.ran == []
+
+
+def test_fake_tensors_run_the_reference_only(toy: Toy) -> None:
+    with FakeTensorMode() as mode:
+        first, second = toy.op(mode.from_tensor(torch.ones(3)))
+    assert first.shape == second.shape == (3,)
+    assert set(toy.ran) == {"reference"}
+
+
+def test_an_active_mode_sees_one_operator(toy: Toy) -> None:
+    seen = []
+
+    class Listen(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(3)
+    with Listen():
+        toy.op(x)
+    assert seen == [toy.op.overload]
+
+
+def test_autocast_does_not_touch_an_op(toy: Toy) -> None:
+    linear = find_op("linear")
+    x, w = torch.randn(4, 8), torch.randn(4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (x @ w.T).dtype == torch.bfloat16
+        results = [linear(x, w), linear.overload(x, w), linear(x.requires_grad_(), w)]
+    assert [r.dtype for r in results] == [torch.float32] * 3
+
+
+def test_gradients_come_from_a_differentiable_impl_or_the_reference(toy: Toy) -> None:
+    x, shift = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    toy.op(x, shift)[0].sum().backward()
+    assert toy.ran == ["reference"]
+    toy.ran.clear()
+    x.grad = shift.grad = None
+    with use(**{toy.op.name: "fast"}):
+        toy.op(x, shift)[0].sum().backward()
+    assert toy.ran == ["fast", "reference"]  # the Impl forwards, the reference's backward
+    assert x.grad is not None
+    assert shift.grad is not None
+    assert x.grad.tolist() == [2.0] * 3
+    assert shift.grad.tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("way", ["with_backward", "overload"])
+def test_gradients_of_gradients(toy: Toy, way: str) -> None:
+    run = toy.op.overload if way == "overload" else toy.op.with_backward("fast")
+    x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    shift = torch.randn(3, dtype=torch.float64, requires_grad=True)
+
+    def fn(x: Tensor, shift: Tensor) -> Tensor:
+        first, second = run(x * x, shift * x, 3.0, "none")
+        return first * second
+
+    assert torch.autograd.gradcheck(fn, (x, shift))
+    assert torch.autograd.gradgradcheck(fn, (x, shift))
+
+
+def test_a_differentiable_impl_is_used_as_it_is() -> None:
+    attention = find_op("attention")
+    assert attention.with_backward("torch_sdpa") is attention.impls["torch_sdpa"].fn
+    assert attention.with_backward("torch_flash") is attention.with_backward(attention.impls["torch_flash"])
+    assert attention.with_backward("torch_flash") is not attention.impls["torch_flash"].fn
+
+
+def test_function_transforms_go_through_the_reference(toy: Toy) -> None:
+    x = torch.randn(5, 3)
+    batched = torch.vmap(lambda row: toy.op(row)[0])(x)
+    assert torch.equal(batched, x * 2)
+    gradient = torch.func.grad(lambda row: toy.op(row)[0].sum())(x[0])
+    assert gradient.tolist() == [2.0] * 3
+    _, tangent = torch.func.jvp(lambda row: toy.op(row)[0], (x[0],), (torch.ones(3),))
+    assert tangent.tolist() == [2.0] * 3
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x[0], torch.ones(3))
+        assert torch.autograd.forward_ad.unpack_dual(toy.op(dual)[0]).tangent is not None
+
+
+def test_costs_add() -> None:
+    assert Cost(1, 2) + Cost(3, 4) == Cost(4, 6)
+
+
+def test_an_op_is_an_op(toy: Toy) -> None:
+    assert isinstance(toy.op, Op)
+    assert toy.op.cost(torch.ones(3)) == Cost(3, 24)
+    assert [s.label for s in toy.op.samples("cpu", torch.float32)] == ["three"]
