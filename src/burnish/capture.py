@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import os
 import re
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -289,17 +291,9 @@ def _quiet() -> Iterator[None]:
 def _one_line(error: BaseException) -> str:
     """The first telling line of an export error, with the place in the user's code where there is one."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    message = lines[0] if lines else type(error).__name__
-    place = (
-        next(
-            (frame for frame in reversed(inspect.getinnerframes(error.__traceback__)) if "torch" not in frame.filename),
-            None,
-        )
-        if error.__traceback__
-        else None
-    )
-    where = (
-        f" ({place.filename}:{place.lineno} in {place.function})" if place and "burnish" not in place.filename else ""
-    )
-    return f"{type(error).__name__}: {message}{where}"
+    message = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    frames = traceback.extract_tb(error.__traceback__)
+    own = (os.path.dirname(torch.__file__), os.path.dirname(__file__), "<")
+    place = next((frame for frame in reversed(frames) if not frame.filename.startswith(own)), None)
+    where = f" ({place.filename}:{place.lineno} in {place.name})" if place else ""
+    return f"{type(error).__name__}: {message[:300]}{where}"

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._guards import detect_fake_mode
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from burnish.graph.trace import clean
@@ -40,11 +41,12 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **optio
 
 def rewrite(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[StepRecord]]:
     """Dynamo's graph in ATen dialect with Ops in it, and what was done."""
-    fakes = [_fake(node, given) for node, given in zip(_placeholders(graph_module), example_inputs, strict=True)]
-    mode = detect_fake_mode(fakes)
-    if mode is None:
-        traced = make_fx(graph_module, pre_dispatch=True, tracing_mode="fake")(*fakes)
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None else None
+    if context is None or mode is None:
+        traced = make_fx(graph_module, pre_dispatch=True, tracing_mode="fake")(*example_inputs)
     else:
+        fakes = [_fake(given, mode, context) for given in example_inputs]
         with mode:
             traced = make_fx(graph_module, pre_dispatch=True)(*fakes)
     clean(traced)
@@ -53,11 +55,10 @@ def rewrite(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> tupl
     return traced, records
 
 
-def _placeholders(graph_module: fx.GraphModule) -> list[fx.Node]:
-    return [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-
-
-def _fake(node: fx.Node, given: Any) -> Any:
-    """Dynamo's fake value of an input where it left one: it carries the symbolic sizes."""
-    value = node.meta.get("example_value", given)
-    return value if isinstance(value, (Tensor, torch.SymInt)) else given
+def _fake(given: Any, mode: FakeTensorMode, context: TracingContext) -> Any:
+    """The fake of an input with the symbolic sizes that Dynamo chose; AOTAutograd will ask `mode` for the same one."""
+    if not isinstance(given, Tensor):
+        return given
+    symbolic = context.tensor_to_context.get(given)
+    source = getattr(symbolic, "tensor_source", None)
+    return mode.from_tensor(given, symbolic_context=symbolic, source=source, static_shapes=None if symbolic else True)

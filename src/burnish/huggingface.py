@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils import _pytree as pytree
 
 NAME = "burnish"
 _TAKEN_OVER = ("eager", "sdpa")
@@ -52,6 +52,7 @@ def captured_attention(model: nn.Module, names_given: frozenset[str] = frozenset
         names_given: names of the inputs that the caller passes. Position ids that the caller passes may mean packed
             sequences.
     """
+    _teach_pytree_caches()
     configs = _configs(model)
     if (
         not configs
@@ -76,6 +77,25 @@ def captured_attention(model: nn.Module, names_given: frozenset[str] = frozenset
             config._attn_implementation_internal = implementation
         ALL_ATTENTION_FUNCTIONS._global_mapping.pop(NAME, None)
         ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(NAME, None)
+
+
+def _teach_pytree_caches() -> None:
+    """KV caches become pytrees, as transformers itself has it for export: a model returns one unless told not to. This
+    adds two types to what torch knows and stays, because each call builds its result through it."""
+    if "transformers" not in sys.modules:
+        return
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+    from transformers.integrations.executorch import register_dynamic_cache_export_support
+
+    if DynamicCache not in pytree.SUPPORTED_NODES:
+        register_dynamic_cache_export_support()
+    if EncoderDecoderCache not in pytree.SUPPORTED_NODES:
+        pytree.register_pytree_node(
+            EncoderDecoderCache,
+            lambda cache: ([cache.self_attention_cache, cache.cross_attention_cache], None),
+            lambda caches, context: EncoderDecoderCache(*caches),
+            serialized_type_name="transformers.cache_utils.EncoderDecoderCache",
+        )
 
 
 def _configs(model: nn.Module) -> list[Any]:
@@ -137,7 +157,7 @@ class _Takeover:
             and isinstance(q_offset, int)
             and q_offset == kv_offset == 0
         )
-        if plain and (not is_causal or statically_known_true(q_length == kv_length)):
+        if plain and (not is_causal or _equal(q_length, kv_length)):
             window = _enclosed(parts[_WINDOW], "sliding_window") if _WINDOW in parts else None
             self.meanings.append(Meaning(mask, attention_mask, is_causal, window))
         return mask
@@ -173,6 +193,15 @@ class _Takeover:
             bias = attention_mask if bias is None else _with_mask(bias, attention_mask)
         out = ops.attention(query, key, value, bias, padding, causal, window, scaling)
         return out.transpose(1, 2), None
+
+
+def _equal(q_length: int | torch.SymInt, kv_length: int | torch.SymInt) -> bool:
+    """Whether the lengths are equal in the call that is captured; the Program then serves only calls in which they are.
+
+    Nothing else would say so yet: transformers takes the one from the token ids and the other from the padding mask.
+    """
+    hints = [length if isinstance(length, int) else length.node.hint for length in (q_length, kv_length)]
+    return hints[0] == hints[1] and bool(q_length == kv_length)
 
 
 def _parts(mask_function: Any) -> list[Any]:

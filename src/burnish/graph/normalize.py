@@ -140,7 +140,7 @@ def operation_key(node: fx.Node, gm: fx.GraphModule) -> Hashable:
         if entry is not None and not _has_hooks(module):
             return _function_key(entry[0])
         kind: Any = type(module)
-        return kind  # type: ignore[no-any-return]
+        return kind
     return node.op
 
 

@@ -13,7 +13,17 @@ from torch import Tensor, fx
 
 from burnish import ops
 from burnish.graph.matcher import Match
-from burnish.rewrites.rewrite import GraphPass, Outcome, Rewrite, forget_origin, rewrite_nodes, same, value, values
+from burnish.rewrites.rewrite import (
+    GraphPass,
+    Outcome,
+    Rewrite,
+    forget_origin,
+    rewrite_nodes,
+    same,
+    set_value,
+    value,
+    values,
+)
 
 aten = torch.ops.aten
 
@@ -163,8 +173,20 @@ def strip_around_attention(graph_module: fx.GraphModule) -> Outcome:
         if (bare_q, bare_k, bare_v) != (q, k, v):
             node.args = (bare_q, bare_k, bare_v, *node.args[3:])
             count += 1
+        _refresh_layout(node)
     graph_module.graph.eliminate_dead_code()
     return Outcome(count)
+
+
+_MOVES = {aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default}
+
+
+def _refresh_layout(node: fx.Node) -> None:
+    """The Op stores its result as the next product reads it; the captured nodes behind it still carry the old strides."""
+    for user in node.users:
+        if user.target in _MOVES:
+            set_value(user)
+            _refresh_layout(user)
 
 
 def _without_copy(node: Any) -> Any:
@@ -196,12 +218,11 @@ def fold_query_scale(graph_module: fx.GraphModule) -> Outcome:
     """attention(view(x * c), ..., scale) -> attention(view(x), ..., scale * c): Whisper scales its queries right after
     the product."""
     count = 0
-    moves = {aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default}
     for node in graph_module.graph.nodes:
         if node.target is not ops.attention.overload:
             continue
         moved, scaled = [], node.args[0]
-        while scaled.target in moves and len(scaled.users) == 1:
+        while scaled.target in _MOVES and len(scaled.users) == 1:
             moved.append(scaled)
             scaled = scaled.args[0]
         if (

@@ -139,7 +139,8 @@ class OptimizedModule(nn.Module):
         leaves = [*args, *kwargs.values()]
         if all(type(leaf) in _TENSORS or type(leaf) in _CONSTANTS for leaf in leaves):
             return Call(args, kwargs, leaves, None)
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        # Only plain containers are looked into: what a KV cache goes through in a call, no graph would do to it.
+        leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=lambda x: type(x) not in (tuple, list, dict))
         return Call(args, kwargs, leaves, spec)
 
     def _key(self, call: Call, differentiable: bool) -> Any:

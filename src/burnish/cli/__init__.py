@@ -1,0 +1,11 @@
+"""The command `burnish`: thin over the same functions that Python code calls.
+
+Results go to stdout (as JSON with `--json`), progress and errors to stderr; an error is one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+from burnish.cli import info, model  # noqa: F401  (importing them registers their commands)
+from burnish.cli.app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,107 @@
+"""The typer app, how errors leave it, and where output goes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_PLAIN_WIDTH = 100  # of what is piped: rich would take 80, too narrow for a graph's table
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else.")]
+
+
+class _Commands(TyperGroup):
+    """Every error becomes one line on stderr and exit code 2; `--traceback` lets it through."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        if not standalone_mode:
+            return super().main(args, *rest, standalone_mode=False, **extra)
+        try:
+            code = super().main(args, *rest, standalone_mode=False, **extra)
+        except (KeyboardInterrupt, typer.Abort):
+            print("burnish: interrupted", file=sys.stderr)
+            sys.exit(130)
+        except Exception as error:
+            if "--traceback" in (sys.argv[1:] if args is None else args):
+                raise
+            print(f"burnish: {one_line(error)}", file=sys.stderr)
+            sys.exit(2)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+app = typer.Typer(
+    cls=_Commands, add_completion=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
+)
+
+
+@app.callback(invoke_without_command=True)
+def burnish(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False,
+) -> None:
+    """Make PyTorch transformers fast, step by step, and see the work."""
+    if version:
+        from burnish import __version__
+
+        typer.echo(f"burnish {__version__}")
+        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main() -> None:
+    """The entry point of the command."""
+    # Read when torch is loaded: its profiler otherwise writes two lines to stderr each time it starts and stops.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    app(prog_name="burnish")
+
+
+def one_line(error: BaseException) -> str:
+    """The error for people: its message where it was meant for them, else with its type in front."""
+    formatted = getattr(error, "format_message", None)  # of the option parser's errors
+    text = formatted() if formatted is not None else str(error)
+    text = " ".join(text.split()) or type(error).__name__
+    meant_for_people = formatted is not None or isinstance(error, (ValueError, TypeError, OSError))
+    return text if meant_for_people or type(error).__module__.startswith("burnish.") else f"{type(error).__name__}: {text}"
+
+
+class Output:
+    """Where one command's results and progress go."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self._errors = Console(stderr=True)
+
+    @contextlib.contextmanager
+    def working(self, on: str) -> Iterator[Callable[[str], None]]:
+        """Shows on a terminal what is being done; the function yielded changes the text."""
+        if self.as_json or not self._errors.is_terminal:
+            yield lambda doing: None
+            return
+        with self._errors.status(f"{on} ...") as status:
+            yield lambda doing: status.update(f"{doing} ...")
+
+    def show(self, *parts: RenderableType) -> None:
+        """Prints, in colour on a terminal; nothing under --json. Text in square brackets is text, not markup."""
+        if self.as_json:
+            return
+        console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+        for part in parts:
+            console.print(part)
+
+    def data(self, value: Any) -> None:
+        """Prints JSON under --json, else nothing."""
+        if self.as_json:
+            print(json.dumps(value, indent=2, default=str))

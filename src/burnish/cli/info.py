@@ -1,0 +1,185 @@
+"""`burnish demo`, `burnish ops` and `burnish device`."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from burnish.cli.app import JsonOption, Output, app
+from burnish.cli.options import CacheMode, CacheOption, DeviceOption, Dtype, resolve_device
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from burnish.op import Op, Sample
+
+
+@app.command()
+def demo(device: DeviceOption = None, cache: CacheOption = CacheMode.readwrite, as_json: JsonOption = False) -> None:
+    """Show it on a real model: all-MiniLM-L6-v2 on real sentences, before and after."""
+    output = Output(as_json)
+    with output.working("starting PyTorch") as update:
+        from burnish.cli.demo_view import render
+        from burnish.demo import run
+
+        result = run(resolve_device(device), cache=cache.value, on_progress=update)
+    output.data(result.to_dict())
+    output.show(render(result))
+
+
+@app.command()
+def device(
+    target: Annotated[str | None, typer.Argument(help="cpu, cuda, cuda:1; default: CUDA where there is one.")] = None,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again.")] = False,
+    measure: Annotated[bool, typer.Option(help="Measure bandwidth and matrix rate.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what this machine is, and the bandwidth and matrix rate that it measured."""
+    output = Output(as_json)
+    with output.working("measuring"):
+        from burnish.hardware import device as describe
+
+        info = describe(target, measure=measure, refresh=refresh)
+    output.data(info.to_dict())
+    output.show(info)
+
+
+@app.command()
+def ops(
+    name: Annotated[str | None, typer.Argument(help="One Op in detail.", show_default=False)] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the sample inputs.")] = Dtype.fp32,
+    device: DeviceOption = None,
+    clear_cache: Annotated[bool, typer.Option("--clear-cache", help="Forget which Impls measured fastest.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show every Op, its implementations, and what runs on this machine."""
+    output = Output(as_json)
+    if clear_cache:
+        if name is not None:
+            raise typer.BadParameter("--clear-cache clears for all Ops; leave out the name")
+        _clear_cache(output)
+        return
+    with output.working("starting PyTorch"):
+        from burnish.op import OPS, find_op
+
+        target = resolve_device(device)
+        find_op(name or "linear")  # registers them all
+        chosen = [find_op(name)] if name else [OPS[key] for key in sorted(OPS)]
+        data = [_op_data(op, target, dtype) for op in chosen]
+    output.data(data if name is None else data[0])
+    if name is None:
+        output.show(_overview(data, target, dtype))
+    else:
+        output.show(*_detail(chosen[0], data[0], dtype))
+
+
+def _clear_cache(output: Output) -> None:
+    from burnish.tuning import clear_cache
+
+    files = clear_cache()
+    output.data({"deleted": [str(file) for file in files]})
+    output.show(*(f"deleted {file}" for file in files) if files else ("there was nothing to delete",))
+
+
+# --- what is said of an Op --------------------------------------------------------------------------------------------
+
+
+def _op_data(op: Op, target: torch.device, dtype: Dtype) -> dict[str, Any]:
+    samples = list(op.samples(target, dtype.torch))
+    first = samples[0]
+    return {
+        "name": op.name,
+        "signature": f"{op.name}{op.signature}",
+        "summary": (inspect.getdoc(op) or "").split("\n")[0],
+        "impls": [
+            {
+                "name": impl.name,
+                "description": "the Op's definition in plain PyTorch" if impl.name == "reference" else impl.description,
+                "why_not": impl.why_not(*first.args, **first.kwargs),
+                "reasons": list(dict.fromkeys(r for s in samples for r in impl.why_not(*s.args, **s.kwargs))),
+                "takes": [sample.label for sample in samples if not impl.why_not(*sample.args, **sample.kwargs)],
+                "differentiable": impl.differentiable,
+            }
+            for impl in op.impls.values()
+        ],
+        "samples": [_sample_data(op, sample) for sample in samples],
+    }
+
+
+def _sample_data(op: Op, sample: Sample) -> dict[str, Any]:
+    cost = op.cost(*sample.args, **sample.kwargs)
+    inputs = [f"{parameter}={_short(value)}" for parameter, value in _given(op, sample)]
+    runs = op.select(*sample.args, **sample.kwargs).name
+    return {"label": sample.label, "inputs": inputs, "flops": cost.flops, "bytes": cost.bytes, "runs_by_default": runs}
+
+
+def _given(op: Op, sample: Sample) -> list[tuple[str, Any]]:
+    """The arguments that differ from their defaults, by name."""
+    defaults = {name: parameter.default for name, parameter in op.signature.parameters.items()}
+    bound = zip(defaults, op.bind(*sample.args, **sample.kwargs), strict=True)
+    return [(name, value) for name, value in bound if value is not defaults[name]]
+
+
+def _short(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return "x".join(map(str, shape)) if shape is not None else str(value)
+
+
+def _overview(data: list[dict[str, Any]], target: torch.device, dtype: Dtype) -> RenderableType:
+    title = f"Ops on {target}, {dtype.value}; each Impl is asked about the Op's first sample"
+    table = _table(title, "Op", "Impl", "runs here", "what it is")
+    for number, op in enumerate(data):
+        if number:
+            table.add_section()
+        table.add_row(_bold(op["name"]), "", "", _bold(op["summary"]))
+        for impl in op["impls"]:
+            table.add_row("", impl["name"], _verdict(impl["why_not"]), impl["description"])
+    return table
+
+
+def _detail(op: Op, data: dict[str, Any], dtype: Dtype) -> list[RenderableType]:
+    from rich.padding import Padding
+
+    from burnish._text import human_bytes
+
+    impls = _table("Impls, in order of preference where nothing was measured", "Impl", "samples", "gradients", "why not")
+    count = len(data["samples"])
+    for impl in data["impls"]:
+        gradients = "its own" if impl["differentiable"] else "the reference's"
+        impls.add_row(impl["name"], f"{len(impl['takes'])} of {count}", gradients, "\n".join(impl["reasons"]))
+    costs = _table(
+        f"What one call needs at the least ({dtype.value})", "sample", "inputs", ">MFLOP", ">bytes", ">FLOP per byte"
+    )
+    for sample in data["samples"]:
+        intensity = sample["flops"] / max(sample["bytes"], 1)
+        numbers = (f"{sample['flops'] / 1e6:,.3g}", human_bytes(sample["bytes"]), f"{intensity:.3g}")
+        costs.add_row(sample["label"], ", ".join(sample["inputs"]), *numbers)
+    document = Padding(inspect.getdoc(op) or "", (0, 0, 0, 2))
+    return [_bold(data["signature"]), "", document, "", impls, "", costs]
+
+
+def _verdict(why_not: list[str]) -> RenderableType:
+    from rich.text import Text
+
+    return Text("no: " + "; ".join(why_not), style="yellow") if why_not else Text("yes", style="green")
+
+
+def _bold(text: str) -> RenderableType:
+    from rich.text import Text
+
+    return Text(text, style="bold")
+
+
+def _table(title: str, *columns: str) -> Table:
+    """Columns whose name begins with > are numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+    return table
