@@ -105,6 +105,9 @@ def test_overflow_of_eager_excuses_nothing() -> None:
     eager = torch.tensor([1.0, float("inf"), float("nan")])
     assert check(torch.ones(3), eager, truth).ok
     assert not check(torch.full((3,), 1.5), eager, truth).ok
+    nothing_finite = torch.full((3,), float("inf"))
+    assert check(torch.ones(3), nothing_finite, truth).ok
+    assert not check(torch.full((3,), 1.5), nothing_finite, truth).ok
 
 
 def test_integers_must_be_equal() -> None:

@@ -1,6 +1,7 @@
 """What a MODEL on the command line is: a preset, a Hugging Face folder or hub id, or `package.module:factory`.
 
-`load` builds the model in eval mode and makes inputs that fit it. Only a hub id that is no folder reaches for the network.
+`load` builds the model in eval mode and makes inputs that fit it. Only a hub id that is no folder reaches for
+the network.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def load(name: str, wanted: Wanted | None = None) -> Loaded:
     if name in PRESETS:
         return _preset(name, PRESETS[name], wanted)
     if wanted.layers is not None:
-        raise ModelError(f"--layers: only presets can be built with fewer layers ({', '.join(NAMES)}), {name!r} is none")
+        raise ModelError(f"--layers: only presets can be built with fewer layers: {', '.join(NAMES)}")
     if Path(name).is_dir():
         if not Path(name, "config.json").is_file():
             raise ModelError(f"{name}: a Hugging Face model folder has a config.json, this one has none")
@@ -216,13 +217,14 @@ def _pretrained(name: str, source: str, wanted: Wanted) -> Loaded:
             dtype = wanted.dtype or torch.float32
             model = model_class.from_pretrained(source, config=config, dtype=dtype, local_files_only=is_folder)
             model = model.to(wanted.device).eval()
-            kwargs = _tokenized(transformers, name, source, model, wanted) if wanted.text else _inputs(name, model, wanted)
+            kwargs = _tokenized(name, source, model, wanted) if wanted.text else _inputs(name, model, wanted)
         except (OSError, ValueError, ImportError) as error:
             if isinstance(error, ModelError):
                 raise
             hint = "" if is_folder else f"; {_presets_like(name)}"
             raise ModelError(f"{name} cannot be loaded: {_first_line(error)}{hint}") from error
-    return Loaded(name, model, (), kwargs, f"{type(model).__name__}, weights from {'' if is_folder else 'the hub: '}{source}")
+    place = "its package" if name == MINILM else source if is_folder else "the Hugging Face hub"
+    return Loaded(name, model, (), kwargs, f"{type(model).__name__}, weights from {place}")
 
 
 def _keep_layers(config: Any, layers: int | None) -> None:
@@ -231,7 +233,7 @@ def _keep_layers(config: Any, layers: int | None) -> None:
     names = [n for n in ("num_hidden_layers", "num_decoder_layers", "decoder_layers") if getattr(config, n, None)]
     for attribute in names:
         if not 1 <= layers <= getattr(config, attribute):
-            raise ModelError(f"--layers={layers}: this model has {getattr(config, attribute)}; give 1 or more, up to that")
+            raise ModelError(f"--layers={layers}: give 1 to {getattr(config, attribute)}, what the model has")
         setattr(config, attribute, layers)
 
 
@@ -257,10 +259,10 @@ def free_memory() -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def _tokenized(transformers: Any, name: str, source: str, model: nn.Module, wanted: Wanted) -> dict[str, Any]:
+def _tokenized(name: str, source: str, model: nn.Module, wanted: Wanted) -> dict[str, Any]:
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise ModelError(f"--text: {name} does not read text")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=Path(source).is_dir())
+    tokenizer = transformers_module().AutoTokenizer.from_pretrained(source, local_files_only=Path(source).is_dir())
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     longest = min(wanted.seq or tokenizer.model_max_length, _longest(model) or tokenizer.model_max_length)
@@ -342,7 +344,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _from_factory(name: str, wanted: Wanted) -> Loaded:
-    """What the user's function returns: a module or (module, inputs). Its parameters `batch` and `seq` get the options."""
+    """What the user's function returns: a module or (module, inputs). If it has parameters `batch`, `seq`, it gets them."""
     if wanted.text:
         raise ModelError("--text: there is no tokenizer for a factory's model; tokenize in the factory")
     module_name, _, attribute = name.partition(":")
@@ -358,28 +360,30 @@ def _from_factory(name: str, wanted: Wanted) -> Loaded:
     model, inputs = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name} returned {_kind(result)}; it must return an nn.Module or (nn.Module, inputs)")
-    if unused := [f"--{key}" for key in asked if key not in taken]:
-        if inputs is not None or not hasattr(model, "config"):
-            raise ModelError(f"{', '.join(unused)}: {name} has no parameter of that name to take it")
+    makes_inputs = inputs is not None or not hasattr(model, "config")
+    if makes_inputs and (unused := [f"--{key}" for key in asked if key not in taken]):
+        raise ModelError(f"{', '.join(unused)}: {name} has no parameter of that name to take it")
     model = model.eval().to(device=wanted.device, dtype=wanted.dtype)
     if inputs is None:
         if not hasattr(model, "config"):
-            raise ModelError(f"{name} returned a {type(model).__name__} alone; return (module, inputs) with example inputs")
+            raise ModelError(f"{name} returned {_kind(model)} alone; return (module, inputs) with example inputs")
         return Loaded(name, model, (), _inputs(name, model, wanted), type(model).__name__)
     if isinstance(inputs, Tensor):
         inputs = (inputs,)
     if not isinstance(inputs, (dict, tuple, list)):
         raise ModelError(f"{name} returned {_kind(inputs)} as inputs; a dict by name or a tuple would do")
-    args = () if isinstance(inputs, dict) else tuple(_converted(v, wanted.device, wanted.dtype) for v in inputs)
-    kwargs = {k: _converted(v, wanted.device, wanted.dtype) for k, v in inputs.items()} if isinstance(inputs, dict) else {}
-    return Loaded(name, model, args, kwargs, f"{type(model).__name__}, from {name}")
+    named = inputs if isinstance(inputs, dict) else {}
+    args = tuple(_converted(value, wanted.device, wanted.dtype) for value in (() if named is inputs else inputs))
+    kwargs = {key: _converted(value, wanted.device, wanted.dtype) for key, value in named.items()}
+    return Loaded(name, model, args, kwargs, type(model).__name__)
 
 
 def _find_factory(name: str, module_name: str, attribute: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        raise ModelError(f"{name}: importing {module_name!r} raised {type(error).__name__}: {_first_line(error)}") from error
+        fault = f"{type(error).__name__}: {_first_line(error)}"
+        raise ModelError(f"{name}: importing {module_name!r} raised {fault}") from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -408,4 +412,5 @@ def _converted(value: Any, device: torch.device, dtype: torch.dtype | None) -> A
 
 
 def _kind(value: Any) -> str:
-    return f"a {type(value).__name__}"
+    article = "an" if type(value).__name__[0] in "AEIOUaeiou" else "a"
+    return f"{article} {type(value).__name__}"

@@ -83,6 +83,17 @@ class _Prepared:
     )  # where the inputs had sizes of 1 in calls whose outputs were compared
 
 
+@dataclass(frozen=True)
+class _Expected:
+    """What the outputs of one call are to be: flat, the original's and in float64."""
+
+    program: Program
+    sample: Call
+    original: list[Any]
+    true: list[Any]
+    captured: Verdict  # on the original's outputs, by the captured graph's: not ok where capture went wrong
+
+
 class Schedule:
     """A model, its Programs, and every step that was applied to them."""
 
@@ -96,7 +107,7 @@ class Schedule:
         self._prepared: list[_Prepared] = []
         self._uncapturable: dict[Any, str] = {}
         self._sampled: tuple[Call, Call] | None = None  # the present call and the part of it that is verified
-        self._expected: tuple[Call, list[Any], list[Any]] | None = None  # the present call's outputs: original, float64
+        self._expected: _Expected | None = None  # what the present call's outputs are to be
 
     @property
     def program(self) -> Program:
@@ -131,14 +142,15 @@ class Schedule:
         """The entry for one signature; captures, rewrites, tunes and verifies where that has not happened yet."""
         started = time.perf_counter()
         served = Served(_shapes(call))
-        prepared, reason = self._prepare(call)
-        if prepared is None:
-            served.kept_original = reason
-            entry = original_entry(self.model)
-        elif differentiable:
-            entry = self._differentiable_entry(prepared, call, served)
-        else:
-            entry = self._entry(prepared, call, served)
+        with torch.random.fork_rng(_cuda_indices(call)):  # a model with dropout draws what it would draw anyway
+            prepared, reason = self._prepare(call)
+            if prepared is None:
+                served.kept_original = reason
+                entry = original_entry(self.model)
+            elif differentiable:
+                entry = self._differentiable_entry(prepared, call, served)
+            else:
+                entry = self._entry(prepared, call, served)
         self._expected = self._sampled = None
         served.seconds = time.perf_counter() - started
         self.served.append(served)
@@ -183,7 +195,7 @@ class Schedule:
             program = capture(self.model, call.args, call.kwargs, attention_interface=attention_interface)
             if not self.settings.verify or random_node(program.captured.graph):
                 return program
-            verdict = self._compare_outputs(program, call, lambda sample: program.captured(*sample.leaves))
+            verdict = self._expect(program, call).captured
             if verdict.ok:
                 return program
             reason = verdict.reason
@@ -191,16 +203,28 @@ class Schedule:
                 break
         raise CaptureError(f"the captured graph computes something else: {reason}")
 
+    def _expect(self, program: Program, call: Call) -> _Expected:
+        """What a call's outputs are to be, and whether the captured graph computes what the model does."""
+        sample = self._sample(program, call)
+        expected = self._expected
+        if expected is None or expected.program is not program or expected.sample is not sample:
+            with torch.no_grad():
+                original = pytree.tree_leaves(self.model(*sample.args, **sample.kwargs))
+                captured = pytree.tree_leaves(program.captured(*sample.leaves))
+            true = outputs_in_float64(program.captured, sample.leaves)
+            # The float64 outputs are the captured graph's: only the original's distance from them shows a wrong capture.
+            verdict = check_outputs(original, captured, true)
+            expected = self._expected = _Expected(program, sample, original, true, verdict)
+        return expected
+
     def _compare_outputs(self, program: Program, call: Call, run: Callable[[Call], Any]) -> Verdict:
         """The rule on the model's outputs: those of `run` against the original's and the captured graph's in float64."""
-        call = self._sample(program, call)
-        if self._expected is None or self._expected[0] is not call:
-            with torch.no_grad():
-                original = pytree.tree_leaves(self.model(*call.args, **call.kwargs))
-            self._expected = call, original, outputs_in_float64(program.captured, call.leaves)
+        expected = self._expect(program, call)
+        if not expected.captured.ok:
+            return expected.captured
         with torch.no_grad():
-            result = pytree.tree_leaves(run(call))
-        return check_outputs(result, *self._expected[1:])
+            result = pytree.tree_leaves(run(expected.sample))
+        return check_outputs(result, expected.original, expected.true)
 
     def _rewrite(self, program: Program) -> _Prepared:
         graph_module = program.graph_module
@@ -492,6 +516,10 @@ def _shapes(call: Call) -> dict[str, tuple[int, ...]]:
     if len(names) != len(call.leaves):
         names = [f"input {i}" for i in range(len(call.leaves))]
     return {name: tuple(leaf.shape) for name, leaf in zip(names, call.leaves, strict=True) if isinstance(leaf, Tensor)}
+
+
+def _cuda_indices(call: Call) -> list[int]:
+    return sorted({leaf.device.index for leaf in call.leaves if isinstance(leaf, Tensor) and leaf.is_cuda})
 
 
 def _structure(leaf: Any) -> Any:

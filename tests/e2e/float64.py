@@ -29,7 +29,9 @@ def in_float64(value: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, value)
 
 
-def outputs_in_float64(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> list[Any]:
+def outputs_in_float64(
+    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> list[Any]:
     """The flat outputs of `model` (untouched: a copy runs), computed in float64 from end to end.
 
     Independent of Burnish's capture, whose mistakes it is to find.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 import burnish
@@ -25,7 +24,7 @@ from tests.e2e.float64 import gradients, gradients_in_float64, loss, outputs_in_
 pytestmark = pytest.mark.usefixtures("untimed")
 aten = torch.ops.aten
 
-# --- what is found and what is made of it ------------------------------------------------------------------------------
+# --- what is found and what is made of it -----------------------------------------------------------------------------
 
 # One product for q, k and v is the model's own way: nothing is left to merge.
 QKV_IN_ONE = ("gpt2-*", "nanogpt-*", "notebook-*", "sdpa-tutorial-*")
@@ -42,7 +41,7 @@ RAISED = {
     *(aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default, aten.matmul.default),
     *(aten.softmax.int, aten._softmax.default, aten.scaled_dot_product_attention.default),
     *(aten.layer_norm.default, aten.native_layer_norm.default, aten.rms_norm.default, aten.rsqrt.default),
-    *(aten.gelu.default, aten.silu.default, aten.relu.default, aten.tanh.default, aten.erf.default, aten.sigmoid.default),
+    *(aten.gelu.default, aten.silu.default, aten.relu.default, aten.tanh.default, aten.erf.default),
     *(aten.repeat_interleave.self_int, aten.neg.default, aten.masked_fill.Scalar),
 }
 LEFT = {
@@ -57,8 +56,8 @@ def of_case(table: dict[str, Any], case: zoo.Case, default: Any) -> Any:
 
 def raised_ops(case: zoo.Case) -> Counter[str]:
     """The Ops of the raised graph, which knows no fused ones yet."""
-    total = case.total()
-    return Counter({name: total[name] for name in ("attention", "linear", "layer_norm", "rms_norm", "rope") if total[name]})
+    meant = ("attention", "linear", "layer_norm", "rms_norm", "rope")
+    return Counter({name: count for name, count in case.total().items() if name in meant})
 
 
 def fused_ops(case: zoo.Case) -> Counter[str]:
@@ -109,11 +108,13 @@ def test_every_op_is_found_and_fused(case: zoo.Case) -> None:
     assert activations(graph) == case.total()["activation"]
     left = Counter(node.target for node in graph.nodes if node.target in RAISED)
     assert left == of_case(LEFT, case, {})
-    assert (fuse.nodes_before, fuse.nodes_after) == (fuse.nodes_before, len(graph.nodes))
+    assert fuse.nodes_after == len(graph.nodes) < fuse.nodes_before
     graph.lint()
 
 
-@pytest.mark.parametrize("case", zoo.params("*-eager*"))
+# T5's own code adds a position bias and a mask one after the other. That spelling is not raised: T5 is captured through
+# the interface wherever transformers lets it.
+@pytest.mark.parametrize("case", zoo.params("bert-*", "gpt2-*", "llama-*-mask", "whisper-*", "vit-*", "t5-sdpa"))
 def test_attention_of_transformers_is_found_without_its_interface(case: zoo.Case) -> None:
     program = capture(case.build(), (), inputs_of(case), attention_interface=False)
     apply("raise", RAISE, program.graph_module)
@@ -129,10 +130,10 @@ def test_masks_of_transformers_reach_attention_by_their_meaning() -> None:
     calls = [ops.attention.bind(*n.args, **n.kwargs) for n in graph.nodes if n.target is ops.attention.overload]
     for q, k, _, bias, padding, is_causal, window, _ in calls:
         assert (bias, is_causal, window) == (None, True, None)
-        assert padding is not None and padding.meta["val"].dim() == 2
+        assert padding.meta["val"].dim() == 2
         assert (q.meta["val"].shape[1], k.meta["val"].shape[1]) == (4, 2)
-    made = {node.target for node in graph.nodes}
-    assert made.isdisjoint({aten.bitwise_and.Tensor, aten.logical_and.default, aten.where.self, aten.le.Tensor, aten.index.Tensor})
+    of_masks = {aten.le.Tensor, aten.index.Tensor, aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.where.self}
+    assert of_masks.isdisjoint(node.target for node in graph.nodes)
 
 
 def test_sliding_windows_reach_attention_by_their_meaning() -> None:
@@ -143,7 +144,7 @@ def test_sliding_windows_reach_attention_by_their_meaning() -> None:
         assert [(call[3], call[5], call[6]) for call in calls] == [(None, True, 8)] * 2
 
 
-# --- that it still computes the same -------------------------------------------------------------------------------------
+# --- that it still computes the same ----------------------------------------------------------------------------------
 
 
 def assert_same_outputs(fast: OptimizedModule, model: nn.Module, inputs: dict[str, Any]) -> None:
@@ -177,11 +178,128 @@ def test_outputs_in_float32_at_every_shape_from_one_capture(case: zoo.Case) -> N
     assert len([record for record in fast.schedule.history if record.name == "capture"]) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("case", zoo.params())
+# One of each family; their variants differ in what is captured, not in what is computed.
+IN_HALF = ("bert-sdpa-mask", "gpt2-sdpa", "llama-sdpa-mask", "t5-gated-lm", "whisper-sdpa", "vit-sdpa", "qwen3")
+IN_HALF += (
+    "mistral-window",
+    "nanogpt-manual",
+    "notebook-mha-padded",
+    "notebook-block-post",
+    "gated-mlp-gelu",
+    "llama-mlp",
+)
+
+
+def in_half() -> list[Any]:
+    """Every case in both half precisions; the variants of a family are slow tests."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return [
+        pytest.param(
+            case, dtype, id=f"{name}-{short}", marks=[*case.marks, *([] if name in IN_HALF else [pytest.mark.slow])]
+        )
+        for name, case in zoo.CASES.items()
+        for short, dtype in dtypes.items()
+    ]
+
+
+@pytest.mark.parametrize(("case", "dtype"), in_half())
 def test_outputs_in_half_precision(case: zoo.Case, dtype: torch.dtype) -> None:
     model = case.build().to(dtype)
     fast = burnish.optimize(model, (), inputs_of(case, 0, dtype), cache="off")
     for index in (0, 2):
         assert_same_outputs(fast, model, inputs_of(case, index, dtype))
     assert_verified(fast)
+
+
+def test_what_almost_matched_is_told_with_the_reason() -> None:
+    case = zoo.CASES["gpt2-sdpa"]
+    history = burnish.optimize(case.build(), (), inputs_of(case), cache="off").schedule.history
+    (fuse,) = (record for record in history if record.name == "fuse")
+    (miss,) = (miss for miss in fuse.near_misses if miss.startswith("add_layer_norm"))
+    assert "the summands have shapes" in miss
+
+
+# --- in training ------------------------------------------------------------------------------------------------------
+
+
+IN_TRAINING = (
+    "bert-eager-mask",
+    "gpt2-sdpa",
+    "llama-sdpa",
+    "t5-sdpa",
+    "nanogpt-manual",
+    "notebook-block-pre",
+    "slapo-attention",
+)
+
+
+@pytest.mark.parametrize("case", zoo.params(*IN_TRAINING))
+def test_outputs_and_gradients_in_training(case: zoo.Case) -> None:
+    model = zoo.without_dropout(case.build()).train()
+    fast = burnish.optimize(model, cache="off")
+    for index in (0, 2):
+        inputs = inputs_of(case, index)
+        model.zero_grad()
+        expected = model(**inputs)
+        loss(expected).backward()
+        eager = gradients(model)
+        model.zero_grad()
+        result = fast(**inputs)
+        loss(result).backward()
+        assert fast.schedule.served[-1].kept_original is None
+        assert_close(pytree.tree_leaves(result), pytree.tree_leaves(expected), outputs_in_float64(model, (), inputs))
+        true = gradients_in_float64(model, inputs)
+        assert eager.keys() == true.keys() == gradients(model).keys()
+        assert_close(gradients(model), eager, true)
+    assert fast.schedule.served[0].choices
+
+
+def test_active_dropout_stays_and_its_attention_too() -> None:
+    """Dropout on the attention weights has no place in the Op: the model's own attention stays, with that reason."""
+    case = zoo.CASES["nanogpt-sdpa"]
+    model = case.build().train()
+    fast = burnish.optimize(model, (), inputs_of(case), cache="off")
+    graph = fast.schedule.program.graph_module.graph
+    assert count_ops(graph)["attention"] == 0
+    assert count_ops(graph)["linear"] == case.total()["linear"]
+    assert sum(node.target is aten.scaled_dot_product_attention.default for node in graph.nodes) == 2
+    raised = next(record for record in fast.schedule.history if record.name == "raise")
+    assert len([miss for miss in raised.near_misses if "dropout of 0.1" in miss]) == 2
+    torch.manual_seed(3)
+    first = fast(**inputs_of(case))
+    torch.manual_seed(3)
+    again = fast(**inputs_of(case))
+    other = fast(**inputs_of(case))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    loss(other).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_eval_mode_raises_what_train_mode_could_not() -> None:
+    case = zoo.CASES["nanogpt-sdpa"]
+    model = case.build().train()
+    fast = burnish.optimize(model, (), inputs_of(case), cache="off")
+    fast.eval()
+    assert_same_outputs(fast, model, inputs_of(case))
+    graphs = [prepared.program.graph_module.graph for prepared in fast.schedule._prepared]
+    assert [count_ops(graph)["attention"] for graph in graphs] == [0, 2]
+
+
+# --- a part by itself -------------------------------------------------------------------------------------------------
+
+
+def test_gated_mlp_of_a_llama_with_its_real_inputs() -> None:
+    case = zoo.CASES["llama-sdpa"]
+    model = case.build()
+    given: list[Any] = []
+    mlp = model.get_submodule("model.layers.1.mlp")
+    with mlp.register_forward_pre_hook(lambda module, args: given.append(args)), torch.no_grad():
+        model(**inputs_of(case))
+    ((x,),) = given
+    fast = burnish.optimize(mlp, (x,), cache="off")
+    assert count_ops(fast.schedule.program.graph_module.graph) == Counter(gated_mlp=1)
+    for other in (x, x[:1], x[:, :1], torch.cat([x, x], 1)):
+        with torch.no_grad():
+            assert_close(fast(other), mlp(other), outputs_in_float64(mlp, (other,))[0])
+    assert len(fast.schedule._prepared) == 1

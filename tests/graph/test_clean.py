@@ -207,6 +207,24 @@ def test_writes_to_buffers_stay():
     assert torch.equal(gm.total, first + X.sum((0, 1)))
 
 
+def test_copies_stay_where_they_matter():
+    copy = torch.ops.aten._to_copy.default
+    gm = exported(lambda m, x: copy(x.relu()).neg())
+    clean(gm)
+    assert operations(gm) == ["relu", "neg"]
+    returned = exported(lambda m, x: copy(x).view(-1))
+    clean(returned)
+    assert operations(returned) == ["_to_copy", "view"]
+
+    def written_to(m, x):
+        h = x.relu()
+        return copy(h).add_(1.0) + h
+
+    written = exported(written_to)
+    clean(written)
+    assert torch.equal(written(X), X.relu() + 1 + X.relu())
+
+
 def test_two_equal_results_stay_two_tensors():
     gm = exported(lambda m, x: (x.relu(), x.relu()))
     clean(gm)

@@ -215,6 +215,8 @@ def test_a6_diamond_between_unrelated_operations(dialect):
         return a.relu() * a.neg()
 
     assert names(find_matches(gm, dialect.pattern(diamond, X))) == [["sigmoid", "relu", "neg", "mul"]]
+    two_sources = dialect.trace(lambda x, y: x.sigmoid().relu() * y.sigmoid().neg(), X, X)
+    assert not find_matches(two_sources, dialect.pattern(diamond, X))
 
 
 def test_a6_edges_count(dialect):
@@ -408,6 +410,20 @@ def test_a10_siblings_are_different_nodes(dialect):
     (match,) = find_matches(gm, dialect.pattern(model, X, *weights))
     assert [match.bindings[n].name for n in "abc"] == ["a", "b", "c"]
     assert len(match.nodes) == 3
+
+
+def test_a10_a_result_is_not_another_result_of_the_same_match(dialect):
+    def pattern(x, y):
+        a = x.relu()
+        return a.neg(), y.relu(), a
+
+    def one_relu(x):
+        a = x.relu()
+        return a.neg(), a
+
+    assert not find_matches(dialect.trace(one_relu, X), dialect.pattern(pattern, X, X))
+    (match,) = find_matches(dialect.trace(pattern, X, X), dialect.pattern(pattern, X, X))
+    assert len(set(match.outputs)) == 3
 
 
 def test_a10_a_result_without_users():

@@ -360,6 +360,7 @@ def test_metadata_is_inherited():
         assert any("Block" in str(entry) for entry in new[name].meta["nn_module_stack"].values())
         assert "stack_trace" in new[name].meta
     assert "custom" not in new["add"].meta
+    assert new["silu"].meta["val"] is not old.meta["val"]
 
 
 def test_a_pattern_replaced_by_itself_keeps_every_node(dialect):
@@ -373,6 +374,17 @@ def test_a_pattern_replaced_by_itself_keeps_every_node(dialect):
     if dialect.name == "symbolic":
         assert list(gm.graph.nodes) == before
     assert torch.equal(gm(X, X + 1), expected)
+
+
+def test_a_node_is_kept_once(dialect):
+    """Two calls of dropout are two draws, also where one was there before."""
+
+    def pattern(x, p: float):
+        return F.dropout(x, p)
+
+    gm = dialect.trace(lambda x: F.dropout(x, 0.5), X)
+    replace_pattern(gm, dialect.pattern(pattern, X, 0.1), lambda x, p: F.dropout(x, p) - F.dropout(x, p))
+    assert sum("dropout" in name for name in targets(gm)) == 2
 
 
 def test_in_place_pattern_refused_where_its_input_lives_on(dialect):

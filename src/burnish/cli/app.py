@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -11,7 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.syntax import Syntax
+from rich.text import Text
 from typer.core import TyperGroup
+
+from burnish._text import plain
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,11 +29,20 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machine
 class _Commands(TyperGroup):
     """Every error becomes one line on stderr and exit code 2; `--traceback` lets it through."""
 
-    def main(self, args: Sequence[str] | None = None, *rest: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        rest = (prog_name, complete_var, False, windows_expand_args)
         if not standalone_mode:
-            return super().main(args, *rest, standalone_mode=False, **extra)
+            return super().main(args, *rest, **extra)
         try:
-            code = super().main(args, *rest, standalone_mode=False, **extra)
+            code = super().main(args, *rest, **extra)
         except (KeyboardInterrupt, typer.Abort):
             print("burnish: interrupted", file=sys.stderr)
             sys.exit(130)
@@ -41,7 +55,10 @@ class _Commands(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_Commands, add_completion=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
+    cls=_Commands,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -65,6 +82,8 @@ def main() -> None:
     """The entry point of the command."""
     # Read when torch is loaded: its profiler otherwise writes two lines to stderr each time it starts and stops.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # for where stdout cannot encode a bar
     app(prog_name="burnish")
 
 
@@ -72,9 +91,11 @@ def one_line(error: BaseException) -> str:
     """The error for people: its message where it was meant for them, else with its type in front."""
     formatted = getattr(error, "format_message", None)  # of the option parser's errors
     text = formatted() if formatted is not None else str(error)
+    if (context := getattr(error, "ctx", None)) is not None:
+        text = f"{text.rstrip('.')} (see {context.command_path} --help)"
     text = " ".join(text.split()) or type(error).__name__
-    meant_for_people = formatted is not None or isinstance(error, (ValueError, TypeError, OSError))
-    return text if meant_for_people or type(error).__module__.startswith("burnish.") else f"{type(error).__name__}: {text}"
+    ours = formatted is not None or type(error).__module__.startswith("burnish.")
+    return text if ours or isinstance(error, (ValueError, TypeError, OSError)) else f"{type(error).__name__}: {text}"
 
 
 class Output:
@@ -94,12 +115,21 @@ class Output:
             yield lambda doing: status.update(f"{doing} ...")
 
     def show(self, *parts: RenderableType) -> None:
-        """Prints, in colour on a terminal; nothing under --json. Text in square brackets is text, not markup."""
+        """Prints, in colour on a terminal; nothing under --json. A str is text, not markup."""
         if self.as_json:
             return
-        console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
-        for part in parts:
-            console.print(part)
+        shown = [Text(part) if isinstance(part, str) else part for part in parts]
+        if sys.stdout.isatty():
+            Console(highlight=False).print(*shown, sep="\n")
+        else:
+            print(plain(*shown, width=_PLAIN_WIDTH))
+
+    def show_python(self, source: str) -> None:
+        """Prints code: in colour on a terminal, as it is elsewhere, long lines unbroken."""
+        if sys.stdout.isatty():
+            self.show(Syntax(source.strip(), "python", theme="ansi_dark", background_color="default", word_wrap=True))
+        elif not self.as_json:
+            print(source.strip())
 
     def data(self, value: Any) -> None:
         """Prints JSON under --json, else nothing."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -15,11 +17,10 @@ from burnish._text import human_us
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from burnish.demo import Demo, Neighbour
+    from burnish.demo import Demo
 
-WIDTH = 98
-_SENTENCE = 36  # columns for a sentence
-_BAR = 30
+_BAR = 24  # columns of a full bar
+_HEAVY, _HEAVY_HALF = "\N{BOX DRAWINGS HEAVY HORIZONTAL}", "\N{BOX DRAWINGS HEAVY LEFT}"
 _BEFORE, _AFTER, _QUIET = "yellow", "green", "dim"
 
 
@@ -27,15 +28,17 @@ def render(demo: Demo) -> RenderableType:
     """The whole page."""
     return Group(
         *_title(demo),
-        *_section("What it computes", "each sentence's nearest neighbour, by cosine of their embeddings"),
+        *_section(
+            "What it computes", f"{len(demo.sentences)} sentences, padded to {demo.padded_to} tokens; nearest by cosine"
+        ),
         _similarities(demo),
         _embeddings(demo),
-        *_section("What was rewritten", f"one graph for every batch and length, in {human_us(demo.seconds * 1e6)}"),
+        *_section("What was rewritten", f"once for every batch and length; it took {human_us(demo.seconds * 1e6)}"),
         _steps(demo),
         _impls(demo),
-        *_section("Where the time goes", "one call at 1 x 128 tokens under PyTorch's profiler, which adds a little to each operator"),
+        *_section("Where the time goes", "one call at 1 x 128 tokens; PyTorch's profiler slows it a little"),
         _shares(demo),
-        *_section("How fast it is", "median of one call; the ratio of blocks timed in turns"),
+        *_section("How fast it is", "median of one call without padding; both timed in turns"),
         _speeds(demo),
         "",
         _ending(demo),
@@ -44,7 +47,8 @@ def render(demo: Demo) -> RenderableType:
 
 def _title(demo: Demo) -> Iterator[RenderableType]:
     count = demo.parameters / 1e6
-    yield Text.assemble(("all-MiniLM-L6-v2", "bold"), f", {count:.1f} million parameters, float32, before and after burnish.optimize")
+    about = f", {count:.1f} million parameters, float32, before and after burnish.optimize"
+    yield Text.assemble(("all-MiniLM-L6-v2", "bold"), about)
     yield Text(f"{demo.device}, torch {demo.versions['torch']}", style=_QUIET)
 
 
@@ -55,60 +59,54 @@ def _section(title: str, about: str) -> Iterator[RenderableType]:
 
 def _table(*columns: str) -> Table:
     """Columns whose name begins with > are numbers."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style=_QUIET, width=None)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style=_QUIET)
     for column in columns:
         table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
     return table
 
 
 def _similarities(demo: Demo) -> RenderableType:
-    table = _table("sentence", "nearest before", "", "nearest after", "")
-    for index, (before, after) in enumerate(zip(demo.before, demo.after, strict=True)):
+    table = _table("sentence", "nearest before", ">cosine", "after", ">cosine")
+    for sentence, before, after in zip(demo.sentences, demo.before, demo.after, strict=True):
         same = before.index == after.index
         table.add_row(
-            _sentence(demo, index),
-            _sentence(demo, before.index),
-            _cosine(before),
+            sentence,
+            demo.sentences[before.index],
+            f"{before.cosine:.4f}",
             "same" if same else Text(demo.sentences[after.index], style="red"),
-            _cosine(after),
+            f"{after.cosine:.4f}",
         )
     return table
 
 
-def _sentence(demo: Demo, index: int) -> Text:
-    text = Text(demo.sentences[index])
-    text.truncate(_SENTENCE, overflow="ellipsis")
-    return text
-
-
-def _cosine(neighbour: Neighbour) -> str:
-    return f"{neighbour.cosine:.4f}"
-
-
 def _embeddings(demo: Demo) -> RenderableType:
     found = demo.embeddings
-    verdict = "as exact as the rule allows" if found.ok else "NOT as exact as the rule allows"
     return Text.assemble(
-        f"The embeddings differ by {found.largest_difference:.1e} at most. Against float64, the error was "
-        f"{found.original_error:.1e} and is {found.error:.1e}: ",
-        (verdict, _AFTER if found.ok else "red"),
-        ".",
+        f"Embeddings moved by {found.largest_difference:.1e} at most. Their error against float64 was "
+        f"{found.original_error:.1e} and is {found.error:.1e}; {found.allowed:.1e} would pass: ",
+        ("ok", _AFTER) if found.ok else ("WRONG", "bold red"),
     )
 
 
 def _steps(demo: Demo) -> RenderableType:
-    table = _table("step", "what it did", ">nodes")
+    table = _table("step", "what it did", "nodes")
     for record in demo.steps:
-        done = [f"{count} {name}" for name, count in record.matches.items() if count]
-        lines = [", ".join(done)] if done else []
+        counts: Counter[str] = Counter()
+        for name, count in record.matches.items():
+            counts[name.split(":")[0]] += count
+        done = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
         nodes = f"{record.nodes_before} -> {record.nodes_after}" if record.nodes_before != record.nodes_after else ""
-        table.add_row(record.name, "\n".join([*lines, *record.numerics, *record.notes]) or "nothing", nodes)
+        lines = [line for line in (done, *record.numerics, *record.notes) if line]
+        table.add_row(record.name, Text("\n".join(lines) or "nothing"), nodes)
     return table
 
 
 def _impls(demo: Demo) -> RenderableType:
-    chosen = ", ".join(f"{count} {op} by {impl}" for op, impl, count in demo.impls)
-    return Text.assemble(("Measured fastest at 1 x 128: ", _QUIET), f"{chosen}.")
+    by_op: dict[str, list[str]] = {}
+    for op, impl, count in demo.impls:
+        by_op.setdefault(op, []).append(f"{count} {impl}")
+    chosen = "; ".join(f"{op}: {', '.join(impls)}" for op, impls in by_op.items())
+    return Text.assemble(("Measured fastest at 1 x 128: ", _QUIET), chosen)
 
 
 def _shares(demo: Demo) -> RenderableType:
@@ -118,33 +116,47 @@ def _shares(demo: Demo) -> RenderableType:
         table.add_row(
             share.part,
             human_us(share.before_us),
-            _bar(share.before_us / longest, _BEFORE),
+            _Bar(share.before_us / longest, _BEFORE),
             human_us(share.after_us),
-            _bar(share.after_us / longest, _AFTER),
+            _Bar(share.after_us / longest, _AFTER),
         )
     before, after = (sum(getattr(share, side) for share in demo.shares) for side in ("before_us", "after_us"))
     table.add_row(*(Text(cell, style="bold") for cell in ("together", human_us(before), "", human_us(after), "")))
     return table
 
 
-def _bar(share: float, style: str, width: int = _BAR // 2 + 4) -> Text:
-    return Text("#" * max(round(share * width), 1 if share > 0 else 0), style=style)
+@dataclass(frozen=True)
+class _Bar:
+    """A bar of `share` of `_BAR` columns, in characters that the console can show."""
+
+    share: float
+    style: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        whole, half = divmod(round(self.share * 2 * _BAR), 2)
+        bar = "=" * whole if options.ascii_only else _HEAVY * whole + _HEAVY_HALF * half
+        yield Text(bar, style=self.style)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(_BAR, _BAR)
 
 
 def _speeds(demo: Demo) -> RenderableType:
     table = _table("input", ">before", ">after", ">speedup", "")
+    fastest = max(speed.speedup for speed in demo.speeds)
     for speed in demo.speeds:
         table.add_row(
             f"{speed.batch} x {speed.seq} tokens",
             human_us(speed.before_us),
             human_us(speed.after_us),
             Text(f"{speed.speedup:.2f}x", style=f"bold {_AFTER if speed.speedup >= 1 else 'red'}"),
-            Text("-" * round(speed.speedup * 10), style=_AFTER),
+            _Bar(speed.speedup / fastest, _AFTER),
         )
     return table
 
 
 def _ending(demo: Demo) -> RenderableType:
     if demo.kept_original is not None:
-        return Text(f"The original stays in use: {demo.kept_original}.", style="yellow")
+        sizes = f"{len(demo.sentences)} x {demo.padded_to} tokens"
+        return Text(f"For the sentences themselves, {sizes}, the original stays: {demo.kept_original}.", style="yellow")
     return Text("In your own code: fast = burnish.optimize(model)", style="bold")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Annotated, Any
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -26,7 +27,7 @@ def demo(device: DeviceOption = None, cache: CacheOption = CacheMode.readwrite, 
         from burnish.cli.demo_view import render
         from burnish.demo import run
 
-        result = run(resolve_device(device), cache=cache.value, on_progress=update)
+        result = run(resolve_device(device), cache=cache.mode, on_progress=update)
     output.data(result.to_dict())
     output.show(render(result))
 
@@ -93,7 +94,7 @@ def _op_data(op: Op, target: torch.device, dtype: Dtype) -> dict[str, Any]:
     first = samples[0]
     return {
         "name": op.name,
-        "signature": f"{op.name}{op.signature}",
+        "signature": op.name + re.sub(r"(: |-> )'([^']+)'", r"\1\2", str(op.signature)),
         "summary": (inspect.getdoc(op) or "").split("\n")[0],
         "impls": [
             {
@@ -130,48 +131,44 @@ def _short(value: Any) -> str:
 
 
 def _overview(data: list[dict[str, Any]], target: torch.device, dtype: Dtype) -> RenderableType:
-    title = f"Ops on {target}, {dtype.value}; each Impl is asked about the Op's first sample"
-    table = _table(title, "Op", "Impl", "runs here", "what it is")
+    from rich.text import Text
+
+    title = f"What runs on {target} in {dtype.value}: Ops and, under each, its Impls"
+    table = _table(title, "Op", "here", "what it is")
     for number, op in enumerate(data):
         if number:
-            table.add_section()
-        table.add_row(_bold(op["name"]), "", "", _bold(op["summary"]))
+            table.add_row()
+        table.add_row(Text(op["name"], style="bold"), "", Text(op["summary"], style="bold"))
         for impl in op["impls"]:
-            table.add_row("", impl["name"], _verdict(impl["why_not"]), impl["description"])
+            what, here = Text(impl["description"]), Text("yes", style="green")
+            if impl["why_not"]:
+                what, here = Text("; ".join(impl["why_not"]), style="yellow"), Text("no", style="yellow")
+            table.add_row(f"  {impl['name']}", here, what)
     return table
 
 
 def _detail(op: Op, data: dict[str, Any], dtype: Dtype) -> list[RenderableType]:
     from rich.padding import Padding
+    from rich.text import Text
 
     from burnish._text import human_bytes
 
-    impls = _table("Impls, in order of preference where nothing was measured", "Impl", "samples", "gradients", "why not")
+    preference = "Impls, in order of preference where nothing was measured"
+    impls = _table(preference, "Impl", "samples", "gradients", "why not")
     count = len(data["samples"])
     for impl in data["impls"]:
         gradients = "its own" if impl["differentiable"] else "the reference's"
-        impls.add_row(impl["name"], f"{len(impl['takes'])} of {count}", gradients, "\n".join(impl["reasons"]))
+        impls.add_row(impl["name"], f"{len(impl['takes'])} of {count}", gradients, Text("\n".join(impl["reasons"])))
     costs = _table(
         f"What one call needs at the least ({dtype.value})", "sample", "inputs", ">MFLOP", ">bytes", ">FLOP per byte"
     )
     for sample in data["samples"]:
         intensity = sample["flops"] / max(sample["bytes"], 1)
         numbers = (f"{sample['flops'] / 1e6:,.3g}", human_bytes(sample["bytes"]), f"{intensity:.3g}")
-        costs.add_row(sample["label"], ", ".join(sample["inputs"]), *numbers)
-    document = Padding(inspect.getdoc(op) or "", (0, 0, 0, 2))
-    return [_bold(data["signature"]), "", document, "", impls, "", costs]
-
-
-def _verdict(why_not: list[str]) -> RenderableType:
-    from rich.text import Text
-
-    return Text("no: " + "; ".join(why_not), style="yellow") if why_not else Text("yes", style="green")
-
-
-def _bold(text: str) -> RenderableType:
-    from rich.text import Text
-
-    return Text(text, style="bold")
+        costs.add_row(Text(sample["label"]), Text(", ".join(sample["inputs"])), *numbers)
+    # Paragraphs and "Shapes: ..." lines stay; lines broken for the source's width are joined.
+    document = Text(re.sub(r"(?<!\n)\n(?!\n|[A-Z][\w ]*: )", " ", inspect.getdoc(op) or ""))
+    return [Text(data["signature"], style="bold"), "", Padding(document, (0, 0, 0, 2)), "", impls, "", costs]
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -181,5 +178,6 @@ def _table(title: str, *columns: str) -> Table:
 
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if column.startswith(">") else "left"
+        table.add_column(column.removeprefix(">"), justify=justify, overflow="fold")
     return table

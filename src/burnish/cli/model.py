@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from burnish.capture import Program
+    from burnish.graph.show import GraphReport
     from burnish.models import Loaded
 
 
@@ -68,9 +69,7 @@ def optimize(
         update(f"optimizing {model}: capture, rewrite, measure, verify")
         import burnish
 
-        fast = burnish.optimize(
-            loaded.model, loaded.args, loaded.kwargs, verify=verify, impls=impls, cache=cache.mode
-        )
+        fast = burnish.optimize(loaded.model, loaded.args, loaded.kwargs, verify=verify, impls=impls, cache=cache.mode)
         report = fast.report()
     output.data({"name": model, "origin": loaded.origin, **report.to_dict()})
     output.show(_heading(loaded), "", report)
@@ -121,9 +120,10 @@ def graph(
             "drawing": drawn and str(drawn),
         }
     )
-    output.show(_heading(loaded), _counts(program, at), "", *table.tables())
+    output.show(_heading(loaded), _counts(program, at), "", *_node_tables(table))
     if source is not None:
-        output.show("", "Generated code", "", _python(source))
+        output.show("")
+        output.show_python(source)
     if drawn is not None:
         missing = "" if drawn.suffix == svg.suffix else " (for an SVG: pip install 'burnish[draw]')"  # type: ignore[union-attr]
         output.show("", f"The drawing is in {drawn}{missing}.")
@@ -140,7 +140,7 @@ def bench(
     device: DeviceOption = None,
     impl: ImplOption = None,
     cache: CacheOption = CacheMode.readwrite,
-    compile: Annotated[bool, typer.Option("--compile", help="Time torch.compile, too; compiling takes a while.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Time torch.compile, too: it takes a while.")] = False,
     seconds: Annotated[float, typer.Option(min=0.01, help="Timed time for each variant.")] = 2.0,
     as_json: JsonOption = False,
 ) -> None:
@@ -158,7 +158,8 @@ def bench(
         # A copy: packing lays the weights out anew, and eager has to be timed on the layout that PyTorch gave them.
         variants: dict[str, Any] = {"eager": copy_of(loaded)}
         update(f"optimizing {model}")
-        fast = variants["burnish"] = burnish.optimize(loaded.model, loaded.args, loaded.kwargs, impls=impls, cache=cache.mode)
+        fast = burnish.optimize(loaded.model, loaded.args, loaded.kwargs, impls=impls, cache=cache.mode)
+        variants["burnish"] = fast
         if compile:
             variants["torch.compile"] = torch.compile(variants["eager"])
         update("timing")
@@ -170,7 +171,7 @@ def bench(
                 seconds=seconds,
                 on_progress=lambda variant, block, blocks: update(f"timing {variant}, block {block} of {blocks}"),
             )
-    kept = fast.schedule.served[-1].kept_original if fast.schedule.served else None
+    kept = fast.report().served[0].kept_original
     records = result.records(model, f"burnish bench {model}")
     output.data({"kept_original": kept, "records": records, "times_as_fast": result.speedups})
     output.show(_heading(loaded), "", result)
@@ -207,7 +208,22 @@ def _counts(program: Program, at: Stage) -> str:
     return f"After {at.value}: {len(program.graph_module.graph.nodes)} nodes; Ops: {', '.join(counts) or 'none'}."
 
 
-def _python(source: str) -> RenderableType:
-    from rich.syntax import Syntax
+def _node_tables(report: GraphReport) -> list[RenderableType]:
+    """What the graph computes, in order, in columns that fit a terminal; weights are named where they are used."""
+    from rich.table import Table
+    from rich.text import Text
 
-    return Syntax(source.strip(), "python", theme="ansi_dark", background_color="default", word_wrap=True)
+    nodes = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    for heading in ("node", "is", "value"):
+        nodes.add_column(heading, overflow="fold", ratio={"node": 5, "is": 12, "value": 5}[heading])
+    for row in report.nodes:
+        if row.opcode == "get_attr":
+            continue
+        name = row.target.removesuffix(".default")
+        args = row.args.removeprefix("(").removesuffix(")").removesuffix(",")
+        what = Text(
+            "input" if row.opcode == "placeholder" else f"{name}({', '.join(filter(None, [args, row.kwargs]))})"
+        )
+        what.stylize("bold green" if name.startswith("burnish.") else "", 0, len(name))
+        nodes.add_row(row.name, what, Text(row.value))
+    return [nodes, *report.tables()[1:]]

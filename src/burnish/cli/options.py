@@ -36,7 +36,7 @@ class CacheMode(str, Enum):
 
     @property
     def mode(self) -> Literal["readwrite", "readonly", "off"]:
-        return self.value  # type: ignore[return-value]
+        return self.value
 
 
 _INPUTS = "Inputs"
@@ -45,23 +45,28 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A preset (minilm, bert-base, bert-large, gpt2, llama-3.2-1b, llama-3-8b, t5-small, vit-base, whisper-tiny), a "
-        "Hugging Face folder or hub id, or package.module:factory.",
+        help="A preset (minilm, bert-base, bert-large, gpt2, llama-3.2-1b, llama-3-8b, t5-small, vit-base, "
+        "whisper-tiny), a Hugging Face folder or hub id, or package.module:factory.",
         show_default=False,
     ),
 ]
-BatchOption = Annotated[int | None, typer.Option(min=1, help="Rows of the made-up inputs. [default: 1]", rich_help_panel=_INPUTS)]
-SeqOption = Annotated[int | None, typer.Option(min=1, help="Tokens in a row. [default: 128]", rich_help_panel=_INPUTS)]
+BatchOption = Annotated[
+    int | None, typer.Option(min=1, help="Rows of the made-up inputs (1).", rich_help_panel=_INPUTS)
+]
+SeqOption = Annotated[int | None, typer.Option(min=1, help="Tokens in a row (128).", rich_help_panel=_INPUTS)]
 TextOption = Annotated[
     list[str] | None,
     typer.Option("--text", help="Real input: a text to tokenize; repeat it for more rows.", rich_help_panel=_INPUTS),
 ]
-DtypeOption = Annotated[Dtype | None, typer.Option(help="Of weights and inputs. [default: fp32; a factory's own]")]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="Of weights and inputs (fp32, or a factory's own).")]
 LayersOption = Annotated[int | None, typer.Option(min=1, help="Build a preset with fewer layers.")]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: CUDA where there is one.", show_default=False)]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1; default: CUDA where there is one.", show_default=False)
+]
 CacheOption = Annotated[CacheMode, typer.Option(help="Choices that were measured before.")]
 ImplOption = Annotated[
-    list[str] | None, typer.Option("--impl", metavar="OP=IMPL", help="Run this Op by this Impl, whatever measures faster; repeatable.")
+    list[str] | None,
+    typer.Option("--impl", metavar="OP=IMPL", help="Run this Op by this Impl, whatever is faster; repeatable."),
 ]
 
 

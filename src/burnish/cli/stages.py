@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 from torch import fx, nn
 
 from burnish._text import human_bytes
 from burnish.capture import Program, capture
-from burnish.graph.matcher import Match, Pattern, find_matches
+from burnish.graph.matcher import Match, Pattern
 from burnish.lower import Executable, op_of
 from burnish.models import Loaded, ModelError, free_memory
 from burnish.op import OPS
 from burnish.pack import pack
-from burnish.rewrites import FUSE, RAISE, Rewrite, apply
-from burnish.rewrites.rewrite import floating_dtypes
+from burnish.rewrites import FUSE, RAISE, apply
 
 STAGES = ("capture", "raise", "fuse", "pack")
 
@@ -50,32 +48,37 @@ def op_nodes(graph_module: fx.GraphModule) -> dict[str, list[fx.Node]]:
 
 
 def highlights(program: Program, stage: str) -> list[Match]:
-    """What to colour, one colour for each Op: the nodes that call it, and after capture those that raising will turn into it."""
-    groups = op_nodes(program.graph_module)
-    if stage == "capture":
-        taken = {node for nodes in groups.values() for node in nodes}
-        for name, match in _raisable(program.graph_module):
-            if taken.isdisjoint(match.nodes):
-                taken.update(match.nodes)
-                groups.setdefault(name, []).extend(match.nodes)
+    """What to colour, one colour for each Op: the nodes that call it; after capture those that raising turns into it."""
+    groups = op_nodes(program.graph_module) if stage != "capture" else _raisable(program.graph_module)
     return [_group(name, nodes) for name, nodes in groups.items()]
 
 
-def _raisable(graph_module: fx.GraphModule) -> Iterator[tuple[str, Match]]:
-    dtypes = floating_dtypes(graph_module.graph)
-    for rewrite in RAISE:
-        if not isinstance(rewrite, Rewrite):
-            continue
-        for dtype in dtypes if rewrite.examples else dtypes[:1]:
-            for match in find_matches(graph_module, rewrite.prepared(dtype), guard=rewrite.guard):
-                yield rewrite.name.split(":")[0], match
+def _raisable(captured: fx.GraphModule) -> dict[str, list[fx.Node]]:
+    """The captured nodes that become each Op: raising a copy tells whose place an Op took, and which nodes went."""
+    raised = fx.GraphModule(captured, copy.deepcopy(captured.graph))
+    apply("raise", RAISE, raised)
+    left = {node.meta.get("origin") for node in raised.graph.nodes}
+    by_name = {node.name: node for node in captured.graph.nodes}
+    places = {node: place for place, node in enumerate(captured.graph.nodes)}
+    groups: dict[str, list[fx.Node]] = {}
+    for name, calls in op_nodes(raised).items():
+        found: set[fx.Node] = set()
+        todo = [by_name[call.meta["origin"]] for call in calls if call.meta.get("origin") in by_name]
+        while todo:
+            node = todo.pop()
+            found.add(node)
+            gone = (n for n in node.all_input_nodes if n.op == "call_function" and n.name not in left)
+            todo += [n for n in gone if n not in found]
+        groups[name] = sorted(found, key=places.__getitem__)
+    return groups
 
 
 def _group(name: str, nodes: list[fx.Node]) -> Match:
     """All of an Op's nodes as if they were one match, so that they share a colour and a line of the legend."""
     op = OPS[name]
     graph = fx.Graph()
-    graph.output(graph.call_function(op.overload, tuple(graph.placeholder(parameter) for parameter in op.signature.parameters)))
+    inputs = tuple(graph.placeholder(parameter) for parameter in op.signature.parameters)
+    graph.output(graph.call_function(op.overload, inputs))
     pattern = Pattern.of(fx.GraphModule({}, graph, name))
     return Match(tuple(nodes), bindings={}, outputs=(nodes[-1],), modules={}, anchor=nodes[0], pattern=pattern)
 
@@ -86,7 +89,7 @@ def copy_of(loaded: Loaded) -> nn.Module:
     free = free_memory()
     if free is not None and needed > 0.9 * free:
         raise ModelError(
-            f"{loaded.name}: a second copy of its weights needs {human_bytes(needed)} and {human_bytes(free)} are free here; "
+            f"{loaded.name}: a second copy of its weights needs {human_bytes(needed)}, {human_bytes(free)} are free; "
             "fewer --layers or --dtype bf16 would do"
         )
     return copy.deepcopy(loaded.model)

@@ -23,6 +23,7 @@ _MATCH_COLOURS = ("#f2a541", "#4ea8de", "#8bc34a", "#e56b6f", "#b388eb", "#2ec4b
 _FONT = "ui-sans-serif, system-ui, 'Segoe UI', Helvetica, Arial, sans-serif"
 _TITLE, _DETAIL = 13.0, 10.5  # font sizes, px
 _LEGEND_ROWS = 10
+_UNTOLD = ("pin_memory", "cudnn_enable", "non_blocking")
 
 
 @dataclass
@@ -123,9 +124,19 @@ def _box(gm: fx.GraphModule, node: fx.Node, colour: str | None) -> _Box:
 def _constants(node: fx.Node) -> str:
     if node.op == "output":
         return ""
-    args = [_constant(a) for a in node.args if not _has_tensor(a)]
-    args += [f"{k}={_constant(a)}" for k, a in node.kwargs.items() if not _has_tensor(a)]
-    return _short(", ".join(args))
+    names = iter(_argument_names(node))
+    args = [(next(names, ""), a) for a in node.args] + list(node.kwargs.items())
+    told = [(k, a) for k, a in args if a is not None and k not in _UNTOLD and not _has_tensor(a)]
+    shown = [f"{k}={_constant(a)}" if k else _constant(a) for k, a in told]
+    return _short(", ".join(shown), 44)
+
+
+def _argument_names(node: fx.Node) -> list[str]:
+    """Names for an operator's positional arguments, "" for those that everybody knows by place."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    known = ("other", "size", "shape", "dims", "dim0", "dim1", "exponent", "normalized_shape", "dtype")
+    return ["" if a.name in known else a.name for a in node.target._schema.arguments]
 
 
 def _has_tensor(arg: Any) -> bool:

@@ -61,6 +61,7 @@ def _insert(gm: fx.GraphModule, match: Match, recording: Recording, replaced: di
     # An input of this match may have been the output of a match before it.
     image = {scratch: _current(node, replaced) for scratch, node in recording.inputs.items()}
     kept: set[fx.Node] = set()
+    created: set[fx.Node] = set()
     last = match.nodes[-1]
     for scratch in recording.nodes:
         call: Any = map_arg((scratch.args, scratch.kwargs), image.__getitem__)
@@ -75,13 +76,15 @@ def _insert(gm: fx.GraphModule, match: Match, recording: Recording, replaced: di
             last = gm.graph.create_node(scratch.op, target, args, kwargs, name=scratch.name)
         last.meta.update(scratch.meta)
         image[scratch] = last
+        created.add(last)
     for old, result in zip(match.outputs, recording.outputs, strict=True):
         new = image[result]
         if new is old:
             continue
-        if result not in recording.inputs and new not in kept:
+        if new in created:
             _inherit(new, old)
-        old.replace_all_uses_with(new)
+        # A kept node that is no longer the result may be what the new nodes are computed from.
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in created)
         replaced[old] = new
     erase(gm, (node for node in reversed(match.nodes) if node not in kept))
 
@@ -115,10 +118,8 @@ def _same_arguments(a: Any, b: Any) -> bool:
 
 
 def _inherit(new: fx.Node, old: fx.Node) -> None:
-    value = new.meta.get("val", old.meta.get("val"))
-    new.meta.update({k: v for k, v in old.meta.items() if k != "val"})
-    if value is not None:
-        new.meta["val"] = value
+    """Let the result's node stand where the old one stood; its own value counts where it is known."""
+    new.meta.update({k: v for k, v in old.meta.items() if k != "val" or k not in new.meta})
 
 
 def erase(gm: fx.GraphModule, nodes: Iterable[fx.Node]) -> None:

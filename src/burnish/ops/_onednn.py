@@ -22,6 +22,8 @@ _ATTRIBUTES: dict[str, tuple[str, str | None]] = {
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """`act(x @ weight.T + bias)` in one oneDNN primitive. A weight stored K-major, (K, N) rows, is read as it lies."""
     attribute, algorithm = _ATTRIBUTES[activation]
+    if bias is not None:
+        bias = bias.contiguous()  # a strided one would be read as if it were contiguous
     return _linear_pointwise()(x.contiguous(), weight, bias, attribute, [], algorithm)
 
 

@@ -237,6 +237,8 @@ def _torch_flash(
     scale: float | None = None,
 ) -> Tensor:
     """PyTorch's flash attention for the CPU, called directly; grouped heads without G copies of k and v."""
+    # The kernel takes the last stride for 1 without looking.
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     (batch, heads, length, width), key_heads, keys = q.shape, k.shape[1], k.shape[2]
     skip_future = is_causal and window is None and length == keys  # the kernel's own causality is top-left aligned
     in_mask = is_causal and not skip_future and length > 1  # a single query is the last: nothing is to come
@@ -261,7 +263,7 @@ def _torch_flash(
 def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     out: Tensor = kernel(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)[0]
-    return out
+    return out.transpose(1, 2).contiguous().transpose(1, 2)  # the kernel lays its result out like q
 
 
 def _sdpa_why_not(
