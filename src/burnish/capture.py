@@ -245,10 +245,16 @@ def _input_specs(graph_module: fx.GraphModule, ranges: Mapping[Any, Any]) -> tup
         if not isinstance(value, Tensor):
             specs.append(InputSpec(node.target, constant=value))
             continue
-        sizes = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
-        limits = tuple((size, size) if isinstance(size, int) else _limits(size, ranges) for size in value.shape)
+        shape = [_known(size) for size in value.shape]
+        sizes = tuple(size if isinstance(size, int) else str(size) for size in shape)
+        limits = tuple((size, size) if isinstance(size, int) else _limits(size, ranges) for size in shape)
         specs.append(InputSpec(node.target, value.dtype, value.device, sizes, limits))
     return tuple(specs)
+
+
+def _known(size: int | torch.SymInt) -> int | torch.SymInt:
+    """A size that export found to be fixed after it had given it a symbol is that number."""
+    return int(size) if isinstance(size, int) or size.node.expr.is_number else size
 
 
 def _limits(size: torch.SymInt, ranges: Mapping[Any, Any]) -> tuple[int, int | None]:

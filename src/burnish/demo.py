@@ -10,7 +10,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ SENTENCES = (
 CASES = ((1, 16), (1, 128), (8, 128))
 PROFILED = (1, 128)
 _PROFILED_CALLS, _PROFILED_ROUNDS = 4, 5
+_TIMED_SECONDS = 1.5
 
 _PARTS = (
     ("attention", r"scaled_dot_product|attention|softmax|flash|fmha|aten::bmm"),
@@ -96,8 +97,9 @@ class Speed:
 class Demo:
     """Everything that the demo shows.
 
-    before, after: each sentence's nearest neighbour. impls: how many calls of which Op run by which Impl at the sizes
-    of `PROFILED`. kept_original: why the original serves the sentences, where it does. seconds: optimizing took so long.
+    before, after: each sentence's nearest neighbour. impls: how many calls of which Op run by which Impl at
+    the sizes of `PROFILED`. kept_original: why the original serves the sentences, where it does. seconds: how long
+    optimizing took.
     """
 
     device: str
@@ -113,7 +115,8 @@ class Demo:
     seconds: float
     shares: tuple[Share, ...]
     speeds: tuple[Speed, ...]
-    sentences: tuple[str, ...] = field(default=SENTENCES)
+    sentences: tuple[str, ...] = SENTENCES
+    profiled: tuple[int, int] = PROFILED
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, ready for JSON."""
@@ -164,6 +167,7 @@ def run(
         seconds=seconds,
         shares=shares,
         speeds=tuple(speeds),
+        profiled=PROFILED,
     )
 
 
@@ -207,7 +211,7 @@ def _text_inputs(batch: int, seq: int, target: torch.device) -> dict[str, Tensor
 
 def _time(original: nn.Module, fast: nn.Module, batch: int, seq: int, inputs: dict[str, Any]) -> Speed:
     with torch.inference_mode():
-        result = burnish.benchmark({"before": original, "after": fast}, kwargs=inputs, seconds=1.5)
+        result = burnish.benchmark({"before": original, "after": fast}, kwargs=inputs, seconds=_TIMED_SECONDS)
     return Speed(
         batch,
         seq,

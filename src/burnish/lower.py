@@ -139,3 +139,26 @@ def find_weight(roots: Sequence[nn.Module], path: str) -> WeightPlace:
             if name in owner:
                 return WeightPlace(owner, name, path)
     raise KeyError(path)
+
+
+class Places:
+    """Where weights and a model's modules are, to be told when one of them has been moved, replaced or removed.
+
+    Values that change in place are nothing to tell: whoever reads the weight sees them.
+    """
+
+    def __init__(self, model: nn.Module, weights: Sequence[WeightPlace]) -> None:
+        self._weights = [(place.owner, place.name) for place in weights]
+        self._pointers = [owner[name].data_ptr() for owner, name in self._weights]
+        # A module that was put in another's place has weights of its own; those of the old one are where they were.
+        self._children = [(module._modules, name) for module in model.modules() for name in module._modules]
+        self._modules = [owner[name] for owner, name in self._children]
+
+    def read(self) -> list[Tensor] | None:
+        """The weights as they are now; None when something is no longer where it was."""
+        try:
+            weights = [owner[name] for owner, name in self._weights]
+            moved = [weight.data_ptr() for weight in weights] != self._pointers
+            return None if moved or [owner[name] for owner, name in self._children] != self._modules else weights
+        except (KeyError, AttributeError):  # removed, or None now
+            return None

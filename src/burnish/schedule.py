@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from burnish.capture import CaptureError, Program, capture
-from burnish.lower import Executable, Slot, WeightPlace, find_weight
+from burnish.lower import Executable, Places, Slot, WeightPlace, find_weight
 from burnish.numerics import Verdict
 from burnish.op import find_impl
 from burnish.ops import linear
@@ -75,6 +75,7 @@ class _Prepared:
     executable: Executable
     differentiable: fx.GraphModule
     members: list[WeightPlace]  # the parameters that became views of packed weights
+    places: Places
     verified: bool = False
     verification: Verification | None = None
     rejected: dict[str, str] = field(default_factory=dict)  # slots whose Impl failed verification, and why
@@ -136,6 +137,10 @@ class Schedule:
 
         return Report(self)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy (or what is unpickled) starts afresh, with the same settings."""
+        return type(self), (self.model, self.settings)
+
     # --- what the OptimizedModule asks for ----------------------------------------------------------------------------------------
 
     def entry(self, call: Call, differentiable: bool) -> Entry:
@@ -166,6 +171,8 @@ class Schedule:
 
     def _prepare(self, call: Call) -> tuple[_Prepared | None, str | None]:
         spec = call.structure()
+        if any(prepared.places.read() is None for prepared in self._prepared):
+            self.forget()
         for prepared in self._prepared:
             program = prepared.program
             if (
@@ -234,22 +241,18 @@ class Schedule:
         packs, record = pack(graph_module, self.model, self._wants_transposed)
         program.history.append(record)
         members = [find_weight((self.model,), member.path) for packed in packs for member in packed.members]
-        return _Prepared(program, self.model.training, Executable(graph_module, self.model), differentiable, members)
+        executable = Executable(graph_module, self.model)
+        places = Places(self.model, (*executable.weights, *members))
+        return _Prepared(program, self.model.training, executable, differentiable, members, places)
 
     def _wants_transposed(self, weight: fx.Node) -> bool:
         """Whether products read this weight faster when it is stored (K, N): measured on its first reader's sizes."""
         value: Tensor = weight.meta["val"]
-        reader = next((user for user in weight.users if user.target is torch.ops.burnish.linear.default), None)
+        reader = next((user for user in weight.users if user.target is linear.overload), None)
         if value.device.type != "cpu" or value.shape[0] < 16:
             return False
         rows = _hinted_rows(reader.args[0].meta["val"]) if reader is not None else 128  # type: ignore[union-attr]
-        x = torch.randn(rows, value.shape[1]).to(value.dtype)
-        plain = torch.randn(value.shape[0], value.shape[1]).to(value.dtype)
-        times = []
-        for stored in (plain, plain.t().contiguous().t()):
-            _, choice = self.tuner.choose(linear, linear.bind(x, stored), budget_us=FIRST_BUDGET_US)
-            times.append(min(choice.times_us.values(), default=float("inf")))
-        return times[1] < times[0]
+        return self.tuner.prefers_transposed(linear, rows, value, budget_us=FIRST_BUDGET_US)
 
     def _sample(self, program: Program, call: Call) -> Call:
         """The part of a call that is verified: some samples of a large batch show what all would, in less time and memory."""
@@ -266,11 +269,10 @@ class Schedule:
         functions = (
             self._choose_all(prepared, call, served) if first else self._choose_at_first_run(prepared, call, served)
         )
-        if first:
-            prepared.verified = True
-            if self.settings.verify:
-                functions = self._verify(prepared, call, served, functions)
-        entry = _bound(prepared, functions)
+        if first and self.settings.verify:
+            functions = self._verify(prepared, call, served, functions)
+        prepared.verified = True
+        entry = _bound(prepared, functions, self.model)
         if self.settings.verify:
             entry = self._unless_different(prepared, entry, call, served)
         if first and served.kept_original is None and not self.model.training:
@@ -335,7 +337,10 @@ class Schedule:
 
         def choosing(slot: Slot) -> Callable[..., Any]:
             def choose(*args: Any) -> Any:
-                impl, served.choices[slot.name] = self.tuner.choose(slot.op, args, budget_us=0)
+                if slot.name in prepared.rejected:
+                    impl, served.choices[slot.name] = slot.op.impls["reference"], Choice("reference", source="verified")
+                else:
+                    impl, served.choices[slot.name] = self.tuner.choose(slot.op, args, budget_us=0)
                 functions[slot.name] = slot.op.with_backward(impl)
                 return impl.fn(*args)
 
@@ -345,7 +350,8 @@ class Schedule:
             executable.bind({slot.name: choosing(slot) for slot in executable.slots})(
                 executable.read_weights(), call.leaves
             )
-        return _bound(prepared, functions, executable)
+        entry = _bound(prepared, functions, self.model, executable)
+        return self._unless_different(prepared, entry, call, served, "differentiable") if self.settings.verify else entry
 
     # --- checks -------------------------------------------------------------------------------------------------------------------
 
@@ -409,15 +415,19 @@ class Schedule:
             return original_entry(self.model)
         return entry
 
-    def _unless_different(self, prepared: _Prepared, entry: Entry, call: Call, served: Served) -> Entry:
+    def _unless_different(
+        self, prepared: _Prepared, entry: Entry, call: Call, served: Served, kind: str = "inference"
+    ) -> Entry:
         """The original where the outputs as a whole are not right: at the first call, and at the first with sizes of 1 in places
         where export saw none."""
-        unit_sizes = _unit_sizes(call)
-        if unit_sizes in prepared.checked or random_node(prepared.program.captured.graph):
+        checked = kind, _unit_sizes(call)
+        # Export guards sizes from 2 up itself; checking them again would cost a new shape several runs of the model.
+        covered = any(seen == kind for seen, _ in prepared.checked) and not any(map(any, checked[1]))
+        if covered or checked in prepared.checked or random_node(prepared.program.captured.graph):
             return entry
         verdict = self._compare_outputs(prepared.program, call, entry)
         if verdict.ok:
-            prepared.checked.add(unit_sizes)
+            prepared.checked.add(checked)
             return entry
         served.kept_original = f"the outputs differ from the original's: {verdict.reason}"
         return original_entry(self.model)
@@ -458,31 +468,33 @@ def optimize(
         raise TypeError(
             f"args: a tuple of positional inputs is needed, not {type(args).__name__}; write (x,) for one input"
         )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(f"kwargs: a mapping of keyword inputs is needed, not {type(kwargs).__name__}; write {{'mask': mask}}")
     if cuda_graphs not in ("auto", "never"):
         raise ValueError(f"cuda_graphs={cuda_graphs!r}: use 'auto' or 'never'")
     schedule = Schedule(model, Settings(verify, dict(impls or {}), cache, cuda_graphs))
     fast = schedule.build()
     if args or kwargs:
         with torch.no_grad():
-            fast(*args, **dict(kwargs or {}))
+            fast(*args, **(kwargs or {}))
     return fast
 
 
 def _bound(
-    prepared: _Prepared, functions: Mapping[str, Callable[..., Any]], executable: Executable | None = None
+    prepared: _Prepared,
+    functions: Mapping[str, Callable[..., Any]],
+    model: nn.Module,
+    executable: Executable | None = None,
 ) -> Entry:
     executable = executable or prepared.executable
     run = executable.bind(functions)
     unflatten = prepared.program.out_spec.unflatten
-    places = [(place.owner, place.name) for place in executable.weights]
-    members = [(place.owner, place.name) for place in prepared.members]
-    pointers = [owner[name].data_ptr() for owner, name in (*places, *members)]
+    places = Places(model, (*executable.weights, *prepared.members))
+    count = len(executable.weights)
 
     def entry(call: Call) -> Any:
-        weights = [owner[name] for owner, name in places]
-        if [w.data_ptr() for w in weights] + [owner[name].data_ptr() for owner, name in members] != pointers:
-            return STALE
-        return unflatten(run(weights, call.leaves))
+        weights = places.read()
+        return STALE if weights is None else unflatten(run(weights[:count], call.leaves))
 
     return entry
 

@@ -42,7 +42,7 @@ def operations(gm: fx.GraphModule) -> list[str]:
 NO_OPS = {
     "dropout in eval": lambda m, x: F.dropout(x.relu(), 0.1, False),
     "dropout of nothing": lambda m, x: F.dropout(x.relu(), 0.0, True),
-    "feature dropout": lambda m, x: F.dropout2d(x.relu(), 0.1, False),
+    "feature dropout": lambda m, x: torch.feature_dropout(x.relu(), 0.1, False),
     "to the same dtype": lambda m, x: x.relu().to(torch.float32),
     "to the same device": lambda m, x: x.relu().to("cpu"),
     "contiguous": lambda m, x: x.relu().contiguous(),

@@ -359,6 +359,19 @@ def test_a9_two_matches_that_would_make_a_cycle_together(dialect):
     assert any("make a cycle" in reason for match, reason in found.refused if match.anchor.name == "relu_1")
 
 
+def test_a9_an_input_that_the_match_computes(dialect):
+    def square(x):
+        h = x.relu()
+        return h * h
+
+    gm = dialect.trace(square, X)
+    found = find_matches(gm, dialect.pattern(lambda x, y: x.relu() * y, X, X))
+    assert not found
+    assert found.refused[0][1] == "relu: is the input y of the match that computes it, which would make a cycle"
+    gm = dialect.trace(lambda x: x.relu().relu(), X)
+    assert not find_matches(gm, dialect.pattern(lambda x, y: (x.relu(), y.relu()), X, X))
+
+
 def test_a9_in_place_operation_between(dialect):
     def model(x):
         h = x.sigmoid()

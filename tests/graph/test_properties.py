@@ -126,6 +126,8 @@ def _agrees(pattern: Dag, graph: Dag, solution: dict[int, int], node: int, swap:
 def may_be_replaced(pattern: Dag, graph: Dag, solution: dict[int, int], others: list[set[int]]) -> bool:
     inside = {solution[n] for n in range(pattern.inputs, pattern.inputs + len(pattern.nodes))}
     outputs = {solution[o] for o in pattern.outputs}
+    if any(solution[p] in inside for p in range(pattern.inputs)):
+        return False
     escapes = any(user not in inside for n in inside - outputs for user in graph.users(n))
     escapes |= any(n in graph.outputs for n in inside - outputs)
     return not escapes and not _has_cycle(graph, [inside, *others])

@@ -30,8 +30,9 @@ def qkv(
 
 
 def padding(b: int, lk: int) -> Tensor:
-    """Rows of which the first has one real token, the last all."""
-    return torch.arange(lk) < torch.linspace(1, lk, b).long()[:, None]
+    """Rows of which the first has one real token, the last all; a single row has two thirds."""
+    lengths = torch.linspace(1, lk, b) if b > 1 else torch.tensor([(2 * lk + 2) // 3])
+    return torch.arange(lk) < lengths.long()[:, None]
 
 
 Kwargs = Callable[[int, int, torch.dtype], dict[str, Any]]

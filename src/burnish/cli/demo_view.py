@@ -32,11 +32,13 @@ def render(demo: Demo) -> RenderableType:
             "What it computes", f"{len(demo.sentences)} sentences, padded to {demo.padded_to} tokens; nearest by cosine"
         ),
         _similarities(demo),
+        "",
         _embeddings(demo),
         *_section("What was rewritten", f"once for every batch and length; it took {human_us(demo.seconds * 1e6)}"),
         _steps(demo),
+        "",
         _impls(demo),
-        *_section("Where the time goes", "one call at 1 x 128 tokens; PyTorch's profiler slows it a little"),
+        *_section("Where the time goes", f"one call at {_tokens(*demo.profiled)}, under PyTorch's profiler"),
         _shares(demo),
         *_section("How fast it is", "median of one call without padding; both timed in turns"),
         _speeds(demo),
@@ -63,6 +65,10 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
     return table
+
+
+def _tokens(batch: int, seq: int) -> str:
+    return f"{batch} x {seq} tokens"
 
 
 def _similarities(demo: Demo) -> RenderableType:
@@ -106,7 +112,7 @@ def _impls(demo: Demo) -> RenderableType:
     for op, impl, count in demo.impls:
         by_op.setdefault(op, []).append(f"{count} {impl}")
     chosen = "; ".join(f"{op}: {', '.join(impls)}" for op, impls in by_op.items())
-    return Text.assemble(("Measured fastest at 1 x 128: ", _QUIET), chosen)
+    return Text.assemble((f"Measured fastest at {_tokens(*demo.profiled)}: ", _QUIET), chosen)
 
 
 def _shares(demo: Demo) -> RenderableType:
@@ -146,7 +152,7 @@ def _speeds(demo: Demo) -> RenderableType:
     fastest = max(speed.speedup for speed in demo.speeds)
     for speed in demo.speeds:
         table.add_row(
-            f"{speed.batch} x {speed.seq} tokens",
+            _tokens(speed.batch, speed.seq),
             human_us(speed.before_us),
             human_us(speed.after_us),
             Text(f"{speed.speedup:.2f}x", style=f"bold {_AFTER if speed.speedup >= 1 else 'red'}"),
@@ -157,6 +163,6 @@ def _speeds(demo: Demo) -> RenderableType:
 
 def _ending(demo: Demo) -> RenderableType:
     if demo.kept_original is not None:
-        sizes = f"{len(demo.sentences)} x {demo.padded_to} tokens"
+        sizes = _tokens(len(demo.sentences), demo.padded_to)
         return Text(f"For the sentences themselves, {sizes}, the original stays: {demo.kept_original}.", style="yellow")
     return Text("In your own code: fast = burnish.optimize(model)", style="bold")

@@ -48,7 +48,7 @@ def op_nodes(graph_module: fx.GraphModule) -> dict[str, list[fx.Node]]:
 
 
 def highlights(program: Program, stage: str) -> list[Match]:
-    """What to colour, one colour for each Op: the nodes that call it; after capture those that raising turns into it."""
+    """What to colour, a colour for each Op: the nodes that call it; after capture those that raising turns into it."""
     groups = op_nodes(program.graph_module) if stage != "capture" else _raisable(program.graph_module)
     return [_group(name, nodes) for name, nodes in groups.items()]
 

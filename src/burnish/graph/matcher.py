@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from burnish.graph.effects import alias_roots, is_pure, mutated_args, mutated_roots, nodes_between
+from burnish.graph.effects import alias_roots, input_nodes, is_pure, mutated_args, mutated_roots, nodes_between
 from burnish.graph.index import GraphIndex
 from burnish.graph.leaves import LeafCall
 from burnish.graph.normalize import describe_key
@@ -192,7 +192,7 @@ class _Finder:
 
     def _refusal(self, match: Match) -> str | None:
         inside = set(match.nodes)
-        for check in (self._escape, self._cycle, self._mutation, self._overlap):
+        for check in (self._own_input, self._escape, self._cycle, self._mutation, self._overlap):
             if reason := check(match, inside):
                 return reason
         if self.guard is not None:
@@ -201,6 +201,14 @@ class _Finder:
                 return f"{match.anchor.name}: guard: refused"
             if isinstance(answer, str):
                 return f"{match.anchor.name}: guard: {answer}"
+        return None
+
+    def _own_input(self, match: Match, inside: set[fx.Node]) -> str | None:
+        """A parameter bound to a node that the match computes: the replacement would need what it replaces."""
+        for name, value in match.bindings.items():
+            for node in input_nodes((value,)):
+                if node in inside:
+                    return f"{node.name}: is the input {name} of the match that computes it, which would make a cycle"
         return None
 
     def _escape(self, match: Match, inside: set[fx.Node]) -> str | None:

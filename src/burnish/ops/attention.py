@@ -120,7 +120,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("strides", strided)
     large = square[0] * 100, square[1] * 100, square[2]
     yield Sample("large scores", large)
-    yield Sample("1x12x128x64", qkv(1, 12, 12, 128, 128, 64), {"key_padding_mask": padding(1, 128)})
+    yield Sample("2x12x128x64", qkv(2, 12, 12, 128, 128, 64), {"key_padding_mask": padding(2, 128)})
 
 
 def _shape(

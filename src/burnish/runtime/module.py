@@ -67,7 +67,6 @@ class OptimizedModule(nn.Module):
         # The same dictionaries, so that names, state_dict, .to() and in-place updates are the model's own.
         self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
         self.__dict__["_non_persistent_buffers_set"] = model._non_persistent_buffers_set
-        self.training = model.training
         self.schedule = resolver
         self._lock = threading.RLock()
         self._entries: dict[Any, Entry] = {}
@@ -80,10 +79,23 @@ class OptimizedModule(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_original"], name)
 
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        """The model's own flag, so that it counts no matter on which of the two `train()` or `eval()` is called."""
+        return bool(self.__dict__["_original"].training)
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_original" in self.__dict__:  # nn.Module's own constructor sets it too early
+            self.__dict__["_original"].training = mode
+
     def train(self, mode: bool = True) -> OptimizedModule:
         self.__dict__["_original"].train(mode)
-        self.training = mode
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy (or what is unpickled) has a model of its own and is optimized anew at its first call."""
+        return type(self), (self._original, self.schedule)
 
     def report(self) -> Any:
         """What was done and what it costs: see `burnish.report.Report`."""
