@@ -21,12 +21,11 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Every weight that may be stored (K, N) is, because no clock says that it should not.
     """
-    from burnish import schedule
+    from burnish.checks import Checks
+    from burnish.prepare import Preparer
+    from burnish.tuning import Tuner
 
-    def optimized(self: object, entry: object, call: object, served: object) -> object:
-        return entry
-
-    monkeypatch.setattr(schedule, "FIRST_BUDGET_US", 0.0)
-    monkeypatch.setattr(schedule, "NEW_SIZE_BUDGET_US", 0.0)
-    monkeypatch.setattr(schedule.Schedule, "_unless_slower", optimized)
-    monkeypatch.setattr(schedule.Schedule, "_wants_transposed", lambda self, weight: True)
+    monkeypatch.setattr(Tuner, "FIRST_BUDGET_US", 0.0)
+    monkeypatch.setattr(Tuner, "NEW_SIZE_BUDGET_US", 0.0)
+    monkeypatch.setattr(Checks, "times", lambda self, entry: {"original": 2.0, "optimized": 1.0})
+    monkeypatch.setattr(Preparer, "_measure_transposed", lambda self, weight: True)

@@ -174,6 +174,12 @@ def test_bad_input_is_refused_before_anything_runs(toy: Toy) -> None:
     assert toy.ran == []
 
 
+def test_nested_tensors_are_refused_by_name(toy: Toy) -> None:
+    jagged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    with pytest.raises(TypeError, match=f"{toy.op.name} takes no nested tensors; pad them"):
+        toy.op(jagged)
+
+
 def test_the_overload_chooses_at_run_time(toy: Toy) -> None:
     toy.op.overload(torch.ones(3), label="a")
     with use(**{toy.op.name: "reference"}):

@@ -133,13 +133,14 @@ def capture(
     started = time.perf_counter()
     kwargs = dict(kwargs or {})
     leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves = _distinct(leaves)
     try:
         exported, took_over = _export(model, pytree.tree_unflatten(_widen(leaves), spec), attention_interface)
     except Exception as error:
         if not any(_is_unit(leaf) for leaf in leaves):
             raise CaptureError(_one_line(error)) from error
         try:  # sizes of 1 that the model insists on: capture them as they are
-            exported, took_over = _export(model, (args, kwargs), attention_interface)
+            exported, took_over = _export(model, pytree.tree_unflatten(leaves, spec), attention_interface)
         except Exception as second:
             raise CaptureError(_one_line(second)) from second
     graph_module = exported.module(check_guards=False) if _takes_check_guards(exported) else exported.module()
@@ -213,6 +214,16 @@ def _is_unit(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and 1 in leaf.shape[:2]
 
 
+def _distinct(leaves: Sequence[Any]) -> list[Any]:
+    """A tensor that is given twice is copied: export would make one input of the two."""
+    seen: set[int] = set()
+    distinct = []
+    for leaf in leaves:
+        distinct.append(leaf.clone() if isinstance(leaf, Tensor) and id(leaf) in seen else leaf)
+        seen.add(id(leaf))
+    return distinct
+
+
 def _widen(leaves: Sequence[Any]) -> list[Any]:
     """Batch and sequence sizes of 1 become 2, because export would fix them: the first dim of every tensor if all agree
     on 1, and the second of those that look like (batch, sequence[, features])."""
@@ -283,7 +294,7 @@ def _copy_graph(graph: fx.Graph) -> fx.Graph:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental", "torch._dynamo")]
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx.experimental", "torch._dynamo")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

@@ -114,7 +114,7 @@ def _slotted(graph_module: fx.GraphModule) -> tuple[fx.Graph, list[Slot], list[s
 
 # The same functions without the dispatcher's Python-side schema matching: 1.9 us a call against 0.5 us for a view.
 _METHOD_OF: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.view.default: torch.Tensor.view,
+    torch.ops.aten.view.default: torch.Tensor.reshape,  # a slice of a merged product is strided where its own was not
     torch.ops.aten.reshape.default: torch.Tensor.reshape,
     torch.ops.aten.transpose.int: torch.Tensor.transpose,
     torch.ops.aten.permute.default: torch.Tensor.permute,

@@ -114,7 +114,11 @@ class Op:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Result:
         bound = self.bind(*args, **kwargs)
-        if torch.compiler.is_compiling() or _is_traced(bound):
+        if torch.compiler.is_compiling():
+            return self.overload(*bound)
+        if _is_traced(bound):
+            if any(isinstance(a, Tensor) and a.is_nested for a in bound):
+                raise TypeError(f"{self.name} takes no nested tensors; pad them (attention takes a key_padding_mask)")
             return self.overload(*bound)
         self._check(*bound)
         with _no_autocast(bound):

@@ -89,7 +89,7 @@ def _is_weight(node: fx.Node) -> bool:
 
 
 def _is_cat_of_weights(node: fx.Node) -> bool:
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     parts: Any = node.args[0]
     return dim == 0 and all(_is_weight(part) or part.target is aten.new_zeros.default for part in parts)
 
@@ -149,6 +149,8 @@ def _pack_tensors(model: nn.Module, parts: Sequence[fx.Node], transposed: bool) 
     )
     present = [t for t in tensors if t is not None]
     packed = _existing(present, members, sum(rows), transposed)
+    if packed is None and len(present) > 1:  # the other way round is good enough: moving them would unsettle whoever packed them
+        packed = _existing(present, members, sum(rows), not transposed)
     if packed is None:
         packed = _allocate(present[0], sum(rows), transposed)
         if len(present) < len(parts):

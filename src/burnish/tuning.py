@@ -89,6 +89,9 @@ class Tuner:
         explicit: Impl names by Op name that the user demands; they are never measured against others.
     """
 
+    FIRST_BUDGET_US = 120_000.0  # for each distinct product, norm, ... of the first call
+    NEW_SIZE_BUDGET_US = 15_000.0  # for all of a new size together
+
     def __init__(self, cache: CacheMode = "readwrite", explicit: dict[str, str] | None = None) -> None:
         if cache not in ("readwrite", "readonly", "off"):
             raise ValueError(f"cache={cache!r}: use 'readwrite', 'readonly' or 'off'")
@@ -145,10 +148,11 @@ class Tuner:
         return Choice(_fastest(times, able), times, rejected)
 
     def prefers_transposed(self, linear: Op, rows: int, weight: Tensor, *, budget_us: float) -> bool:
-        """Whether `linear` on `rows` rows is faster with such a weight stored (K, N): by its best Impl for either storage.
+        """Whether `linear` on `rows` rows is faster with such a weight stored (K, N): by its best Impl for either
+        storage.
 
-        Measured on random weights, several in turn where they are small: in a model a weight comes from memory, and that
-        is where (K, N) wins most (Zen 4, 16 rows, 1536x384: 405 us against 579; from the cache 1.03x).
+        Measured on random weights, several in turn where they are small: in a model a weight comes from memory, and
+        that is where (K, N) wins most (Zen 4, 16 rows, 1536x384: 405 us against 579; from the cache 1.03x).
         """
         n, k = min(weight.shape[0], _MEASURED_ROWS), weight.shape[1]
         family, sizes = f"storage|{weight.dtype}", _sizes_text((rows, n, k))

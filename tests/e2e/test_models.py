@@ -282,7 +282,7 @@ def test_eval_mode_raises_what_train_mode_could_not() -> None:
     fast = burnish.optimize(model, (), inputs_of(case), cache="off")
     fast.eval()
     assert_same_outputs(fast, model, inputs_of(case))
-    graphs = [prepared.program.graph_module.graph for prepared in fast.schedule._prepared]
+    graphs = [program.graph_module.graph for program in fast.schedule.programs]
     assert [count_ops(graph)["attention"] for graph in graphs] == [0, 2]
 
 
@@ -302,4 +302,4 @@ def test_gated_mlp_of_a_llama_with_its_real_inputs() -> None:
     for other in (x, x[:1], x[:, :1], torch.cat([x, x], 1)):
         with torch.no_grad():
             assert_close(fast(other), mlp(other), outputs_in_float64(mlp, (other,))[0])
-    assert len(fast.schedule._prepared) == 1
+    assert len(fast.schedule.programs) == 1

@@ -60,7 +60,7 @@ def assert_right(fast: nn.Module, model: nn.Module, *args: Any, **kwargs: Any) -
 
 
 def captures(fast: OptimizedModule) -> int:
-    return len(fast.schedule._prepared)
+    return len(fast.schedule.programs)
 
 
 @pytest.fixture
@@ -254,6 +254,35 @@ def test_weights_packed_once_serve_two_optimized_models(model: nn.Module) -> Non
     by_copy(model, first)
     assert_right(first, model, x_of())
     assert_right(second, model, x_of())
+
+
+@pytest.mark.parametrize("order", [(True, False), (False, True)])
+def test_two_optimized_models_that_want_other_layouts_settle(
+    order: tuple[bool, bool], model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is faster is measured, and may come out the one way today and the other tomorrow."""
+    both = []
+    for transposed in order:
+        monkeypatch.setattr(schedule.Schedule, "_measure_transposed", lambda self, weight, wanted=transposed: wanted)
+        both.append(burnish.optimize(model, (x_of(),), cache="off"))
+    for fast in both:
+        assert_right(fast, model, x_of())
+    served = [len(fast.schedule.served) for fast in both]
+    for fast in (*both, *both):
+        assert_right(fast, model, x_of())
+    assert [len(fast.schedule.served) for fast in both] == served
+
+
+def test_two_signatures_want_the_same_layout(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    wishes = iter([True, False] * 100)
+    monkeypatch.setattr(schedule.Schedule, "_measure_transposed", lambda self, weight: next(wishes))
+    fast = burnish.optimize(model, (x_of(),), cache="off")
+    scale = torch.tensor(0.5)
+    for _ in range(2):
+        assert_right(fast, model, x_of(), scale)
+        assert_right(fast, model, x_of())
+    assert len(fast.schedule.served) == 2
+    assert captures(fast) == 2
 
 
 def test_packing_does_not_grow_the_model(model: nn.Module) -> None:

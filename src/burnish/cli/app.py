@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.live import Live
 from rich.syntax import Syntax
 from rich.text import Text
 from typer.core import TyperGroup
@@ -98,6 +99,10 @@ def one_line(error: BaseException) -> str:
     return text if ours or isinstance(error, (ValueError, TypeError, OSError)) else f"{type(error).__name__}: {text}"
 
 
+def _doing(what: str) -> Text:
+    return Text(f"{what} ...", style="dim")
+
+
 class Output:
     """Where one command's results and progress go."""
 
@@ -107,12 +112,15 @@ class Output:
 
     @contextlib.contextmanager
     def working(self, on: str) -> Iterator[Callable[[str], None]]:
-        """Shows on a terminal what is being done; the function yielded changes the text."""
+        """Shows on a terminal what is being done; the function yielded changes the text.
+
+        Nothing spins: a thread that redraws a dozen times a second would take its time from what is measured meanwhile.
+        """
         if self.as_json or not self._errors.is_terminal:
             yield lambda doing: None
             return
-        with self._errors.status(f"{on} ...") as status:
-            yield lambda doing: status.update(f"{doing} ...")
+        with Live(_doing(on), console=self._errors, auto_refresh=False, transient=True) as line:
+            yield lambda doing: line.update(_doing(doing), refresh=True)
 
     def show(self, *parts: RenderableType) -> None:
         """Prints, in colour on a terminal; nothing under --json. A str is text, not markup."""

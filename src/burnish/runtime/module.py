@@ -43,7 +43,7 @@ class Entry(Protocol):
 class Resolver(Protocol):
     """Who makes entries; the schedule, for an optimized model."""
 
-    def entry(self, call: Call, differentiable: bool) -> Entry: ...
+    def entry(self, call: Call, differentiable: bool) -> tuple[Entry, Any]: ...
 
     def forget(self) -> None: ...
 
@@ -80,7 +80,7 @@ class OptimizedModule(nn.Module):
             return getattr(self.__dict__["_original"], name)
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         """The model's own flag, so that it counts no matter on which of the two `train()` or `eval()` is called."""
         return bool(self.__dict__["_original"].training)
 
@@ -112,7 +112,9 @@ class OptimizedModule(nn.Module):
             if entry is None:
                 if key is None:
                     return self._original(*args, **kwargs)
-                entry = self._make_entry(key, call, differentiable)
+                entry, result = self._make_entry(key, call, differentiable)
+                if result is not STALE:
+                    return result
             result = entry(call)
             if result is not STALE:
                 return result
@@ -124,15 +126,15 @@ class OptimizedModule(nn.Module):
             *args, **kwargs
         )  # someone else keeps moving the weights: two optimized versions of one model, say
 
-    def _make_entry(self, key: Any, call: Call, differentiable: bool) -> Entry:
+    def _make_entry(self, key: Any, call: Call, differentiable: bool) -> tuple[Entry, Any]:
         with self._lock:
             if key in self._entries:
-                return self._entries[key]
-            entry: Entry = self.schedule.entry(call, differentiable)
+                return self._entries[key], STALE
+            entry, result = self.schedule.entry(call, differentiable)
             while len(self._entries) >= MAX_ENTRIES:
                 self._entries.pop(next(iter(self._entries)))
             self._entries[key] = entry
-            return entry
+            return entry, result
 
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
         """The normalized call, or None where the model itself has to say what is wrong with it (or is being traced)."""

@@ -1,0 +1,151 @@
+"""What an entry must pass before it serves calls: its outputs right as a whole, each rewritten value right, and no
+slower."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from burnish.capture import Program
+from burnish.choose import Chosen, choose_by_measuring
+from burnish.numerics import Verdict
+from burnish.prepare import Prepared
+from burnish.record import StepRecord
+from burnish.runtime.module import Call, Entry
+from burnish.tuning import Tuner, measure
+from burnish.verify import Verification, check_outputs, outputs_in_float64, random_node, restore, verify
+
+VERIFIED_TOKENS = 512  # of a large batch's tokens, about as many are verified
+COMPARISON_BUDGET_US = 600_000.0
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the outputs of one call are to be: flat, the original's and in float64."""
+
+    program: Program
+    original: list[Any]
+    true: list[Any]
+    captured: Verdict  # on the original's outputs, by the captured graph's: not ok where capture went wrong
+
+
+class Checks:
+    """The checks of one call on one model; what they need is computed once."""
+
+    def __init__(self, model: nn.Module, call: Call) -> None:
+        self.model, self.call = model, call
+        self._samples: dict[int, Call] = {}
+        self._expected: Expected | None = None
+
+    def capture_is_right(self, program: Program) -> Verdict | None:
+        """Whether the captured graph computes what the model does; None where that cannot be told (dropout is
+        active)."""
+        return None if random_node(program.captured.graph) else self._expect(program).captured
+
+    def outputs_are_right(self, prepared: Prepared, entry: Entry, kind: str) -> Verdict | None:
+        """The rule on the outputs of `entry`, at the first call of its kind and at the first with sizes of 1 in places
+        where export saw none; None where there is nothing to check."""
+        program, checked = prepared.program, (kind, _unit_sizes(self.call))
+        # Export guards sizes from 2 up itself; checking them again would cost a new shape several runs of the model.
+        covered = any(seen == kind for seen, _ in prepared.checked) and not any(map(any, checked[1]))
+        if covered or checked in prepared.checked or random_node(program.captured.graph):
+            return None
+        expected = self._expect(program)
+        if not expected.captured.ok:
+            return expected.captured
+        with torch.no_grad():
+            result = pytree.tree_leaves(entry(self.sample(program)))
+        verdict = check_outputs(result, expected.original, expected.true)
+        if verdict.ok:
+            prepared.checked.add(checked)
+        return verdict
+
+    def times(self, entry: Entry) -> dict[str, float]:
+        """Microseconds of one call, "original" and "optimized"."""
+        with torch.no_grad():
+            return measure(
+                {
+                    "original": lambda: self.model(*self.call.args, **self.call.kwargs),
+                    "optimized": lambda: entry(self.call),
+                },
+                [()],
+                budget_us=COMPARISON_BUDGET_US,
+            )
+
+    def sample(self, program: Program) -> Call:
+        """The part of the call that is verified: some samples of a large batch show what all would, in less time and
+        memory."""
+        if id(program) not in self._samples:
+            leaves = program.first_rows(self.call.leaves, VERIFIED_TOKENS)
+            args, kwargs = pytree.tree_unflatten(leaves, self.call.structure())
+            self._samples[id(program)] = Call(args, kwargs, leaves, self.call.spec)
+        return self._samples[id(program)]
+
+    def _expect(self, program: Program) -> Expected:
+        if self._expected is None or self._expected.program is not program:
+            sample = self.sample(program)
+            with torch.no_grad():
+                original = pytree.tree_leaves(self.model(*sample.args, **sample.kwargs))
+                captured = pytree.tree_leaves(program.captured(*sample.leaves))
+            true = outputs_in_float64(program.captured, sample.leaves)
+            # The float64 outputs are the captured graph's: only the original's distance from them shows a wrong
+            # capture.
+            self._expected = Expected(program, original, true, check_outputs(original, captured, true))
+        return self._expected
+
+    def verify_values(self, prepared: Prepared, chosen: Chosen, tuner: Tuner) -> Chosen:
+        """Verifies every rewritten value. Where an Impl fails, the Op's reference takes its place; where that fails
+        too, the captured nodes come back. Leaves a record in the Program's history."""
+        started = time.perf_counter()
+        program = prepared.program
+        record = StepRecord("verify", nodes_before=len(program.graph_module.graph.nodes))
+        prepared.verification = verification = self._verify(prepared, chosen.functions)
+        if verification.skipped:
+            record.notes.append(f"not verified: {verification.skipped}")
+        if verification.units:
+            passed = len(verification.units) - len(verification.failures)
+            record.numerics.append(
+                f"{passed} of {len(verification.units)} rewritten values within what eager's own error allows"
+            )
+        if verification.failures:
+            chosen = self._repair(prepared, chosen, tuner, verification, record)
+        record.nodes_after = len(program.graph_module.graph.nodes)
+        record.seconds = time.perf_counter() - started
+        program.history.append(record)
+        return chosen
+
+    def _repair(
+        self, prepared: Prepared, chosen: Chosen, tuner: Tuner, verification: Verification, record: StepRecord
+    ) -> Chosen:
+        slots = {slot.origin: slot for slot in prepared.executable.slots}
+        for unit in verification.failures:
+            reason = unit.verdict.reason if unit.verdict else None
+            record.numerics.append(f"{', '.join(unit.ops)} at {unit.node.name}: {reason}")
+            for slot in (slots[node.name] for node in unit.inner if node.name in slots):
+                prepared.rejected[slot.name] = reason or "failed"
+                chosen.reject(slot)
+        still_wrong = self._verify(prepared, chosen.functions).failures
+        for unit in still_wrong:
+            restore(prepared.program.graph_module, prepared.program.captured, unit)
+            record.notes.append(f"undone: {', '.join(unit.ops)} at {unit.node.name}; the original nodes stay")
+        if not still_wrong:
+            return chosen
+        prepared.regenerate(self.model)
+        return choose_by_measuring(prepared, self.call, tuner)
+
+    def _verify(self, prepared: Prepared, functions: dict[str, Callable[..., Any]]) -> Verification:
+        names = {slot.origin: slot.name for slot in prepared.executable.slots}
+        program = prepared.program
+        leaves = self.sample(program).leaves
+        return verify(program.graph_module, program.captured, leaves, lambda node: functions[names[node.name]])
+
+
+def _unit_sizes(call: Call) -> Any:
+    """Which of the leading dims are 1, leaf by leaf."""
+    return tuple(tuple(size == 1 for size in leaf.shape[:2]) for leaf in call.leaves if isinstance(leaf, Tensor))

@@ -1,0 +1,115 @@
+"""Which Impl stands in which slot: measured on the first call's activations, looked up on the way for a new size."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from burnish.lower import Executable, Slot
+from burnish.prepare import Prepared
+from burnish.runtime.module import Call
+from burnish.tuning import Choice, Key, Tuner, key_of
+
+
+@dataclass
+class Chosen:
+    """A callable and the Choice behind it for each slot, by slot name; `outputs` if the model was run with them
+    (flat)."""
+
+    functions: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    choices: dict[str, Choice] = field(default_factory=dict)
+    outputs: Sequence[Any] | None = None
+
+    def reject(self, slot: Slot) -> None:
+        """Puts the Op's reference where an Impl failed verification."""
+        self.functions[slot.name] = slot.op.reference
+        self.choices[slot.name] = Choice("reference", source="verified")
+
+
+def choose_by_measuring(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
+    """Runs once, keeping one set of activations for each distinct signature, and measures the Impls on them."""
+    executable = prepared.executable
+    weights = set(map(id, executable.read_weights()))
+    seen: dict[Key, list[tuple[Any, ...]]] = {}
+    keys: dict[str, Key] = {}
+
+    def recording(slot: Slot) -> Callable[..., Any]:
+        def record(*args: Any) -> Any:
+            key = keys[slot.name] = key_of(slot.op, args)
+            instances = seen.setdefault(key, [])
+            # Other layers' weights on the first layer's activations: little is kept, and weights come from memory.
+            instances.append(args if not instances else _with_activations_of(instances[0], args, weights))
+            return slot.op.select(*args).fn(*args)
+
+        return record
+
+    _run(executable, recording, call)
+    chosen = Chosen()
+    for slot in executable.slots:
+        args, *others = seen[keys[slot.name]]
+        impl, chosen.choices[slot.name] = tuner.choose(slot.op, args, budget_us=tuner.FIRST_BUDGET_US, variants=others)
+        chosen.functions[slot.name] = impl.fn
+    return chosen
+
+
+def choose_on_the_way(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
+    """Runs once and chooses each Impl as its turn comes: remembered or nearby, with a small budget for the unknown."""
+    chosen = Chosen()
+    budget = tuner.NEW_SIZE_BUDGET_US
+
+    def choosing(slot: Slot) -> Callable[..., Any]:
+        def choose(*args: Any) -> Any:
+            nonlocal budget
+            started = time.perf_counter()
+            if slot.name in prepared.rejected:
+                chosen.reject(slot)
+            else:
+                impl, chosen.choices[slot.name] = tuner.choose(slot.op, args, budget_us=max(budget, 0))
+                chosen.functions[slot.name] = impl.fn
+            budget -= (time.perf_counter() - started) * 1e6
+            return chosen.functions[slot.name](*args)
+
+        return choose
+
+    chosen.outputs = _run(prepared.executable, choosing, call)
+    return chosen
+
+
+def choose_differentiable(prepared: Prepared, model: nn.Module, call: Call, tuner: Tuner) -> tuple[Executable, Chosen]:
+    """Impls that autograd can go through, for code on the model's own parameters."""
+    executable = Executable(prepared.differentiable, model)
+    chosen = Chosen()
+
+    def choosing(slot: Slot) -> Callable[..., Any]:
+        def choose(*args: Any) -> Any:
+            if slot.name in prepared.rejected:
+                chosen.reject(slot)
+                return slot.op.reference(*args)
+            impl, chosen.choices[slot.name] = tuner.choose(slot.op, args, budget_us=0)
+            chosen.functions[slot.name] = slot.op.with_backward(impl)
+            return impl.fn(*args)
+
+        return choose
+
+    _run(executable, choosing, call)
+    return executable, chosen
+
+
+def _run(executable: Executable, fill: Callable[[Slot], Callable[..., Any]], call: Call) -> Sequence[Any]:
+    functions: Mapping[str, Callable[..., Any]] = {slot.name: fill(slot) for slot in executable.slots}
+    with torch.no_grad():
+        outputs: Sequence[Any] = executable.bind(functions)(executable.read_weights(), call.leaves)
+    return outputs
+
+
+def _with_activations_of(first: Sequence[Any], args: Sequence[Any], weights: set[int]) -> tuple[Any, ...]:
+    """`args` with the tensors of `first`, but for the weights."""
+    return tuple(
+        kept if isinstance(arg, Tensor) and id(arg) not in weights else arg
+        for kept, arg in zip(first, args, strict=True)
+    )

@@ -1,0 +1,118 @@
+"""`Prepared`: a captured Program after raising, fusing and packing, with the code generated from it, ready to be
+bound."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from burnish.capture import Program
+from burnish.lower import Executable, Places, WeightPlace, find_weight
+from burnish.ops import linear
+from burnish.pack import pack
+from burnish.rewrites import FUSE, RAISE, apply
+from burnish.runtime.module import STALE, Call, Entry
+from burnish.tuning import Tuner
+from burnish.verify import Verification
+
+
+@dataclass
+class Prepared:
+    """A Program with the code generated from it.
+
+    Attributes:
+        training: the mode in which the model was captured.
+        executable: the code on packed weights.
+        differentiable: the graph as it was before packing, for gradients that have to reach the model's own parameters.
+        members: the parameters that became views of packed weights.
+        places: all weights, to be told when one has been moved.
+        verified: whether the first call's checks are done; `verification` what they found.
+        rejected: slots whose Impl failed verification, and why.
+        checked: kinds of calls whose outputs were compared as a whole.
+    """
+
+    program: Program
+    training: bool
+    executable: Executable
+    differentiable: fx.GraphModule
+    members: list[WeightPlace]
+    places: Places
+    verified: bool = False
+    verification: Verification | None = None
+    rejected: dict[str, str] = field(default_factory=dict)
+    checked: set[Any] = field(default_factory=set)
+
+    def bind(
+        self, functions: Mapping[str, Callable[..., Any]], model: nn.Module, executable: Executable | None = None
+    ) -> Entry:
+        """An entry that runs the code with these callables in its slots; STALE once a weight has moved."""
+        executable = executable or self.executable
+        run = executable.bind(functions)
+        unflatten = self.program.out_spec.unflatten
+        places = Places(model, (*executable.weights, *self.members))
+        count = len(executable.weights)
+
+        def entry(call: Call) -> Any:
+            weights = places.read()
+            return STALE if weights is None else unflatten(run(weights[:count], call.leaves))
+
+        return entry
+
+    def regenerate(self, model: nn.Module) -> None:
+        """New code after the graph was changed: what verification undid is gone from the differentiable graph too."""
+        self.executable = Executable(self.program.graph_module, model)
+        self.differentiable = _copied(self.program.captured)
+        self.rejected.clear()
+
+
+class Preparer:
+    """Raises, fuses and packs Programs of one model. Remembers how each weight is to be stored, so that two Programs
+    agree."""
+
+    def __init__(self, model: nn.Module, tuner: Tuner) -> None:
+        self.model, self.tuner = model, tuner
+        self._transposed: dict[tuple[str, ...], bool] = {}
+
+    def prepare(self, program: Program) -> Prepared:
+        """Runs the default steps on `program`, each with its record in the Program's history."""
+        graph_module = program.graph_module
+        program.history.append(apply("raise", RAISE, graph_module))
+        program.history.append(apply("fuse", FUSE, graph_module))
+        differentiable = _copied(graph_module)
+        packs, record = pack(graph_module, self.model, self._wants_transposed)
+        program.history.append(record)
+        members = [find_weight((self.model,), member.path) for packed in packs for member in packed.members]
+        executable = Executable(graph_module, self.model)
+        places = Places(self.model, (*executable.weights, *members))
+        return Prepared(program, self.model.training, executable, differentiable, members, places)
+
+    def _wants_transposed(self, weight: fx.Node) -> bool:
+        """Whether products read this weight faster when it is stored (K, N): measured on its first reader's sizes."""
+        key = (str(weight.target), *(str(source.target) for source in weight.all_input_nodes))
+        if key not in self._transposed:
+            self._transposed[key] = self._measure_transposed(weight)
+        return self._transposed[key]
+
+    def _measure_transposed(self, weight: fx.Node) -> bool:
+        value: Tensor = weight.meta["val"]
+        reader = next((user for user in weight.users if user.target is linear.overload), None)
+        if value.device.type != "cpu" or value.shape[0] < 16:
+            return False
+        rows = _hinted_rows(reader.args[0].meta["val"]) if reader is not None else 128  # type: ignore[union-attr]
+        return self.tuner.prefers_transposed(linear, rows, value, budget_us=self.tuner.FIRST_BUDGET_US)
+
+
+def _copied(graph_module: fx.GraphModule) -> fx.GraphModule:
+    return fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+
+
+def _hinted_rows(value: Tensor) -> int:
+    """How many rows this activation had when captured."""
+    rows = 1
+    for size in value.shape[:-1]:
+        rows *= size if isinstance(size, int) else size.node.hint or 1
+    return min(rows, 4096)

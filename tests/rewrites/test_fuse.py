@@ -1,0 +1,211 @@
+"""Ops fused to wider ones: gated MLPs, sums before norms, embeddings, products of one input."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.zoo.plain import GatedMLP
+
+from .conftest import normal
+
+aten = torch.ops.aten
+WIDTH = 24
+
+
+class Gated(nn.Module):
+    """down(act(gate(x)) * up(x)), with the two factors in either order."""
+
+    def __init__(
+        self, act: Callable[[Tensor], Tensor], biases: tuple[bool, bool] = (False, False), up_first: bool = False
+    ) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(WIDTH, 40, bias=bias) for bias in biases)
+        self.down = nn.Linear(40, WIDTH)
+        self.act, self.up_first = act, up_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.act(self.gate(x)), self.up(x)
+        return self.down(up * gate if self.up_first else gate * up)
+
+
+@pytest.mark.parametrize("up_first", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_gated_mlp(activation: str, bias: bool, up_first: bool, rewrite: Callable[..., Any]) -> None:
+    act = GatedMLP(8, 8, activation, bias=False).act
+    found = rewrite(Gated(act, (bias, bias), up_first), normal(2, 5, WIDTH))
+    assert found.ops == Counter(gated_mlp=1)
+    assert found.calls[0][5] == activation
+    x, gate_up, *_ = found.calls[0]
+    assert [part.target for part in gate_up.args[0]] == ["gate.weight", "up.weight"]
+    assert x.op == "placeholder"
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Gated(F.relu), "the gate's activation is relu"),
+        (Gated(F.silu, (True, False)), "only one of gate and up has a bias"),
+    ],
+    ids=["relu", "one bias"],
+)
+def test_gated_mlp_that_stays(model: nn.Module, reason: str, rewrite: Callable[..., Any]) -> None:
+    found = rewrite(model, normal(2, 5, WIDTH))
+    assert found.ops["gated_mlp"] == 0
+    assert reason in found.reasons
+
+
+def test_a_gate_without_activation_is_no_gated_mlp(rewrite: Callable[..., Any]) -> None:
+    found = rewrite(Gated(lambda x: x), normal(2, 5, WIDTH))
+    assert found.ops["gated_mlp"] == 0
+
+
+def test_a_gated_product_that_others_need_stays(rewrite: Callable[..., Any]) -> None:
+    class Shown(Gated):
+        def forward(self, x: Tensor) -> Any:
+            hidden = self.act(self.gate(x)) * self.up(x)
+            return self.down(hidden), hidden
+
+    assert rewrite(Shown(F.silu), normal(2, 5, WIDTH)).ops == Counter(linear=3)
+
+
+# --- sums and norms ---
+
+
+class Summed(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return self.norm(total), total
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_a_sum_and_its_norm_give_both(name: str, rewrite: Callable[..., Any]) -> None:
+    norm = {"layer_norm": nn.LayerNorm(WIDTH), "rms_norm": nn.RMSNorm(WIDTH, eps=1e-5)}[name]
+    found = rewrite(Summed(norm), normal(2, 5, WIDTH), normal(2, 5, WIDTH, seed=1))
+    assert found.ops == Counter({f"add_{name}": 1})
+    assert aten.add.Tensor not in found.targets
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_a_broadcast_sum_stays(name: str, rewrite: Callable[..., Any]) -> None:
+    norm = {"layer_norm": nn.LayerNorm(WIDTH), "rms_norm": nn.RMSNorm(WIDTH, eps=1e-5)}[name]
+    found = rewrite(Summed(norm), normal(2, 5, WIDTH), normal(5, WIDTH))
+    assert found.ops == Counter({name: 1})
+    assert "the summands have shapes" in found.reasons
+
+
+def test_a_sum_with_a_number_stays(rewrite: Callable[..., Any]) -> None:
+    norm = nn.LayerNorm(WIDTH)
+    found = rewrite(nn.Sequential(Plus(1.0), norm), normal(2, 5, WIDTH))
+    assert found.ops == Counter(layer_norm=1)
+
+
+class Plus(nn.Module):
+    def __init__(self, other: float) -> None:
+        super().__init__()
+        self.other = other
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.other
+
+
+def test_a_scaled_sum_stays(rewrite: Callable[..., Any]) -> None:
+    class Scaled(Summed):
+        def forward(self, x: Tensor, residual: Tensor) -> Any:
+            return self.norm(torch.add(x, residual, alpha=0.5))
+
+    found = rewrite(Scaled(nn.LayerNorm(WIDTH)), normal(2, 5, WIDTH), normal(2, 5, WIDTH, seed=1))
+    assert found.ops == Counter(layer_norm=1)
+
+
+class Embeddings(nn.Module):
+    """BERT's: word + type, then + position, then the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.word = nn.Embedding(31, WIDTH, padding_idx=0)
+        self.position, self.type = nn.Embedding(16, WIDTH), nn.Embedding(2, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
+        return self.norm(self.word(ids) + self.type(types) + self.position(positions))
+
+
+def test_embeddings_and_their_norm(rewrite: Callable[..., Any]) -> None:
+    ids = torch.arange(10).view(2, 5)
+    found = rewrite(Embeddings(), ids, ids.remainder(5), ids.remainder(2))
+    assert found.ops == Counter(embedding_layer_norm=1)
+    assert [node.target for node in found.calls[0][1:7:2]] == ["word.weight", "position.weight", "type.weight"]
+
+
+# --- products of one input ---
+
+
+class Projections(nn.Module):
+    def __init__(self, biases: tuple[bool, ...] = (True, True, True)) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, size, bias=b) for size, b in zip((24, 8, 8), biases, strict=True))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q(x), self.k(x), self.v(x)
+
+
+@pytest.mark.parametrize(
+    "biases", [(True, True, True), (False, False, False), (True, False, True), (False, True, False)]
+)
+def test_products_of_one_input_become_one(biases: tuple[bool, ...], rewrite: Callable[..., Any]) -> None:
+    found = rewrite(Projections(biases), normal(2, 5, WIDTH))
+    assert found.ops == Counter(linear=1)
+    _, weight, bias, *_ = found.calls[0]
+    assert weight.meta["val"].shape == (40, WIDTH)
+    assert (bias is not None) == any(biases)
+    assert len(found.verification.units) == 3
+
+
+def test_products_of_different_modules_stay_apart(rewrite: Callable[..., Any]) -> None:
+    """As a decoder's cross attentions, which all project the encoder's output."""
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Projections(), Projections()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return (*self.first(x), *self.second(x))
+
+    assert rewrite(Layers(), normal(2, 5, WIDTH)).ops == Counter(linear=2)
+
+
+def test_products_of_different_inputs_stay_apart(rewrite: Callable[..., Any]) -> None:
+    class Other(Projections):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return self.q(x), self.k(x.sin()), self.v(x.cos())
+
+    assert rewrite(Other(), normal(2, 5, WIDTH)).ops == Counter(linear=3)
+
+
+def test_the_same_product_twice_is_not_merged_with_itself(rewrite: Callable[..., Any]) -> None:
+    class Same(Projections):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.q(x), self.q(x)
+
+    assert set(rewrite(Same(), normal(2, 5, WIDTH)).ops) == {"linear"}
+
+
+def test_a_product_with_an_activation_stays_apart(rewrite: Callable[..., Any]) -> None:
+    class Activated(Projections):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return F.relu(self.q(x)), self.k(x), self.v(x)
+
+    assert rewrite(Activated(), normal(2, 5, WIDTH)).ops == Counter(linear=2)
