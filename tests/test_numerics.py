@@ -44,11 +44,21 @@ def test_two_times_eager_and_a_rounding_step_is_the_limit(dtype: torch.dtype) ->
     truth = torch.full((100,), 1.0, dtype=torch.float64)
     step = torch.finfo(dtype).eps
     eager = (truth + step).to(dtype)
-    assert check((truth + 3 * step).to(dtype), eager, truth).ok
-    verdict = check((truth + 4 * step).to(dtype), eager, truth)
+    # Relative to |oracle| + rms, which is 2 here: eager is off by half a step, and twice that plus one step is allowed.
+    assert check((truth + 4 * step).to(dtype), eager, truth).ok
+    verdict = check((truth + 5 * step).to(dtype), eager, truth)
     assert not verdict.ok
-    assert verdict.error == pytest.approx(4 * step)
-    assert verdict.allowed == pytest.approx(3 * step)
+    assert verdict.error == pytest.approx(2.5 * step)
+    assert verdict.allowed == pytest.approx(2 * step)
+
+
+def test_eagers_luck_on_an_outlier_fails_nobody() -> None:
+    x = randn(128, 64)
+    x[0, 0] = 1000
+    truth = x.double() * (1 + 3e-7)
+    eager = (x.double() * (1 + 1e-6)).float()
+    eager[0, 0] = truth[0, 0].float()
+    assert check(x, eager, truth).ok
 
 
 def test_lower_precision_never_passes_for_float32() -> None:
@@ -67,7 +77,7 @@ def test_an_outlier_does_not_hide_a_wrong_operator(right: object, wrong: object,
     verdict = check(wrong(x), right(x), oracle(right, x))
     assert not verdict.ok
     assert verdict.reason is not None
-    assert "the mean error" in verdict.reason
+    assert "error is" in verdict.reason
 
 
 def test_exact_and_tanh_gelu_are_told_apart_in_float32() -> None:
@@ -140,7 +150,7 @@ def test_nested_results_name_the_wrong_one() -> None:
     eager = {"a": good, "b": [good, 3]}
     truth = {"a": good.double(), "b": [good.double(), 3]}
     assert check({"a": good, "b": [good, 3]}, eager, truth).ok
-    with pytest.raises(AssertionError, match="result 1 of 3: the largest error is 1"):
+    with pytest.raises(AssertionError, match=r"result 1 of 3: the largest error is 0\.5"):
         assert_close({"a": good, "b": [bad, 3]}, eager, truth)
     with pytest.raises(AssertionError, match="result 2 of 3: 4 where eager has 3"):
         assert_close({"a": good, "b": [good, 4]}, eager, truth)

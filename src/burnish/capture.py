@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import logging
 import os
 import re
@@ -294,12 +295,14 @@ def _copy_graph(graph: fx.Graph) -> fx.Graph:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx.experimental", "torch._dynamo")]
+    """Silences export's warnings, and the partial graph that it prints when it fails."""
+    loggers = [logging.getLogger(f"torch.{name}") for name in ("export", "_export", "fx.experimental", "_dynamo")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

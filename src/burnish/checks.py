@@ -66,17 +66,16 @@ class Checks:
             prepared.checked.add(checked)
         return verdict
 
-    def times(self, entry: Entry) -> dict[str, float]:
-        """Microseconds of one call, "original" and "optimized"."""
-        with torch.no_grad():
-            return measure(
-                {
-                    "original": lambda: self.model(*self.call.args, **self.call.kwargs),
-                    "optimized": lambda: entry(self.call),
-                },
-                [()],
-                budget_us=COMPARISON_BUDGET_US,
-            )
+    def time_original(self) -> float:
+        """Microseconds of one call of the model as it is now."""
+        return self.times(None)["original"]
+
+    def times(self, entry: Entry | None) -> dict[str, float]:
+        """Microseconds of one call, "original" and "optimized", in turn."""
+        functions: dict[str, Callable[[], Any]] = {"original": lambda: self.model(*self.call.args, **self.call.kwargs)}
+        if entry is not None:
+            functions["optimized"] = lambda: entry(self.call)
+        return measure(functions, [()], budget_us=COMPARISON_BUDGET_US)
 
     def sample(self, program: Program) -> Call:
         """The part of the call that is verified: some samples of a large batch show what all would, in less time and

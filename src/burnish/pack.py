@@ -149,7 +149,9 @@ def _pack_tensors(model: nn.Module, parts: Sequence[fx.Node], transposed: bool) 
     )
     present = [t for t in tensors if t is not None]
     packed = _existing(present, members, sum(rows), transposed)
-    if packed is None and len(present) > 1:  # the other way round is good enough: moving them would unsettle whoever packed them
+    if (
+        packed is None and len(present) > 1
+    ):  # the other way round is good enough: moving them would unsettle whoever packed them
         packed = _existing(present, members, sum(rows), not transposed)
     if packed is None:
         packed = _allocate(present[0], sum(rows), transposed)

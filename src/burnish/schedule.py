@@ -121,7 +121,7 @@ class Schedule:
         started = time.perf_counter()
         served, checks, result = Served(_shapes(call)), Checks(self.model, call), STALE
         with torch.random.fork_rng(_cuda_indices(call)):  # a model with dropout draws what it would draw anyway
-            prepared, served.kept_original = self._prepare(call, checks)
+            prepared, served.kept_original = self._prepare(call, checks, served)
             if prepared is None:
                 entry = original_entry(self.model)
             elif differentiable:
@@ -141,7 +141,7 @@ class Schedule:
         self._prepared.clear()
         self._uncapturable.clear()
 
-    def _prepare(self, call: Call, checks: Checks) -> tuple[Prepared | None, str | None]:
+    def _prepare(self, call: Call, checks: Checks, served: Served) -> tuple[Prepared | None, str | None]:
         """What can serve the call, or why nothing can."""
         spec = call.structure()
         if any(prepared.places.read() is None for prepared in self._prepared):
@@ -155,7 +155,10 @@ class Schedule:
         if structure in self._uncapturable:
             return None, self._uncapturable[structure]
         try:
-            prepared = self._preparer.prepare(self._capture(call, checks))
+            program = self._capture(call, checks)
+            if not self.model.training:  # now, while the weights are still stored as the user stored them
+                served.original_us = checks.time_original()
+            prepared = self._preparer.prepare(program)
         except CaptureError as error:
             with torch.no_grad():
                 self.model(*call.args, **call.kwargs)  # a call that is wrong raises the model's own error here
@@ -187,8 +190,9 @@ class Schedule:
         if served.kept_original or self.model.training:
             return entry
         times = checks.times(entry)
-        served.original_us, served.optimized_us = times["original"], times["optimized"]
-        if served.optimized_us > _SLOWER * served.original_us and not self.settings.impls:
+        served.optimized_us = times["optimized"]
+        served.original_us = served.original_us or times["original"]
+        if served.optimized_us > _SLOWER * max(served.original_us, times["original"]) and not self.settings.impls:
             served.kept_original = "no Impl beat the original"
             return original_entry(self.model)
         return entry

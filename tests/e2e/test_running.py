@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import burnish
-from burnish import compile_backend, schedule
+from burnish import checks, compile_backend
 from burnish.numerics import assert_close
+from burnish.prepare import Preparer
 from burnish.runtime.module import OptimizedModule
 from tests import zoo
 from tests.e2e.float64 import gradients, gradients_in_float64, loss, outputs_in_float64
@@ -263,7 +264,7 @@ def test_two_optimized_models_that_want_other_layouts_settle(
     """What is faster is measured, and may come out the one way today and the other tomorrow."""
     both = []
     for transposed in order:
-        monkeypatch.setattr(schedule.Schedule, "_measure_transposed", lambda self, weight, wanted=transposed: wanted)
+        monkeypatch.setattr(Preparer, "_measure_transposed", lambda self, weight, wanted=transposed: wanted)
         both.append(burnish.optimize(model, (x_of(),), cache="off"))
     for fast in both:
         assert_right(fast, model, x_of())
@@ -275,7 +276,7 @@ def test_two_optimized_models_that_want_other_layouts_settle(
 
 def test_two_signatures_want_the_same_layout(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     wishes = iter([True, False] * 100)
-    monkeypatch.setattr(schedule.Schedule, "_measure_transposed", lambda self, weight: next(wishes))
+    monkeypatch.setattr(Preparer, "_measure_transposed", lambda self, weight: next(wishes))
     fast = burnish.optimize(model, (x_of(),), cache="off")
     scale = torch.tensor(0.5)
     for _ in range(2):
@@ -394,7 +395,7 @@ def test_an_interrupted_setup_leaves_nothing_half_done(model: nn.Module, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(schedule, "verify", interrupted)
+        patched.setattr(checks, "verify", interrupted)
         with torch.no_grad(), pytest.raises(KeyboardInterrupt):
             fast(x_of())
     assert_right(fast, model, x_of())

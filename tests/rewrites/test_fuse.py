@@ -135,18 +135,18 @@ class Embeddings(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.word = nn.Embedding(31, WIDTH, padding_idx=0)
-        self.position, self.type = nn.Embedding(16, WIDTH), nn.Embedding(2, WIDTH)
+        self.position, self.kind = nn.Embedding(16, WIDTH), nn.Embedding(2, WIDTH)
         self.norm = nn.LayerNorm(WIDTH)
 
     def forward(self, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
-        return self.norm(self.word(ids) + self.type(types) + self.position(positions))
+        return self.norm(self.word(ids) + self.kind(types) + self.position(positions))
 
 
 def test_embeddings_and_their_norm(rewrite: Callable[..., Any]) -> None:
     ids = torch.arange(10).view(2, 5)
     found = rewrite(Embeddings(), ids, ids.remainder(5), ids.remainder(2))
     assert found.ops == Counter(embedding_layer_norm=1)
-    assert [node.target for node in found.calls[0][1:7:2]] == ["word.weight", "position.weight", "type.weight"]
+    assert [node.target for node in found.calls[0][1:7:2]] == ["word.weight", "position.weight", "kind.weight"]
 
 
 # --- products of one input ---

@@ -97,6 +97,19 @@ def test_addmm_of_a_full_matrix_stays(rewrite: Callable[..., Any]) -> None:
     """What is added is no bias: it differs from row to row."""
     found = rewrite(lambda x, w, b: torch.addmm(b, x, w), normal(5, 24), normal(24, 16), normal(5, 16))
     assert not found.ops
+    assert "bias has shape" in found.reasons
+    assert set(found.targets) == {aten.addmm.default}
+
+
+def test_a_linear_that_the_op_refuses_stays(rewrite: Callable[..., Any]) -> None:
+    """torch takes a bias for each row and weights that are vectors; integers too."""
+    for inputs in ((normal(5, 24), normal(16, 24), normal(5, 16)), (normal(2, 5, 24), normal(24))):
+        found = rewrite(F.linear, *inputs)
+        assert not found.ops
+        assert set(found.targets) == {aten.linear.default}
+    found = rewrite(F.linear, torch.ones(5, 24, dtype=torch.int64), torch.ones(16, 24, dtype=torch.int64))
+    assert not found.ops
+    assert "x has dtype torch.int64" in found.reasons
 
 
 def test_linears_without_bias_and_of_one_row(rewrite: Callable[..., Any]) -> None:

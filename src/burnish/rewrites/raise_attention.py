@@ -182,7 +182,8 @@ _MOVES = {aten.view.default, aten.reshape.default, aten.transpose.int, aten.perm
 
 
 def _refresh_layout(node: fx.Node) -> None:
-    """The Op stores its result as the next product reads it; the captured nodes behind it still carry the old strides."""
+    """The Op stores its result as the next product reads it; the captured nodes behind it still carry the old
+    strides."""
     for user in node.users:
         if user.target in _MOVES:
             set_value(user)

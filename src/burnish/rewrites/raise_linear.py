@@ -35,8 +35,10 @@ def raise_conv1d(graph_module: fx.GraphModule) -> Outcome:
                 x, result = flat, node
         else:
             x, result = flat, node
-        insert(graph_module, [result], _linear_transposed, x, weight, bias)
-        count += 1
+        if reason := insert(graph_module, [result], _linear_transposed, x, weight, bias):
+            refused.append(f"{node.name}: {reason}")
+        else:
+            count += 1
     return Outcome(count, tuple(refused))
 
 

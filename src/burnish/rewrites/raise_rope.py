@@ -9,7 +9,7 @@ from torch import Tensor
 
 from burnish import ops
 from burnish.graph.matcher import Match
-from burnish.rewrites.rewrite import Rewrite, values
+from burnish.rewrites.rewrite import Rewrite, same, values
 
 aten = torch.ops.aten
 
@@ -32,13 +32,15 @@ def _half_split_examples(dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 def _refuse(match: Match) -> str | None:
-    x, cos, sin = values(match, "x", "cos", "sin")
+    x, cos, sin, half = values(match, "x", "cos", "sin", "half")
     if x.dim() != 4 or cos.dim() != 4 or sin.dim() != 4:
         return f"x, cos, sin have {x.dim()}, {cos.dim()}, {sin.dim()} dims, not 4"
     if cos.shape[1] != 1 or sin.shape[1] != 1:
         return "cos and sin differ from head to head"
-    if 2 * match.bindings["half"] != x.shape[-1]:
-        return f"splits head_dim={x.shape[-1]} at {match.bindings['half']}, not in the middle"
+    if not same(2 * half, x.shape[-1]):
+        return f"splits head_dim={x.shape[-1]} at {half}, not in the middle"
+    if (dtype := torch.promote_types(x.dtype, torch.promote_types(cos.dtype, sin.dtype))) != x.dtype:
+        return f"the result is {dtype}, x is {x.dtype}"
     return None
 
 

@@ -113,17 +113,17 @@ def rewrite_nodes(
     count, refused = 0, []
     for node in [node for node in graph_module.graph.nodes if node.target is target]:
         args = arguments(node)
-        if reason := guard(node, args):
+        reason = guard(node, args) or insert(graph_module, [node], replacement, *args.values())
+        if reason:
             refused.append(f"{node.name}: {reason}")
-            continue
-        insert(graph_module, [node], replacement, *args.values())
-        count += 1
+        else:
+            count += 1
     return Outcome(count, tuple(refused))
 
 
-def insert(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], build: Callable[..., Any], *args: Any) -> None:
+def insert(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], build: Callable[..., Any], *args: Any) -> str | None:
     """Puts what `build(*args)` makes of its arguments' proxies in place of `nodes` (one result for each), before the
-    first."""
+    first. Where an Op refuses these arguments, the graph stays as it was, and the reason is returned."""
     graph = graph_module.graph
     tracer = fx.proxy.GraphAppendingTracer(graph)
     last = nodes[0].prev
@@ -131,15 +131,27 @@ def insert(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], build: Callab
         as_proxy: Any = lambda node: fx.Proxy(node, tracer)  # noqa: E731
         results = build(*fx.node.map_arg(args, as_proxy))
     results = results if isinstance(results, tuple) else (results,)
-    new = last.next
-    while new is not nodes[0]:
-        set_value(new)
-        new.meta |= {key: nodes[0].meta[key] for key in ("nn_module_stack", "stack_trace") if key in nodes[0].meta}
-        new = new.next
+    made = _between(last, nodes[0])
+    try:
+        for new in made:
+            set_value(new)
+            new.meta |= {key: nodes[0].meta[key] for key in ("nn_module_stack", "stack_trace") if key in nodes[0].meta}
+    except (TypeError, ValueError) as error:
+        for new in reversed(made):
+            graph.erase_node(new)
+        return str(error)
     for node, result in zip(nodes, results, strict=True):
         result.node.meta |= {key: entry for key, entry in node.meta.items() if key != "val"}
         node.replace_all_uses_with(result.node)
         graph.erase_node(node)
+    return None
+
+
+def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
+    found = []
+    while (first := first.next) is not last:
+        found.append(first)
+    return found
 
 
 def forget_origin(node: fx.Node) -> None:
