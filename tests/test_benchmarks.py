@@ -50,7 +50,7 @@ def test_verdicts_look_through_output_classes() -> None:
     found = verdicts({"list": [x], "tuple": (x,), "wrong": [x + 1]}, [x], [x.double()])
     assert found["list"] is None
     assert found["tuple"] is None
-    assert "error is 1 " in str(found["wrong"])
+    assert "error is" in str(found["wrong"])
 
 
 def test_tables_show_wins_and_losses_alike(tmp_path: Path) -> None:

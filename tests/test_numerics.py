@@ -34,7 +34,7 @@ def test_eager_passes_against_itself(dtype: torch.dtype) -> None:
     x, w = randn(33, 64, dtype=dtype), randn(16, 64, dtype=dtype, seed=1)
     verdict = check(F.linear(x, w), F.linear(x, w), oracle(F.linear, x, w))
     assert verdict.ok
-    assert verdict.error == verdict.eager_error > 0
+    assert 0 < verdict.error <= verdict.eager_error
     assert verdict.allowed > verdict.error
     assert verdict.reason is None
 
@@ -44,12 +44,11 @@ def test_two_times_eager_and_a_rounding_step_is_the_limit(dtype: torch.dtype) ->
     truth = torch.full((100,), 1.0, dtype=torch.float64)
     step = torch.finfo(dtype).eps
     eager = (truth + step).to(dtype)
-    # Relative to |oracle| + rms, which is 2 here: eager is off by half a step, and twice that plus one step is allowed.
-    assert check((truth + 4 * step).to(dtype), eager, truth).ok
-    verdict = check((truth + 5 * step).to(dtype), eager, truth)
+    assert check((truth + 3 * step).to(dtype), eager, truth).ok
+    verdict = check((truth + 4 * step).to(dtype), eager, truth)
     assert not verdict.ok
-    assert verdict.error == pytest.approx(2.5 * step)
-    assert verdict.allowed == pytest.approx(2 * step)
+    assert verdict.error == pytest.approx(4 * step)
+    assert verdict.allowed == pytest.approx(3 * step)
 
 
 def test_eagers_luck_on_an_outlier_fails_nobody() -> None:
@@ -77,7 +76,7 @@ def test_an_outlier_does_not_hide_a_wrong_operator(right: object, wrong: object,
     verdict = check(wrong(x), right(x), oracle(right, x))
     assert not verdict.ok
     assert verdict.reason is not None
-    assert "error is" in verdict.reason
+    assert "the mean error" in verdict.reason
 
 
 def test_exact_and_tanh_gelu_are_told_apart_in_float32() -> None:
@@ -150,7 +149,7 @@ def test_nested_results_name_the_wrong_one() -> None:
     eager = {"a": good, "b": [good, 3]}
     truth = {"a": good.double(), "b": [good.double(), 3]}
     assert check({"a": good, "b": [good, 3]}, eager, truth).ok
-    with pytest.raises(AssertionError, match=r"result 1 of 3: the largest error is 0\.5"):
+    with pytest.raises(AssertionError, match=r"result 1 of 3: the largest error is 1"):
         assert_close({"a": good, "b": [bad, 3]}, eager, truth)
     with pytest.raises(AssertionError, match="result 2 of 3: 4 where eager has 3"):
         assert_close({"a": good, "b": [good, 4]}, eager, truth)

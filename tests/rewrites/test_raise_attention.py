@@ -1,4 +1,4 @@
-"""Spellings of attention and of rotary embedding; and what only looks like them."""
+"""Spellings of attention; and what only looks like it."""
 
 from __future__ import annotations
 
@@ -209,47 +209,3 @@ def test_scaled_queries_that_others_need_stay(rewrite: Callable[..., Any]) -> No
 
     found = rewrite(scaled, *qkv())
     assert found.calls[0][-1] == 0.25
-
-
-# --- rotary embedding ---
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor, half: int = WIDTH // 2) -> Tensor:
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return (x * cos) + (turned * sin)
-
-
-def test_rope(rewrite: Callable[..., Any]) -> None:
-    tables = [normal(2, 1, 5, WIDTH, seed=seed) for seed in (3, 4)]
-    found = rewrite(rotated, normal(2, HEADS, 5, WIDTH), *tables)
-    assert found.ops == Counter(rope=1)
-    assert aten.neg.default not in found.targets
-
-
-def off_centre(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return rotated(x, cos, sin, WIDTH // 4)
-
-
-def swapped(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = WIDTH // 2
-    return (x * cos) + (torch.cat((x[..., half:], -x[..., :half]), dim=-1) * sin)
-
-
-def interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
-    return (x * cos) + (turned * sin)
-
-
-@pytest.mark.parametrize("near", [off_centre, swapped, interleaved])
-def test_what_is_no_half_split_rope(near: Callable[..., Tensor], rewrite: Callable[..., Any]) -> None:
-    tables = [normal(2, 1, 5, WIDTH, seed=seed) for seed in (3, 4)]
-    found = rewrite(near, normal(2, HEADS, 5, WIDTH), *tables)
-    assert not found.ops
-    assert "rope" in found.reasons
-
-
-def test_rope_with_tables_of_each_head_stays(rewrite: Callable[..., Any]) -> None:
-    tables = [normal(2, HEADS, 5, WIDTH, seed=seed) for seed in (3, 4)]
-    found = rewrite(rotated, normal(2, HEADS, 5, WIDTH), *tables)
-    assert not found.ops
-    assert "differ from head to head" in found.reasons

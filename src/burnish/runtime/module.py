@@ -140,9 +140,9 @@ class OptimizedModule(nn.Module):
         """The normalized call, or None where the model itself has to say what is wrong with it (or is being traced)."""
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
             return None
-        if args and len(args) <= len(self._names):
+        if args and self._names:
             named = dict(zip(self._names, args, strict=False))
-            if not named.keys().isdisjoint(kwargs):
+            if len(args) > len(self._names) or not named.keys().isdisjoint(kwargs):
                 return None
             named.update(kwargs)
             args, kwargs = (), named
@@ -162,6 +162,8 @@ class OptimizedModule(nn.Module):
         parts: list[Any] = [self.training, differentiable, len(call.args), call.spec or tuple(call.kwargs)]
         for leaf in call.leaves:
             if type(leaf) in _TENSORS:
+                if leaf.layout is not torch.strided or leaf.is_nested:
+                    return None
                 stride = None if leaf.is_contiguous() else leaf.stride()
                 parts.append(
                     (leaf.shape, leaf.dtype, leaf.device, stride, leaf.requires_grad if differentiable else False)

@@ -1,0 +1,191 @@
+"""The generated code: one slot for each Op, weights read where they live, and everything else as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from burnish.capture import Program, capture
+from burnish.lower import Executable, Places, find_weight
+from burnish.rewrites import FUSE, RAISE, apply
+
+WIDTH, VOCAB = 16, 11
+
+
+class Model(nn.Module):
+    """Calls most of what the generated code calls by another name, two linears that share a weight, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, WIDTH, padding_idx=1)
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.register_buffer("scale", torch.rand(WIDTH))
+        self.scale: Tensor
+        self.shift = torch.rand(WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        batch, length, _ = x.shape
+        x = torch.add(x, self.first(x), alpha=2) + 1
+        heads = x.view(batch, length, 2, WIDTH // 2).permute(0, 2, 1, 3).transpose(2, 3)
+        x = x + heads.reshape(batch, length, WIDTH) * self.scale + self.shift.unsqueeze(0).expand(length, WIDTH)
+        return self.norm(self.second(x) * F.linear(x, self.first.weight, self.second.bias) * 0.5)
+
+
+def ids_of(batch: int = 2, length: int = 6) -> Tensor:
+    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(batch))
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model().eval()
+
+
+@pytest.fixture
+def program(model: Model) -> Program:
+    program = capture(model, (ids_of(),))
+    apply("raise", RAISE, program.graph_module)
+    return program
+
+
+@pytest.fixture
+def executable(program: Program, model: Model) -> Executable:
+    return Executable(program.graph_module, model)
+
+
+def run(executable: Executable, ids: Tensor, chosen: dict[str, Callable[..., Any]] | None = None) -> Tensor:
+    with torch.no_grad():
+        (result,) = executable.bind(chosen or {})(executable.read_weights(), [ids])
+    return result
+
+
+def test_unbound_code_computes_what_the_graph_does(program: Program, executable: Executable) -> None:
+    for shape in ((2, 6), (3, 9), (1, 1)):
+        with torch.no_grad():
+            (expected,) = program.graph_module(ids_of(*shape))
+        torch.testing.assert_close(run(executable, ids_of(*shape)), expected)
+
+
+def test_each_op_is_a_slot_in_the_order_of_execution(executable: Executable) -> None:
+    assert [slot.name for slot in executable.slots] == ["linear_0", "linear_1", "linear_2", "layer_norm_3"]
+    assert all(slot.name in executable.source for slot in executable.slots)
+    assert "torch.ops" not in executable.source
+
+
+def test_a_slot_calls_what_is_bound_to_it_and_no_other_does(executable: Executable) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def spy(*args: Any) -> Tensor:
+        seen.append(args)
+        return F.linear(*args[:3]) * 0
+
+    plain, bound = executable.bind({}), executable.bind({"linear_1": spy})
+    with torch.no_grad():
+        (zeroed,) = bound(executable.read_weights(), [ids_of()])
+        (result,) = plain(executable.read_weights(), [ids_of()])
+    assert [len(args) for args in seen] == [5], "once, with every argument of the Op"
+    assert seen[0][3:] == ("none", None)
+    assert not torch.allclose(zeroed, result)
+    torch.testing.assert_close(result, run(executable, ids_of()))
+
+
+def test_weights_are_the_models_own_each_once(executable: Executable, model: Model) -> None:
+    owned = {**dict(model.named_parameters()), **dict(model.named_buffers()), "shift": model.shift}
+    weights = executable.read_weights()
+    assert len(weights) == len(owned)
+    pointers = {tensor.data_ptr(): name for name, tensor in owned.items()}
+    assert {pointers[weight.data_ptr()] for weight in weights} == set(owned)
+
+
+def test_a_replaced_weight_is_seen(executable: Executable, model: Model) -> None:
+    before = run(executable, ids_of())
+    model.norm.bias = nn.Parameter(model.norm.bias + 1)
+    torch.testing.assert_close(run(executable, ids_of()), before + 1)
+
+
+def test_a_weight_is_found_where_it_lives(program: Program, model: Model) -> None:
+    program.graph_module.register_buffer("packed", torch.ones(1))
+    program.graph_module.register_buffer("scale_of_graph", torch.ones(1))
+    roots = (model, program.graph_module)
+    for path, tensor in (
+        ("first.weight", model.first.weight),
+        ("scale", model.scale),
+        ("shift", model.shift),
+        ("packed", program.graph_module.packed),
+    ):
+        place = find_weight(roots, path)
+        assert place.path == path
+        assert place.owner[place.name] is tensor
+    model.register_buffer("packed", torch.zeros(1))
+    place = find_weight(roots, "packed")
+    assert place.owner[place.name] is model.packed, "the model is asked first"
+    for path in ("first.nothing", "nowhere.weight"):
+        with pytest.raises(KeyError, match=path):
+            find_weight(roots, path)
+
+
+def moved(model: Model) -> None:
+    model.first.weight.data = model.first.weight.data.clone()
+
+
+def removed(model: Model) -> None:
+    del model.first._parameters["weight"]
+
+
+def none_now(model: Model) -> None:
+    model.second.bias = None
+
+
+def other_module(model: Model) -> None:
+    model.norm = nn.LayerNorm(WIDTH)
+
+
+def no_module(model: Model) -> None:
+    del model.norm
+
+
+def in_place(model: Model) -> None:
+    with torch.no_grad():
+        model.first.weight.mul_(2)
+
+
+@pytest.mark.parametrize("change", [moved, removed, none_now, other_module, no_module])
+def test_places_tell_what_has_moved(change: Callable[[Model], None], executable: Executable, model: Model) -> None:
+    places = Places(model, executable.weights)
+    change(model)
+    assert places.read() is None
+
+
+def test_places_read_what_changed_in_place(executable: Executable, model: Model) -> None:
+    places = Places(model, executable.weights)
+    in_place(model)
+    weights = places.read()
+    assert weights is not None
+    assert all(a is b for a, b in zip(weights, executable.read_weights(), strict=True))
+
+
+def test_wide_ops_are_slots_too() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(WIDTH)
+
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return self.norm(x + y), x + y
+
+    model, inputs = Sum(), [torch.randn(2, 3, WIDTH), torch.randn(2, 3, WIDTH)]
+    program = capture(model, tuple(inputs))
+    for name, rewrites in (("raise", RAISE), ("fuse", FUSE)):
+        apply(name, rewrites, program.graph_module)
+    executable = Executable(program.graph_module, model)
+    (slot,) = executable.slots
+    assert slot.name == "add_layer_norm_0"
+    with torch.no_grad():
+        normed, total = executable.bind({})(executable.read_weights(), inputs)
+        torch.testing.assert_close((normed, total), model(*inputs))
