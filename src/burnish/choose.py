@@ -52,7 +52,9 @@ def choose_by_measuring(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
     chosen = Chosen()
     for slot in executable.slots:
         args, *others = seen[keys[slot.name]]
-        impl, chosen.choices[slot.name] = tuner.choose(slot.op, args, budget_us=tuner.FIRST_BUDGET_US, variants=others)
+        impl, chosen.choices[slot.name] = tuner.choose(
+            slot.op, args, budget_us=tuner.FIRST_BUDGET_US, thorough=True, variants=others
+        )
         chosen.functions[slot.name] = impl.fn
     return chosen
 

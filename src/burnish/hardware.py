@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -232,6 +233,7 @@ def _onednn_takes(dtype: str) -> bool:
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported")())
 
 
+@functools.cache
 def _read_cpuinfo() -> dict[str, str]:
     """The first processor of /proc/cpuinfo; empty where there is none."""
     try:
@@ -269,6 +271,7 @@ def _installed_memory() -> int:
         return 0
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for library in _LIBRARIES:

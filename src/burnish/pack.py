@@ -55,6 +55,8 @@ def pack(
     done: dict[tuple[str, ...], fx.Node] = {}
     weights = [node for node in graph_module.graph.nodes if _is_weight(node)]
     cats = [node for node in graph_module.graph.nodes if node.target is aten.cat.default and _is_cat_of_weights(node)]
+    cats.sort(key=lambda cat: -len(_parts(cat)))  # the widest first: it holds what a narrower one wants
+    together = 0
     for node in (*cats, *weights):
         parts = _parts(node)
         transposed = _is_matrix(node) and _only_products_read(node) and wants_transposed(node)
@@ -66,8 +68,12 @@ def pack(
             if reason is not None:
                 record.near_misses.append(f"{node.name}: {reason}")
                 continue
+            taken = {member.path for earlier in packs for member in earlier.members}
+            packed, members = _pack_tensors(model, parts, transposed, taken)
+            if packed is None:
+                record.near_misses.append(f"{node.name}: a weight is packed with others already")
+                continue
             name = f"_packed_{len(packs)}"
-            packed, members = _pack_tensors(model, parts, transposed)
             graph_module.register_buffer(name, packed, persistent=False)
             packs.append(Pack(name, members, transposed))
             with graph_module.graph.inserting_before(node):
@@ -76,9 +82,10 @@ def pack(
         elif list(graph_module.graph.nodes).index(done[key]) > list(graph_module.graph.nodes).index(node):
             node.prepend(done[key])
         node.replace_all_uses_with(done[key])
+        together += node.op != "get_attr"
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
-    record.matches = {"weights packed together": len(cats), "stored (K, N)": sum(p.transposed for p in packs)}
+    record.matches = {"weights packed together": together, "stored (K, N)": sum(p.transposed for p in packs)}
     record.nodes_after = len(graph_module.graph.nodes)
     record.seconds = time.perf_counter() - started
     return packs, record
@@ -137,8 +144,11 @@ def _tensor(model: nn.Module, part: fx.Node) -> Tensor | None:
         return None
 
 
-def _pack_tensors(model: nn.Module, parts: Sequence[fx.Node], transposed: bool) -> tuple[Tensor, tuple[Member, ...]]:
-    """The packed tensor, with the parameters made views of it. A packing that is there already is found and kept."""
+def _pack_tensors(
+    model: nn.Module, parts: Sequence[fx.Node], transposed: bool, taken: set[str]
+) -> tuple[Tensor | None, tuple[Member, ...]]:
+    """The packed tensor, with the parameters made views of it. A packing that is there already is found and kept; None
+    where another one would be torn apart, one that has a path in `taken`."""
     tensors = [_tensor(model, part) for part in parts]
     rows = [part.meta["val"].shape[0] for part in parts]
     starts = [sum(rows[:i]) for i in range(len(rows))]
@@ -149,11 +159,10 @@ def _pack_tensors(model: nn.Module, parts: Sequence[fx.Node], transposed: bool) 
     )
     present = [t for t in tensors if t is not None]
     packed = _existing(present, members, sum(rows), transposed)
-    if (
-        packed is None and len(present) > 1
-    ):  # the other way round is good enough: moving them would unsettle whoever packed them
+    if packed is None and len(present) > 1:
+        # The other way round is good enough: moving them would unsettle whoever packed them.
         packed = _existing(present, members, sum(rows), not transposed)
-    if packed is None:
+    if packed is None and taken.isdisjoint(member.path for member in members):
         packed = _allocate(present[0], sum(rows), transposed)
         if len(present) < len(parts):
             packed.zero_()

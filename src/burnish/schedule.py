@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from burnish.capture import CaptureError, Program, capture
 from burnish.checks import Checks
@@ -23,7 +24,7 @@ from burnish.prepare import Prepared, Preparer
 from burnish.record import StepRecord
 from burnish.runtime.module import STALE, Call, Entry, OptimizedModule, original_entry
 from burnish.tuning import CacheMode, Choice, Tuner
-from burnish.verify import Verification
+from burnish.verify import Verification, random_node
 
 if TYPE_CHECKING:
     from burnish.report import Report
@@ -120,7 +121,8 @@ class Schedule:
         tunes and verifies where that has not happened yet."""
         started = time.perf_counter()
         served, checks, result = Served(_shapes(call)), Checks(self.model, call), STALE
-        with torch.random.fork_rng(_cuda_indices(call)):  # a model with dropout draws what it would draw anyway
+        # A model with dropout draws what it would draw anyway; and a graph in the making needs no code.
+        with torch.random.fork_rng(_cuda_indices(call)), _use_lazy_graph_module(True):
             prepared, served.kept_original = self._prepare(call, checks, served)
             if prepared is None:
                 entry = original_entry(self.model)
@@ -201,7 +203,8 @@ class Schedule:
         chosen = choose_on_the_way(prepared, call, self.tuner)
         served.choices = chosen.choices
         entry = self._unless_wrong(prepared, prepared.bind(chosen.functions, self.model), checks, served, "inference")
-        if served.kept_original or chosen.outputs is None:
+        # Random numbers drawn in here are drawn again afterwards: they must not reach the caller.
+        if served.kept_original or chosen.outputs is None or random_node(prepared.program.captured.graph):
             return entry, STALE
         return entry, prepared.program.out_spec.unflatten(chosen.outputs)
 

@@ -102,19 +102,26 @@ class Tuner:
         self._dirty = False
 
     def choose(
-        self, op: Op, args: Sequence[Any], *, budget_us: float, variants: Sequence[Sequence[Any]] = ()
+        self,
+        op: Op,
+        args: Sequence[Any],
+        *,
+        budget_us: float,
+        thorough: bool = False,
+        variants: Sequence[Sequence[Any]] = (),
     ) -> tuple[Impl, Choice]:
         """The Impl for `op(*args)`.
 
         Args:
             budget_us: how many microseconds may be spent on measuring; 0 means look up only.
+            thorough: measure these very sizes unless they are remembered; a neighbour's choice will not do.
             variants: further argument lists of the same signature (other layers' weights), measured in turn, so that
                 weights come from where they come from in the model rather than from the nearest cache.
         """
         key = key_of(op, args)
         if (known := self.choices.get(key)) is not None:
             return op.impls[known.impl], known
-        choice = self._explicit(op, args) or self._choose(op, key, args, budget_us, variants)
+        choice = self._explicit(op, args) or self._choose(op, key, args, budget_us, thorough, variants)
         self.choices[key] = choice
         return op.impls[choice.impl], choice
 
@@ -127,7 +134,13 @@ class Tuner:
         return Choice(name, source="explicit")
 
     def _choose(
-        self, op: Op, key: Key, args: Sequence[Any], budget_us: float, variants: Sequence[Sequence[Any]]
+        self,
+        op: Op,
+        key: Key,
+        args: Sequence[Any],
+        budget_us: float,
+        thorough: bool,
+        variants: Sequence[Sequence[Any]],
     ) -> Choice:
         rejected = {name: reasons for name, impl in op.impls.items() if (reasons := impl.why_not(*args))}
         able = [name for name in op.impls if name not in rejected]
@@ -137,9 +150,11 @@ class Tuner:
         times = remembered.get(_sizes_text(key.sizes))
         if times is not None and set(times) >= set(able):
             return Choice(_fastest(times, able), times, rejected, "cached")
-        nearby = _nearest(remembered, key.sizes, within=1.0 if budget_us > 0 else math.inf)
-        if nearby is not None and set(nearby) >= set(able) and budget_us <= _ENOUGH_US:
-            return Choice(_fastest(nearby, able), nearby, rejected, "nearby")
+        near = None if thorough else _nearest(remembered, key.sizes)
+        if near is not None and set(near.times) >= set(able):
+            costs_us = 2 * sum(near.times.values()) * near.ratio  # one call to warm up, one to measure
+            if near.distance <= 1 or costs_us > budget_us:
+                return Choice(_fastest(near.times, able), near.times, rejected, "nearby")
         if budget_us <= 0:
             return Choice(able[0], rejected=rejected, source="default")
         times = measure({name: op.impls[name].fn for name in able}, [args, *variants], budget_us=budget_us)
@@ -242,16 +257,24 @@ def _fastest(times: dict[str, float], able: Sequence[str]) -> str:
     return next(name for name in able if times[name] <= _PREFERENCE * best)
 
 
-def _nearest(entries: dict[str, dict[str, float]], sizes: Sequence[int], within: float) -> dict[str, float] | None:
-    best, best_distance = None, math.inf
+@dataclass(frozen=True)
+class _Neighbour:
+    """Sizes that were measured: how far they are (the largest factor, as a power of two), and how much larger the asked
+    ones are as a whole."""
+
+    distance: float
+    ratio: float
+    times: dict[str, float]
+
+
+def _nearest(entries: dict[str, dict[str, float]], sizes: Sequence[int]) -> _Neighbour | None:
+    neighbours = []
     for text, times in entries.items():
         other = [int(size) for size in text.split(",") if size]
-        if len(other) != len(sizes):
-            continue
-        distance = max((abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(sizes, other, strict=True)), default=0.0)
-        if distance <= within and distance < best_distance:
-            best, best_distance = times, distance
-    return best
+        if len(other) == len(sizes):
+            steps = [math.log2(max(a, 1) / max(b, 1)) for a, b in zip(sizes, other, strict=True)]
+            neighbours.append(_Neighbour(max(map(abs, steps), default=0.0), 2 ** sum(steps), times))
+    return min(neighbours, key=lambda neighbour: neighbour.distance, default=None)
 
 
 def _sizes_text(sizes: Sequence[int]) -> str:
