@@ -1,4 +1,4 @@
-"""Packed weights: one tensor of which the model's own parameters are views, found again, and left alone where it must be."""
+"""Packed weights: one tensor of which the parameters are views; found again, and left alone where they must be."""
 
 from __future__ import annotations
 
@@ -124,9 +124,7 @@ def test_changes_in_place_reach_the_packed_weights(wants_transposed: Callable[..
 
 @pytest.mark.parametrize("second", [always, never])
 @pytest.mark.parametrize("first", [always, never])
-def test_a_packing_that_is_there_is_kept(
-    first: Callable[..., bool], second: Callable[..., bool], model: Layer
-) -> None:
+def test_a_packing_that_is_there_is_kept(first: Callable[..., bool], second: Callable[..., bool], model: Layer) -> None:
     one, *_ = packed(model, first)
     pointers = {name: p.data_ptr() for name, p in model.named_parameters() if name != "down.weight"}
     other, packs, _ = packed(model, second)
@@ -232,7 +230,9 @@ def test_no_packing_tears_another_apart(
 ) -> None:
     model, inputs = Crossed(*together).eval(), (X, X + 1)
     program, packs, record = packed(model, wants_transposed, *inputs)
-    assert sorted(members(packs)) == sorted([f"{n}.{kind}" for n in names] for names in kept for kind in ("weight", "bias"))
+    assert sorted(members(packs)) == sorted(
+        [f"{n}.{kind}" for n in names] for names in kept for kind in ("weight", "bias")
+    )
     assert record.matches["weights packed together"] == len(packs)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -190,6 +190,29 @@ def test_a_wrong_capture_is_not_used(model: nn.Module, monkeypatch: pytest.Monke
         assert torch.equal(fast(x_of()), model(x_of()))
 
 
+def test_a_capture_that_is_wrong_for_sizes_of_one_is_not_used_for_them(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def doubled_for_one(result: Tensor) -> Tensor:
+        return 2 * result if result.shape[0] == 1 else result
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        program = capture(*args, **kwargs)
+        for module in (program.graph_module, program.captured):
+            (output,) = module.graph.find_nodes(op="output")
+            with module.graph.inserting_before(output):
+                (result,) = output.args[0]
+                output.args = ((module.graph.call_function(doubled_for_one, (result,)),),)
+            module.recompile()
+        return program
+
+    monkeypatch.setattr(schedule, "capture", wrong)
+    fast = burnish.optimize(model, (x_of(),), cache="off")
+    assert fast.schedule.served[0].kept_original is None
+    assert_right(fast, model, x_of(1, 16))
+    assert "the outputs differ" in str(fast.schedule.served[-1].kept_original)
+
+
 def test_a_misread_mask_is_captured_as_a_tensor_instead(monkeypatch: pytest.MonkeyPatch) -> None:
     huggingface = pytest.importorskip("burnish.huggingface")
     pytest.importorskip("transformers", reason="transformers is not installed")

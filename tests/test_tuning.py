@@ -201,8 +201,12 @@ def edit(change: Callable[[dict[str, Any]], Any]) -> None:
         lambda: edit(lambda data: data.update(format=0)),
         lambda: edit(lambda data: data.update(families=[])),
         lambda: edit(lambda data: data.update(families=dict.fromkeys(data["families"], 3))),
-        lambda: edit(lambda data: data.update(families=dict.fromkeys(data["families"], {"4,8": {"torch": -1}}))),
-        lambda: edit(lambda data: data.update(families=dict.fromkeys(data["families"], {"four": {"torch": 1}}))),
+        lambda: edit(
+            lambda data: data.update(families={family: {"4,8": {"torch": -1}} for family in data["families"]})
+        ),
+        lambda: edit(
+            lambda data: data.update(families={family: {"four": {"torch": 1}} for family in data["families"]})
+        ),
         lambda: cache_path().unlink(),
     ],
     ids=["cut off", "list", "binary", "device", "format", "families", "entries", "times", "sizes", "absent"],

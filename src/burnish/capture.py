@@ -185,11 +185,14 @@ def _export(
     def free(leaf: Any) -> Any:
         return dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO) if isinstance(leaf, Tensor) else None
 
-    shapes = _dynamic_shapes(model, *pytree.tree_map(free, (args, kwargs)))
+    free_args, free_kwargs = pytree.tree_map(free, (args, kwargs))
     given = frozenset(name for name, leaf in kwargs.items() if leaf is not None)
 
     def export() -> torch.export.ExportedProgram:
-        return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
+        with _named_keywords(model, args, kwargs):
+            # `torch.export` wants one mapping by the names of forward's parameters.
+            shapes = dict(inspect.signature(model.forward).bind(*free_args, **free_kwargs).arguments)
+            return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
 
     with torch.no_grad(), _quiet():
         if attention_interface:
@@ -201,14 +204,32 @@ def _export(
         return export(), False
 
 
-def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`torch.export` wants one mapping by the names of forward's parameters."""
-    bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    shapes = dict(bound.arguments)
-    for name, parameter in bound.signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD and name in shapes:
-            shapes.update(shapes.pop(name))
-    return shapes
+@contextlib.contextmanager
+def _named_keywords(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    """Within the `with`, what the caller passes through forward's `**kwargs` has parameters of its own: export mixes up
+    the free sizes of such inputs otherwise."""
+    signature = inspect.signature(model.forward)
+    variable = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    extra = signature.bind(*args, **kwargs).arguments.get(variable, {}) if variable is not None else {}
+    if not extra:
+        yield
+        return
+    original, patched = model.forward, vars(model).get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
+    kept = [p for p in signature.parameters.values() if p.name != variable]
+    setattr(forward, "__signature__", signature.replace(parameters=[*kept, *named]))  # noqa: B010
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if patched is None:
+            del model.forward
+        else:
+            model.forward = patched
 
 
 def _is_unit(leaf: Any) -> bool:
@@ -278,8 +299,11 @@ def _limits(size: torch.SymInt, ranges: Mapping[Any, Any]) -> tuple[int, int | N
 
 
 def _flatten_signature(graph_module: fx.GraphModule) -> None:
-    """Drops export's pytree code generation: the graph then takes and returns flat leaves, in pytree order."""
+    """Drops export's pytree code generation and its check of inputs: the graph then takes and returns flat leaves, in
+    pytree order."""
     graph_module.graph.set_codegen(fx.graph.CodeGen())
+    graph_module._forward_pre_hooks.clear()
+    graph_module._forward_pre_hooks_with_kwargs.clear()
     graph_module.recompile()
 
 

@@ -26,9 +26,9 @@ from burnish.op import Impl, ImplUnavailable, Op, find_impl
 CacheMode = Literal["readwrite", "readonly", "off"]
 FORMAT = 1
 _ENOUGH_US = 30_000.0  # per Impl and key: beyond this one more sample says nothing that the cache could keep
-_SAMPLES = 15
+_SAMPLES, _FEWEST_SAMPLES = 15, 4
 _MEASURED_ROWS = 4096  # of a larger weight, as many rows tell which storage is faster
-_COLD_BYTES = 8 << 20  # more than the caches of one core hold
+_COLD_BYTES = 4 << 20  # more than the caches of one core hold
 _PREFERENCE = 1.03  # an Impl that stands earlier in its Op's order is passed over only for one that is 3% faster
 
 
@@ -152,9 +152,12 @@ class Tuner:
             return Choice(_fastest(times, able), times, rejected, "cached")
         near = None if thorough else _nearest(remembered, key.sizes)
         if near is not None and set(near.times) >= set(able):
-            costs_us = 2 * sum(near.times.values()) * near.ratio  # one call to warm up, one to measure
+            # One call to warm up and as many as it takes not to mistake the machine's noise for a difference.
+            costs_us = (1 + _FEWEST_SAMPLES) * sum(near.times.values()) * near.ratio
             if near.distance <= 1 or costs_us > budget_us:
                 return Choice(_fastest(near.times, able), near.times, rejected, "nearby")
+        elif not thorough:
+            return Choice(able[0], rejected=rejected, source="default")
         if budget_us <= 0:
             return Choice(able[0], rejected=rejected, source="default")
         times = measure({name: op.impls[name].fn for name in able}, [args, *variants], budget_us=budget_us)
@@ -229,7 +232,7 @@ def measure(
                 if sum(times[name]) > _ENOUGH_US:
                     del running[name]
             spent_us = (time.perf_counter() - started) * 1e6
-            if not running or spent_us > budget_us:
+            if not running or (spent_us > budget_us and sample + 1 >= _FEWEST_SAMPLES):
                 break
             best = min(map(_typical, times.values()))
             running = {name: f for name, f in running.items() if _typical(times[name]) < 2 * best}

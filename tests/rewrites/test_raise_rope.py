@@ -1,4 +1,4 @@
-"""Rotary position embedding by halves: found once for each tensor that is turned, and nothing that only looks like it."""
+"""Rotary position embedding by halves: found once for each tensor turned, and nothing that only looks like it."""
 
 from __future__ import annotations
 
