@@ -4,14 +4,13 @@ bound."""
 from __future__ import annotations
 
 import copy
-import ctypes
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
 
+from burnish._memory import return_freed_memory
 from burnish.capture import Program
 from burnish.lower import Executable, Places, WeightPlace, find_weight
 from burnish.ops import linear
@@ -87,7 +86,7 @@ class Preparer:
         differentiable = _copied(graph_module)
         packs, record = pack(graph_module, self.model, self._wants_transposed)
         program.history.append(record)
-        _return_freed_memory()
+        return_freed_memory()
         members = [find_weight((self.model,), member.path) for packed in packs for member in packed.members]
         executable = Executable(graph_module, self.model)
         places = Places(self.model, (*executable.weights, *members))
@@ -107,13 +106,6 @@ class Preparer:
             return False
         rows = _hinted_rows(reader.args[0].meta["val"]) if reader is not None else 128  # type: ignore[union-attr]
         return self.tuner.prefers_transposed(linear, rows, value, budget_us=self.tuner.FIRST_BUDGET_US)
-
-
-def _return_freed_memory() -> None:
-    """Gives the pages of the weights that packing replaced back to the system, where the allocator is glibc's: it keeps
-    them otherwise, and the process would hold both."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
 
 
 def _copied(graph_module: fx.GraphModule) -> fx.GraphModule:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
+from burnish._memory import return_freed_memory
 from burnish.capture import CaptureError, Program, capture
 from burnish.checks import Checks
 from burnish.choose import choose_by_measuring, choose_differentiable, choose_on_the_way
@@ -121,6 +122,7 @@ class Schedule:
         tunes and verifies where that has not happened yet."""
         started = time.perf_counter()
         served, checks, result = Served(_shapes(call)), Checks(self.model, call), STALE
+        programs = len(self._prepared)
         # A model with dropout draws what it would draw anyway; and a graph in the making needs no code.
         with torch.random.fork_rng(_cuda_indices(call)), _use_lazy_graph_module(True):
             prepared, served.kept_original = self._prepare(call, checks, served)
@@ -132,6 +134,8 @@ class Schedule:
                 entry, result = self._entry_for_new_size(prepared, call, checks, served)
             else:
                 entry = self._first_entry(prepared, call, checks, served)
+        if len(self._prepared) != programs:  # what the first call measured and verified with
+            return_freed_memory()
         served.seconds = time.perf_counter() - started
         self.served.append(served)
         self.tuner.save()

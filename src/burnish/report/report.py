@@ -12,6 +12,7 @@ from burnish._text import human_us, plain
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.table import Table
 
     from burnish.schedule import Schedule, Served
     from burnish.tuning import Choice
@@ -92,7 +93,9 @@ class Report:
         yield from self._parts()
 
     def _parts(self) -> list[RenderableType]:
-        parts: list[RenderableType] = [self.summary(), "", self._steps()]
+        from rich.text import Text
+
+        parts: list[RenderableType] = [Text(self.summary()), "", self._steps()]
         if any(served.choices for served in self.served):
             parts += ["", self._impls()]
         if self.served:
@@ -107,7 +110,8 @@ class Report:
         for record in self.history:
             matched = [f"{count} x {name}" for name, count in record.matches.items() if count]
             lines = [*matched, *record.numerics, *record.notes]
-            table.add_row(
+            _add_row(
+                table,
                 record.name,
                 "\n".join(lines) or "nothing",
                 f"{record.nodes_before} -> {record.nodes_after}" if record.nodes_before else "",
@@ -127,7 +131,8 @@ class Report:
         for key, count in groups.items():
             choice = example[key]
             time = choice.times_us.get(choice.impl)
-            table.add_row(
+            _add_row(
+                table,
                 key[0],
                 str(count),
                 choice.impl + ("" if choice.source in ("measured", "cached") else f" ({choice.source})"),
@@ -140,7 +145,8 @@ class Report:
         table = _table("Calls served", "inputs", "before", "after", "speedup", "set up in", "note")
         for served in self.served:
             before, after = served.original_us, served.optimized_us
-            table.add_row(
+            _add_row(
+                table,
                 _shapes_text(served),
                 human_us(before) if before else "",
                 human_us(after) if after else "",
@@ -153,11 +159,11 @@ class Report:
     def _near_misses(self, misses: list[tuple[str, str]]) -> RenderableType:
         table = _table("Almost matched", "step", "where and why not")
         for (step, reason), count in Counter(misses).items():
-            table.add_row(step, reason if count == 1 else f"{reason} ({count} times)")
+            _add_row(table, step, reason if count == 1 else f"{reason} ({count} times)")
         return table
 
 
-def _table(title: str, *columns: str) -> Any:
+def _table(title: str, *columns: str) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -166,6 +172,13 @@ def _table(title: str, *columns: str) -> Any:
         right = column in ("calls", "one call", "before", "after", "speedup", "time", "set up in", "nodes")
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     return table
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    """Cells as they are: what stands in brackets in a reason ("float32[2, 8]") is no markup."""
+    from rich.text import Text
+
+    table.add_row(*map(Text, cells))
 
 
 def _passed_over(choice: Choice) -> list[str]:
