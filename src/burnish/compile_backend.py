@@ -44,7 +44,8 @@ def rewrite(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> tupl
     context = TracingContext.try_get()
     mode = context.fake_mode if context is not None else None
     if context is None or mode is None:
-        traced = make_fx(graph_module, pre_dispatch=True, tracing_mode="fake")(*example_inputs)
+        trace = make_fx(graph_module, pre_dispatch=True, tracing_mode="fake", _allow_non_fake_inputs=True)
+        traced = trace(*example_inputs)
     else:
         fakes = [_fake(given, mode, context) for given in example_inputs]
         with mode:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 import burnish
-from burnish import ops
+from burnish import ops, prepare
 from burnish.capture import capture
 from burnish.lower import op_of
 from burnish.numerics import assert_close
-from burnish.rewrites import FUSE, RAISE, apply
+from burnish.record import StepRecord
+from burnish.rewrites import RAISE, apply
 from burnish.runtime.module import OptimizedModule
 from tests import zoo
 from tests.e2e.float64 import gradients, gradients_in_float64, loss, outputs_in_float64
@@ -97,21 +99,6 @@ def inputs_of(case: zoo.Case, index: int = 0, dtype: torch.dtype = torch.float32
     return case.inputs(*case.shapes[index], dtype)
 
 
-@pytest.mark.parametrize("case", zoo.params())
-def test_every_op_is_found_and_fused(case: zoo.Case) -> None:
-    program = capture(case.build(), (), inputs_of(case))
-    graph = program.graph_module.graph
-    apply("raise", RAISE, program.graph_module)
-    assert count_ops(graph) == raised_ops(case)
-    fuse = apply("fuse", FUSE, program.graph_module)
-    assert count_ops(graph) == fused_ops(case)
-    assert activations(graph) == case.total()["activation"]
-    left = Counter(node.target for node in graph.nodes if node.target in RAISED)
-    assert left == of_case(LEFT, case, {})
-    assert fuse.nodes_after == len(graph.nodes) < fuse.nodes_before
-    graph.lint()
-
-
 # T5's own code adds a position bias and a mask one after the other. That spelling is not raised: T5 is captured through
 # the interface wherever transformers lets it.
 @pytest.mark.parametrize("case", zoo.params("bert-*", "gpt2-*", "llama-*-mask", "whisper-*", "vit-*", "t5-sdpa"))
@@ -168,10 +155,41 @@ def assert_verified(fast: OptimizedModule) -> None:
     assert {node.name for node in graph.nodes if op_of(node.target) is not None} <= reached
 
 
+@dataclass
+class Seen:
+    """What stood in the graph after each step, by the step's name: Ops, linears with an activation, what should be gone."""
+
+    ops: dict[str, Counter[str]] = field(default_factory=dict)
+    activations: dict[str, int] = field(default_factory=dict)
+    left: dict[str, Counter[Any]] = field(default_factory=dict)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """Filled by the first `optimize` of a test."""
+    found = Seen()
+
+    def watched(name: str, rewrites: Any, graph_module: fx.GraphModule) -> StepRecord:
+        record = apply(name, rewrites, graph_module)
+        graph = graph_module.graph
+        graph.lint()
+        found.ops.setdefault(name, count_ops(graph))
+        found.activations.setdefault(name, activations(graph))
+        found.left.setdefault(name, Counter(node.target for node in graph.nodes if node.target in RAISED))
+        return record
+
+    monkeypatch.setattr(prepare, "apply", watched)
+    return found
+
+
 @pytest.mark.parametrize("case", zoo.params())
-def test_outputs_in_float32_at_every_shape_from_one_capture(case: zoo.Case) -> None:
+def test_ops_and_float32_outputs_at_every_shape_from_one_capture(case: zoo.Case, seen: Seen) -> None:
     model = case.build()
     fast = burnish.optimize(model, (), inputs_of(case), cache="off")
+    assert seen.ops["raise"] == raised_ops(case)
+    assert seen.ops["fuse"] == fused_ops(case)
+    assert seen.activations["fuse"] == case.total()["activation"]
+    assert seen.left["fuse"] == of_case(LEFT, case, {})
     for index in range(len(case.shapes)):
         assert_same_outputs(fast, model, inputs_of(case, index))
     assert_verified(fast)

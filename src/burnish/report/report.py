@@ -81,7 +81,7 @@ class Report:
         units = [unit for verification in self.verifications for unit in verification.units]
         if units:
             passed = sum(unit.verdict is not None and unit.verdict.ok for unit in units)
-            sentences.append(f"{passed} of {len(units)} rewritten values are within twice eager's own rounding error.")
+            sentences.append(f"{passed} of {len(units)} rewritten values are within what eager's own error allows.")
         return " ".join(sentences)
 
     # --- tables -----------------------------------------------------------------------------------
