@@ -20,6 +20,7 @@ from burnish.verify import Verification, check_outputs, outputs_in_float64, rand
 from tests import zoo
 from tests.e2e import float64
 
+aten = torch.ops.aten
 WIDTH = 32
 X = torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(0))
 
@@ -124,7 +125,7 @@ def test_a_wrong_rewrite_is_found_and_undone(program: Program, model: nn.Module)
     restore(program.graph_module, program.captured, failure)
     program.graph_module.graph.lint()
     assert ops_in(program) == OPS - Counter(layer_norm=1)
-    assert torch.ops.aten.layer_norm.default in {node.target for node in program.graph_module.graph.nodes}
+    assert aten.layer_norm.default in {node.target for node in program.graph_module.graph.nodes}
     assert verified(program).failures == []
     with torch.no_grad():
         (result,) = program.graph_module(X)
@@ -149,9 +150,20 @@ def test_active_dropout_cannot_be_verified() -> None:
     assert (verification.skipped, verification.units) == ("dropout is random", [])
 
 
-@pytest.mark.parametrize("model", [Block(dropout=0.5).eval(), Block(dropout=0.0).train()], ids=["eval", "p=0"])
-def test_dropout_that_is_off_is_not_random(model: nn.Module) -> None:
-    assert random_node(capture(model, (X,)).captured.graph) is None
+@pytest.mark.parametrize(
+    ("target", "args", "name"),
+    [
+        (aten.dropout.default, (0.5, True), "dropout"),
+        (aten.dropout.default, (0.5, False), None),
+        (aten.dropout.default, (0.0, True), None),
+        (aten.rand_like.default, (), "rand_like"),
+        (aten.relu.default, (), None),
+    ],
+)
+def test_what_is_random(target: Any, args: tuple[Any, ...], name: str | None) -> None:
+    graph = fx.Graph()
+    graph.output(graph.call_function(target, (graph.placeholder("x"), *args)))
+    assert random_node(graph) == name
 
 
 # --- the oracle ---

@@ -157,7 +157,7 @@ def assert_verified(fast: OptimizedModule) -> None:
 
 @dataclass
 class Seen:
-    """What stood in the graph after each step, by the step's name: Ops, linears with an activation, what should be gone."""
+    """What the graph held after each step, by the step's name: Ops, linears with an activation, what should be gone."""
 
     ops: dict[str, Counter[str]] = field(default_factory=dict)
     activations: dict[str, int] = field(default_factory=dict)
