@@ -153,10 +153,10 @@ def test_active_dropout_cannot_be_verified() -> None:
 @pytest.mark.parametrize(
     ("target", "args", "name"),
     [
-        (aten.dropout.default, (0.5, True), "dropout"),
+        (aten.dropout.default, (0.5, True), "dropout_default"),
         (aten.dropout.default, (0.5, False), None),
         (aten.dropout.default, (0.0, True), None),
-        (aten.rand_like.default, (), "rand_like"),
+        (aten.rand_like.default, (), "rand_like_default"),
         (aten.relu.default, (), None),
     ],
 )
