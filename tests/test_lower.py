@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from burnish import ops
 from burnish.capture import Program, capture
 from burnish.lower import Executable, Places, find_weight
 from burnish.numerics import assert_close
@@ -192,3 +193,17 @@ def test_wide_ops_are_slots_too() -> None:
         normed, total = executable.bind({})(executable.read_weights(), inputs)
         eager = model(*inputs)
     assert_close([normed, total], list(eager), outputs_in_float64(program.captured, inputs))
+
+
+def test_a_slot_gets_the_defaults_too() -> None:
+    """Capture leaves out arguments that equal their defaults; an Impl takes every one."""
+
+    class Norm(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return ops.rms_norm(x)
+
+    program = capture(Norm(), (torch.randn(2, 3, WIDTH),))
+    executable = Executable(program.graph_module)
+    given: list[tuple[Any, ...]] = []
+    executable.bind({"rms_norm_0": lambda *args: given.append(args)})([], [torch.randn(2, 3, WIDTH)])
+    assert [args[1:] for args in given] == [(None, 1e-6)]

@@ -317,14 +317,17 @@ def _copy_graph(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
+_TALKATIVE = ("export", "_export", "fx.experimental", "_dynamo", "_subclasses.fake_tensor")
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences export's warnings, and the partial graph that it prints when it fails."""
-    loggers = [logging.getLogger(f"torch.{name}") for name in ("export", "_export", "fx.experimental", "_dynamo")]
+    loggers = [logging.getLogger(f"torch.{name}") for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
-            logger.setLevel(logging.ERROR)
+            logger.setLevel(logging.CRITICAL)
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:

@@ -642,16 +642,6 @@ def test_a_deep_copy_stands_alone(model: nn.Module, fast: OptimizedModule) -> No
     assert not torch.equal(before, after)
 
 
-def test_it_can_be_pickled(tmp_path: Any) -> None:
-    model = zoo.CASES["gated-mlp-silu"].build()
-    fast = burnish.optimize(model, (x_of(),), cache="off")
-    torch.save(fast, tmp_path / "model.pt")
-    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert isinstance(loaded, OptimizedModule)
-    assert loaded.schedule.settings == fast.schedule.settings
-    assert_right(loaded, model, x_of())
-    assert_right(loaded, loaded._original, x_of())
-
 
 def test_hooks_on_the_optimized_model_run(fast: OptimizedModule) -> None:
     seen = []
