@@ -642,7 +642,6 @@ def test_a_deep_copy_stands_alone(model: nn.Module, fast: OptimizedModule) -> No
     assert not torch.equal(before, after)
 
 
-
 def test_hooks_on_the_optimized_model_run(fast: OptimizedModule) -> None:
     seen = []
     handle = fast.register_forward_hook(lambda module, args, output: seen.append(output.shape))
