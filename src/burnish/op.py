@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -64,7 +64,9 @@ class Impl:
     """One implementation of an Op: `fn` is a plain callable with the Op's signature and passes no dispatcher.
 
     `fn` takes inputs that `why_not` found nothing against, never writes to them, and returns fresh memory laid out like
-    the reference's result. `differentiable` says that autograd can go through `fn` itself.
+    the reference's result. `differentiable` says that autograd can go through `fn` itself. `configs`, where an Impl has
+    them, lists ways to run `fn` on given inputs (its keyword `config`), the most promising first; each has a distinct
+    str(). Without the keyword `fn` uses the first.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Impl:
     description: str
     reasons: Callable[..., list[str]]  # takes every argument of the Op positionally, as Op.bind gives them
     bind: Callable[..., tuple[Any, ...]]
+    configs: Callable[..., Sequence[Any]] | None = None
 
     def why_not(self, *args: Any, **kwargs: Any) -> list[str]:
         """Every reason why this Impl cannot take these inputs; empty when it can."""
@@ -148,19 +151,23 @@ class Op:
         return self._samples(torch.device(device), dtype)
 
     def impl(
-        self, name: str, why_not: Callable[..., list[str]] | None = None, differentiable: bool = False
+        self,
+        name: str,
+        why_not: Callable[..., list[str]] | None = None,
+        differentiable: bool = False,
+        configs: Callable[..., Sequence[Any]] | None = None,
     ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
         """Register the decorated function as an Impl, preferred after those registered before it.
 
         `why_not` takes all arguments of the Op positionally and returns every reason against; without it the Impl takes
-        everything. ValueError for a name that is taken.
+        everything. `configs` takes the same arguments. ValueError for a name that is taken.
         """
         if name in self.impls:
             raise ValueError(f"{self.name} has an Impl {name!r} already; choose another name")
 
         def register(fn: Callable[..., Result]) -> Callable[..., Result]:
             description = (inspect.getdoc(fn) or "").split("\n")[0]
-            impl = Impl(name, fn, differentiable, description, why_not or _always_available, self.bind)
+            impl = Impl(name, fn, differentiable, description, why_not or _always_available, self.bind, configs)
             reference = self.impls.pop("reference", None)
             self.impls[name] = impl
             if reference is not None:  # the fallback stays last

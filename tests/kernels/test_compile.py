@@ -1,0 +1,33 @@
+"""Every Triton Impl, with every config it offers, compiles for each generation of GPUs without spilling registers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from burnish.op import OPS
+from tests.kernels.aot import CAPABILITIES
+
+import burnish.ops  # noqa: F401 isort: skip
+
+SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that one block may use
+WITH_KERNELS = sorted(name for name, op in OPS.items() if any(impl.startswith("triton") for impl in op.impls))
+
+
+@pytest.mark.parametrize("name", WITH_KERNELS)
+def test_kernels_compile_and_do_not_spill(name: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-m", "tests.kernels.aot", name], env=environment, capture_output=True)
+    assert run.returncode == 0, run.stderr.decode()
+    compiled = json.loads(run.stdout)
+    assert {entry["capability"] for entry in compiled} == set(CAPABILITIES)
+    faults = [
+        entry
+        for entry in compiled
+        if "error" in entry or entry["spills"] or entry["shared"] > SHARED_MEMORY[entry["capability"]]
+    ]
+    assert not faults
