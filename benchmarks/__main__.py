@@ -12,7 +12,14 @@ import typer
 
 from benchmarks.runner import RESULTS, Group, run_cases
 
-GROUPS = {"startup": "benchmarks.startup", "ops": "benchmarks.ops", "cpu-models": "benchmarks.cpu_models"}
+GROUPS = {
+    "startup": "benchmarks.startup",
+    "ops": "benchmarks.ops",
+    "cpu-models": "benchmarks.cpu_models",
+    "blocks": "benchmarks.blocks",
+    "encoder": "benchmarks.encoder",
+    "prefill": "benchmarks.prefill",
+}
 
 
 def main(
@@ -20,6 +27,9 @@ def main(
     case: Annotated[str, typer.Option(help="Only cases whose name matches, such as 'minilm*'.")] = "*",
     out: Annotated[Path, typer.Option(help="The folder that holds one folder per device.")] = RESULTS,
     seconds: Annotated[float, typer.Option(help="Timed seconds per variant and case.")] = 2.0,
+    without: Annotated[
+        list[str] | None, typer.Option(help="Leave variants out whose name matches, such as 'compile-max*'.")
+    ] = None,
     list_cases: Annotated[bool, typer.Option("--list", help="Name the cases and measure nothing.")] = False,
 ) -> None:
     """Measure a group of benchmarks on this machine. Keep it quiet: other work on the cores moves the numbers."""
@@ -33,7 +43,7 @@ def main(
         for found in cases:
             print(found.name)
         return
-    if not run_cases(group, cases, out, seconds):
+    if not run_cases(group, cases, out, seconds, tuple(without or ())):
         raise typer.Exit(1)
 
 

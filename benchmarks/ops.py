@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import burnish.ops  # noqa: F401  (registers the Ops)
+from benchmarks import gpu_ops
 from benchmarks.runner import Case, CheckError, Record, Session, verdicts
 from burnish import numerics
 from burnish.hardware import device
@@ -27,6 +28,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def cases() -> Iterator[Case]:
+    if torch.cuda.is_available():
+        yield from gpu_ops.cases()
+        return
     for name, (peer, sizes) in BENCHED.items():
         for size, arguments in sizes.items():
             for short, dtype in DTYPES.items():

@@ -7,6 +7,7 @@ import shlex
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,16 +26,23 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Session:
-    """One run of the benchmarks: where to print, how long to measure, and what to type to repeat a case."""
+    """One run of the benchmarks: where to print, how long to measure, what to type to repeat a case, and patterns of
+    the variants to leave out."""
 
     console: Console
     group: str
     seconds: float
+    without: tuple[str, ...] = ()
+
+    def wants(self, variant: str) -> bool:
+        return not any(fnmatchcase(variant, pattern) for pattern in self.without)
 
     def command(self, case: str) -> str:
         return f"python -m benchmarks {self.group} --case {shlex.quote(case)}"
 
-    def time(self, variants: Mapping[str, Callable[..., object]], args: Sequence[Any] = ()) -> Benchmark:
+    def time(
+        self, variants: Mapping[str, Callable[..., object]], args: Sequence[Any] = (), cold_l2: bool = False
+    ) -> Benchmark:
         """`benchmark` with a progress bar."""
         with Progress(console=self.console, transient=True) as progress:
             task = progress.add_task("timing", total=None)
@@ -42,7 +50,7 @@ class Session:
             def show(variant: str, block: int, blocks: int) -> None:
                 progress.update(task, description=f"timing {variant}", completed=block - 1, total=blocks)
 
-            return benchmark(variants, args, seconds=self.seconds, on_progress=show)
+            return benchmark(variants, args, seconds=self.seconds, cold_l2=cold_l2, on_progress=show)
 
 
 @dataclass(frozen=True)
@@ -71,10 +79,10 @@ def verdicts(outputs: Mapping[str, object], eager: object, oracle: object) -> di
     }
 
 
-def run_cases(group: str, cases: Sequence[Case], out: Path, seconds: float) -> bool:
+def run_cases(group: str, cases: Sequence[Case], out: Path, seconds: float, without: tuple[str, ...] = ()) -> bool:
     """Run the cases one after another, each saved when it is done. False where one failed; the others still run."""
     console = Console()
-    session = Session(console, group, seconds)
+    session = Session(console, group, seconds, without)
     path = out / device(measure=False).slug / f"{group}.json"
     load = os.getloadavg()[0]
     if load > 0.5:

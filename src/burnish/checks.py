@@ -14,11 +14,12 @@ from torch.utils import _pytree as pytree
 
 from burnish.capture import Program
 from burnish.choose import Chosen, choose_by_measuring
+from burnish.measure import measure
 from burnish.numerics import Verdict
 from burnish.prepare import Prepared
 from burnish.record import StepRecord
 from burnish.runtime.module import Call, Entry
-from burnish.tuning import Tuner, measure
+from burnish.tuning import Tuner
 from burnish.verify import Verification, check_outputs, outputs_in_float64, random_node, restore, verify
 
 VERIFIED_TOKENS = 256  # of a large batch's tokens, about as many are verified

@@ -52,10 +52,9 @@ def choose_by_measuring(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
     chosen = Chosen()
     for slot in executable.slots:
         args, *others = seen[keys[slot.name]]
-        impl, chosen.choices[slot.name] = tuner.choose(
+        chosen.functions[slot.name], chosen.choices[slot.name] = tuner.choose(
             slot.op, args, budget_us=tuner.FIRST_BUDGET_US, thorough=True, variants=others
         )
-        chosen.functions[slot.name] = impl.fn
     return chosen
 
 
@@ -71,8 +70,9 @@ def choose_on_the_way(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
             if slot.name in prepared.rejected:
                 chosen.reject(slot)
             else:
-                impl, chosen.choices[slot.name] = tuner.choose(slot.op, args, budget_us=max(budget, 0))
-                chosen.functions[slot.name] = impl.fn
+                chosen.functions[slot.name], chosen.choices[slot.name] = tuner.choose(
+                    slot.op, args, budget_us=max(budget, 0)
+                )
             budget -= (time.perf_counter() - started) * 1e6
             return chosen.functions[slot.name](*args)
 
@@ -92,9 +92,10 @@ def choose_differentiable(prepared: Prepared, model: nn.Module, call: Call, tune
             if slot.name in prepared.rejected:
                 chosen.reject(slot)
                 return slot.op.reference(*args)
-            impl, chosen.choices[slot.name] = tuner.choose(slot.op, args, budget_us=0)
-            chosen.functions[slot.name] = slot.op.with_backward(impl)
-            return impl.fn(*args)
+            function, choice = tuner.choose(slot.op, args, budget_us=0)
+            chosen.choices[slot.name] = choice
+            chosen.functions[slot.name] = slot.op.with_backward(choice.impl)
+            return function(*args)
 
         return choose
 

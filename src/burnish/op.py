@@ -106,6 +106,8 @@ class Op:
         parameters = self.signature.parameters
         self._names = tuple(parameters)
         self._defaults = tuple(p.default for p in parameters.values())
+        # Positions of the matrices that a model keeps, as the tuner wants to know them.
+        self.weights = tuple(i for i, name in enumerate(self._names) if name.endswith("weight"))
         self._required = sum(default is inspect.Parameter.empty for default in self._defaults)
         self._with_backward: dict[str, Callable[..., Result]] = {}
         self.impls: dict[str, Impl] = {}

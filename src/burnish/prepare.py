@@ -4,11 +4,12 @@ bound."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from burnish._memory import return_freed_memory
 from burnish.capture import Program
@@ -16,9 +17,75 @@ from burnish.lower import Executable, Places, WeightPlace, find_weight
 from burnish.ops import linear
 from burnish.pack import pack
 from burnish.rewrites import FUSE, RAISE, apply
-from burnish.runtime.module import STALE, Call, Entry
+from burnish.runtime.cuda_graph import CapturedCall, GraphPool
+from burnish.runtime.module import STALE, Call
 from burnish.tuning import Tuner
-from burnish.verify import Verification
+from burnish.verify import Verification, check_outputs
+
+
+class PlainEntry:
+    """Runs bound code on the weights where they are; STALE once one has moved."""
+
+    def __init__(
+        self, run: Callable[..., Sequence[Any]], executable: Executable, places: Places, unflatten: Any
+    ) -> None:
+        self.places, self.unflatten = places, unflatten
+        self._run, self._count = run, len(executable.weights)
+
+    def __call__(self, call: Call) -> Any:
+        weights = self.places.read()
+        return STALE if weights is None else self.unflatten(self._run(weights[: self._count], call.leaves))
+
+    def run(self, leaves: Sequence[Any]) -> Sequence[Any]:
+        """The flat outputs. RuntimeError when a weight has moved."""
+        weights = self.places.read()
+        if weights is None:
+            raise RuntimeError("a weight was moved")
+        return self._run(weights[: self._count], leaves)
+
+
+class GraphEntry:
+    """The same as a CUDA graph, captured at its first call. What cannot be captured runs as plain code.
+
+    Attributes:
+        refused: why there is no graph, or None.
+    """
+
+    def __init__(self, plain: PlainEntry, pool: GraphPool, call: Call, static_outputs: bool) -> None:
+        self.plain = plain
+        self.refused: str | None = None
+        self._weights: list[Tensor] = []
+        self._captured = CapturedCall(pool, plain.run, call.leaves, static_outputs)
+
+    def __call__(self, call: Call) -> Any:
+        if self.refused is not None:
+            return self.plain(call)
+        if not self._captured.is_captured:
+            weights = self.plain.places.read()
+            if weights is None:
+                return STALE
+            # The graph knows addresses only: what lies there must live as long as it.
+            self._weights = [weight.detach() for weight in weights]
+        try:
+            outputs = self._captured(call.leaves)
+        except RuntimeError as error:
+            if self._captured.is_captured:  # a replay that fails is an error of the device
+                raise
+            self.refused = f"it cannot be captured: {str(error).splitlines()[0]}"
+            return self.plain(call)
+        # To check 200 weights takes the host 30 us: the device computes meanwhile.
+        return STALE if self.plain.places.read() is None else self.plain.unflatten(outputs)
+
+    def check(self, call: Call) -> str | None:
+        """Captures, and says why the graph cannot serve: it cannot be captured, or computes something else."""
+        outputs = pytree.tree_leaves(self(call))
+        if self.refused is not None:
+            return self.refused
+        plain = pytree.tree_leaves(self.plain(call))
+        verdict = check_outputs(outputs, plain, plain)
+        if not verdict.ok:
+            self.refused = f"its replay differs from the calls that were captured: {verdict.reason}"
+        return self.refused
 
 
 @dataclass
@@ -49,19 +116,11 @@ class Prepared:
 
     def bind(
         self, functions: Mapping[str, Callable[..., Any]], model: nn.Module, executable: Executable | None = None
-    ) -> Entry:
-        """An entry that runs the code with these callables in its slots; STALE once a weight has moved."""
+    ) -> PlainEntry:
+        """An entry that runs the code with these callables in its slots."""
         executable = executable or self.executable
-        run = executable.bind(functions)
-        unflatten = self.program.out_spec.unflatten
         places = Places(model, (*executable.weights, *self.members))
-        count = len(executable.weights)
-
-        def entry(call: Call) -> Any:
-            weights = places.read()
-            return STALE if weights is None else unflatten(run(weights[:count], call.leaves))
-
-        return entry
+        return PlainEntry(executable.bind(functions), executable, places, self.program.out_spec.unflatten)
 
     def regenerate(self, model: nn.Module) -> None:
         """New code after the graph was changed: what verification undid is gone from the differentiable graph too."""

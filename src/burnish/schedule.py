@@ -21,8 +21,9 @@ from burnish.capture import CaptureError, Program, capture
 from burnish.checks import Checks
 from burnish.choose import choose_by_measuring, choose_differentiable, choose_on_the_way
 from burnish.op import find_impl
-from burnish.prepare import Prepared, Preparer
+from burnish.prepare import GraphEntry, PlainEntry, Prepared, Preparer
 from burnish.record import StepRecord
+from burnish.runtime.cuda_graph import GraphPool, why_not_captured
 from burnish.runtime.module import STALE, Call, Entry, OptimizedModule, original_entry
 from burnish.tuning import CacheMode, Choice, Tuner
 from burnish.verify import Verification, random_node
@@ -41,6 +42,7 @@ class Settings:
     impls: Mapping[str, str] = field(default_factory=dict)
     cache: CacheMode = "readwrite"
     cuda_graphs: str = "auto"
+    static_outputs: bool = False
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Served:
         choices: the Impl chosen for each slot, by slot name.
         original_us, optimized_us: time of one call before and after, where it was measured.
         kept_original: why the original model serves this signature, or None.
+        cuda_graph: whether a CUDA graph serves it; `not_captured` says why not, where there could be one.
         seconds: how long it took until the signature could be served.
     """
 
@@ -60,6 +63,8 @@ class Served:
     original_us: float | None = None
     optimized_us: float | None = None
     kept_original: str | None = None
+    cuda_graph: bool = False
+    not_captured: str | None = None
     seconds: float = 0.0
 
 
@@ -76,6 +81,7 @@ class Schedule:
         self._preparer = Preparer(model, self.tuner)
         self._prepared: list[Prepared] = []
         self._uncapturable: dict[Any, str] = {}
+        self._graphs = GraphPool()
 
     @property
     def program(self) -> Program:
@@ -144,6 +150,7 @@ class Schedule:
     def forget(self) -> None:
         """Drops every Program: the weights have moved (`.to()`, a parameter replaced,
         `load_state_dict(assign=True)`)."""
+        self._graphs.clear()
         self._prepared.clear()
         self._uncapturable.clear()
 
@@ -192,9 +199,11 @@ class Schedule:
             chosen = checks.verify_values(prepared, chosen, self.tuner)
         prepared.verified = True
         served.choices = chosen.choices
-        entry = self._unless_wrong(prepared, prepared.bind(chosen.functions, self.model), checks, served, "inference")
+        plain = prepared.bind(chosen.functions, self.model)
+        entry = self._unless_wrong(prepared, plain, checks, served, "inference")
         if served.kept_original or self.model.training:
             return entry
+        entry = self._captured(prepared, plain, call, served)
         times = checks.times(entry)
         served.optimized_us = times["optimized"]
         served.original_us = served.original_us or times["original"]
@@ -206,11 +215,30 @@ class Schedule:
     def _entry_for_new_size(self, prepared: Prepared, call: Call, checks: Checks, served: Served) -> tuple[Entry, Any]:
         chosen = choose_on_the_way(prepared, call, self.tuner)
         served.choices = chosen.choices
-        entry = self._unless_wrong(prepared, prepared.bind(chosen.functions, self.model), checks, served, "inference")
+        plain = prepared.bind(chosen.functions, self.model)
+        entry = self._unless_wrong(prepared, plain, checks, served, "inference")
+        if not served.kept_original and not self.model.training:
+            entry = self._captured(prepared, plain, call, served)
         # Random numbers drawn in here are drawn again afterwards: they must not reach the caller.
         if served.kept_original or chosen.outputs is None or random_node(prepared.program.captured.graph):
             return entry, STALE
         return entry, prepared.program.out_spec.unflatten(chosen.outputs)
+
+    def _captured(self, prepared: Prepared, plain: PlainEntry, call: Call, served: Served) -> Entry:
+        """The entry as a CUDA graph, where the device, the inputs and the settings allow one."""
+        if self.settings.cuda_graphs == "never" or not any(isinstance(t, Tensor) and t.is_cuda for t in call.leaves):
+            return plain
+        reason = why_not_captured(call.leaves)
+        if reason is None and (name := random_node(prepared.program.captured.graph)):
+            reason = f"{name} is random"
+        if reason is None:
+            entry = GraphEntry(plain, self._graphs, call, self.settings.static_outputs)
+            reason = entry.check(call)
+            if reason is None:
+                served.cuda_graph = True
+                return entry
+        served.not_captured = reason
+        return plain
 
     def _differentiable_entry(self, prepared: Prepared, call: Call, checks: Checks, served: Served) -> Entry:
         executable, chosen = choose_differentiable(prepared, self.model, call, self.tuner)
@@ -236,6 +264,7 @@ def optimize(
     impls: Mapping[str, str] | None = None,
     cache: CacheMode = "readwrite",
     cuda_graphs: str = "auto",
+    static_outputs: bool = False,
 ) -> OptimizedModule:
     """Makes `model` fast: captures it, fuses what Ops can do, chooses each Op's fastest Impl here, and verifies it.
 
@@ -246,7 +275,9 @@ def optimize(
             undone. Of a batch with many tokens, some samples are compared.
         impls: Impl names by Op name that are to be used, e.g. `{"attention": "torch_flash"}`; never falls back.
         cache: measured choices on disk: "readwrite", "readonly" or "off".
-        cuda_graphs: "auto" or "never"; on the CPU there are none.
+        cuda_graphs: "auto" or "never". With "auto" each signature on a CUDA device becomes a CUDA graph, the 64 used
+            last are kept; `.report()` says why one could not be captured. On the CPU there are none.
+        static_outputs: return a CUDA graph's own output tensors, which the next call overwrites, instead of copies.
 
     Returns:
         A module with the same forward, outputs and parameters. New batch and sequence sizes need no new capture. What
@@ -269,7 +300,7 @@ def optimize(
         )
     if cuda_graphs not in ("auto", "never"):
         raise ValueError(f"cuda_graphs={cuda_graphs!r}: use 'auto' or 'never'")
-    schedule = Schedule(model, Settings(verify, dict(impls or {}), cache, cuda_graphs))
+    schedule = Schedule(model, Settings(verify, dict(impls or {}), cache, cuda_graphs, static_outputs))
     fast = schedule.build()
     if args or kwargs:
         with torch.no_grad():

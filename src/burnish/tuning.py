@@ -7,11 +7,12 @@ factor of two; only where there is none is it measured, within the caller's time
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import math
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,15 +22,17 @@ from torch import Tensor
 
 from burnish._files import cache_folder
 from burnish.hardware import fingerprint
-from burnish.op import Impl, ImplUnavailable, Op, find_impl
+from burnish.measure import FEWEST_SAMPLES, measure, measure_captured
+from burnish.op import ImplUnavailable, Op, find_impl
 
 CacheMode = Literal["readwrite", "readonly", "off"]
 FORMAT = 1
-_ENOUGH_US = 30_000.0  # per Impl and key: beyond this one more sample says nothing that the cache could keep
-_SAMPLES, _FEWEST_SAMPLES = 15, 4
 _MEASURED_ROWS = 4096  # of a larger weight, as many rows tell which storage is faster
 _COLD_BYTES = 4 << 20  # more than the caches of one core hold
-_PREFERENCE = 1.03  # an Impl that stands earlier in its Op's order is passed over only for one that is 3% faster
+# One that stands earlier in its Op's order is passed over only for one that is faster than noise: 3% on a shared CPU,
+# 1% for a chain of calls in a CUDA graph.
+_PREFERENCE = {"cpu": 1.03, "cuda": 1.01}
+_NEIGHBOURS_BEST = 4  # of a nearby size's candidates, so many are measured for a new size
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Choice:
 
     Attributes:
         impl: its name.
-        times_us: microseconds of every Impl that was measured (empty: none was).
+        config: how its kernel is to be run, for an Impl that can be run in several ways.
+        times_us: microseconds of every candidate that was measured, an Impl or "impl config" (empty: none was).
         rejected: why each other Impl could not take the call, by name.
         source: "measured", "cached", "nearby" (a neighbour's choice), "explicit" (asked for by the user), "only" or
             "default".
@@ -48,6 +52,7 @@ class Choice:
     times_us: dict[str, float] = field(default_factory=dict)
     rejected: dict[str, list[str]] = field(default_factory=dict)
     source: str = "measured"
+    config: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,16 @@ def key_of(op: Op, args: Sequence[Any], differentiable: bool = False) -> Key:
             sizes.extend(arg.shape)
         else:
             family.append(repr(arg))
+    if any(isinstance(arg, Tensor) and arg.is_cuda for arg in args):
+        family.append(_kernels_hash())
     return Key("|".join(family), tuple(sizes))
+
+
+@functools.cache
+def _kernels_hash() -> str:
+    """Of the kernels' sources: what was measured of one version says nothing of the next."""
+    sources = sorted(Path(__file__).parent.joinpath("kernels").glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
 
 
 def _layout(tensor: Tensor) -> str:
@@ -109,8 +123,8 @@ class Tuner:
         budget_us: float,
         thorough: bool = False,
         variants: Sequence[Sequence[Any]] = (),
-    ) -> tuple[Impl, Choice]:
-        """The Impl for `op(*args)`.
+    ) -> tuple[Callable[..., Any], Choice]:
+        """The callable for `op(*args)`, and the choice that it stands for.
 
         Args:
             budget_us: how many microseconds may be spent on measuring; 0 means look up only.
@@ -119,13 +133,13 @@ class Tuner:
                 weights come from where they come from in the model rather than from the nearest cache.
         """
         key = key_of(op, args)
-        if (known := self.choices.get(key)) is not None:
-            return op.impls[known.impl], known
-        choice = self._explicit(op, args) or self._choose(op, key, args, budget_us, thorough, variants)
-        self.choices[key] = choice
-        return op.impls[choice.impl], choice
+        known = self.choices.get(key)
+        if known is None:
+            known = self._explicit(op, args, budget_us) or self._choose(op, key, args, budget_us, thorough, variants)
+            self.choices[key] = known
+        return _callable(op, args, known), known
 
-    def _explicit(self, op: Op, args: Sequence[Any]) -> Choice | None:
+    def _explicit(self, op: Op, args: Sequence[Any], budget_us: float) -> Choice | None:
         name = self.explicit.get(op.name)
         if name is None:
             return None
@@ -144,26 +158,56 @@ class Tuner:
     ) -> Choice:
         rejected = {name: reasons for name, impl in op.impls.items() if (reasons := impl.why_not(*args))}
         able = [name for name in op.impls if name not in rejected]
-        if len(able) == 1:
+        candidates = _candidates(op, args, able)
+        device = "cuda" if any(isinstance(arg, Tensor) and arg.is_cuda for arg in args) else "cpu"
+
+        def chosen(times: Mapping[str, float], source: str) -> Choice:
+            impl, config = candidates[_fastest(times, [name for name in candidates if name in times], device)]
+            return Choice(impl, dict(times), rejected, source, config)
+
+        if len(candidates) == 1:
             return Choice(able[0], rejected=rejected, source="only")
         remembered = self._disk.get(key.family, {})
         times = remembered.get(_sizes_text(key.sizes))
-        if times is not None and set(times) >= set(able):
-            return Choice(_fastest(times, able), times, rejected, "cached")
+        if times is not None and _covers(times, candidates):
+            return chosen(times, "cached")
         near = None if thorough else _nearest(remembered, key.sizes)
-        if near is not None and set(near.times) >= set(able):
+        if near is not None and _covers(near.times, candidates):
             # One call to warm up and as many as it takes not to mistake the machine's noise for a difference.
-            costs_us = (1 + _FEWEST_SAMPLES) * sum(near.times.values()) * near.ratio
+            costs_us = (1 + FEWEST_SAMPLES) * sum(filter(math.isfinite, near.times.values())) * near.ratio
             if near.distance <= 1 or costs_us > budget_us:
-                return Choice(_fastest(near.times, able), near.times, rejected, "nearby")
+                return chosen(near.times, "nearby")
+            if device == "cuda":  # what is compiled already, and was among the best
+                best = sorted(near.times, key=near.times.__getitem__)[:_NEIGHBOURS_BEST]
+                candidates = {name: candidates[name] for name in candidates if name in best} or candidates
         elif not thorough:
             return Choice(able[0], rejected=rejected, source="default")
         if budget_us <= 0:
             return Choice(able[0], rejected=rejected, source="default")
-        times = measure({name: op.impls[name].fn for name in able}, [args, *variants], budget_us=budget_us)
+        times = self._measure(op, candidates, [args, *variants], device, budget_us)
         self._disk.setdefault(key.family, {})[_sizes_text(key.sizes)] = times
         self._dirty = True
-        return Choice(_fastest(times, able), times, rejected)
+        return chosen(times, "measured")
+
+    def _measure(
+        self,
+        op: Op,
+        candidates: Mapping[str, tuple[str, str | None]],
+        arguments: Sequence[Sequence[Any]],
+        device: str,
+        budget_us: float,
+    ) -> dict[str, float]:
+        functions = {
+            name: _callable(op, arguments[0], Choice(impl, config=config))
+            for name, (impl, config) in candidates.items()
+        }
+        if device == "cpu":
+            return measure(functions, arguments, budget_us=budget_us)
+        if any(config is not None for _, config in candidates.values()):
+            from burnish.kernels.warm_up import warm_up
+
+            warm_up(functools.partial(function, *arguments[0]) for function in functions.values())
+        return measure_captured(functions, arguments, op.weights)
 
     def prefers_transposed(self, linear: Op, rows: int, weight: Tensor, *, budget_us: float) -> bool:
         """Whether `linear` on `rows` rows is faster with such a weight stored (K, N): by its best Impl for either
@@ -190,7 +234,7 @@ class Tuner:
             times = {s: min(us for name, us in each.items() if name.endswith(s)) for s in storages}
             self._disk.setdefault(family, {})[sizes] = times
             self._dirty = True
-        return _fastest(times, ("transposed", "plain")) == "transposed"
+        return _fastest(times, ("transposed", "plain"), "cpu") == "transposed"
 
     def save(self) -> None:
         """Writes what was measured since the last save, merged with what others wrote meanwhile. A folder that cannot
@@ -215,52 +259,36 @@ def _with_weights(fn: Callable[..., Any], weights: Sequence[Tensor], x: Tensor) 
     return lambda i: fn(x, weights[i])
 
 
-def measure(
-    functions: dict[str, Callable[..., Any]], arguments: Sequence[Sequence[Any]], *, budget_us: float
-) -> dict[str, float]:
-    """Microseconds per call of each function, in interleaved rounds that walk through `arguments`: the mean of the
-    fastest third of the samples. What else the machine does can only make a sample slower, on a shared one by a lot."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    running = dict(functions)
-    places = {name: place for place, name in enumerate(functions)}
-    with torch.no_grad():
-        for function in functions.values():  # the first call pays for primitives and pages
-            _timed(function, arguments[0])
-        started = time.perf_counter()
-        for sample in range(_SAMPLES):
-            for name, function in list(running.items()):
-                # Each function is ahead of the one before it: who reads a weight second would find it in the cache.
-                turn = sample + places[name] * max(1, len(arguments) // len(functions))
-                times[name].append(_timed(function, arguments[turn % len(arguments)]))
-                if sum(times[name]) > _ENOUGH_US:
-                    del running[name]
-            spent_us = (time.perf_counter() - started) * 1e6
-            if not running or (spent_us > budget_us and sample + 1 >= _FEWEST_SAMPLES):
-                break
-            best = min(map(_typical, times.values()))
-            running = {name: f for name, f in running.items() if _typical(times[name]) < 2 * best}
-    return {name: round(_typical(samples), 2) for name, samples in times.items()}
+def _candidates(op: Op, args: Sequence[Any], able: Sequence[str]) -> dict[str, tuple[str, str | None]]:
+    """Each way to run the Op, by name: an Impl, or an Impl and one of its configs."""
+    found: dict[str, tuple[str, str | None]] = {}
+    for name in able:
+        configs = op.impls[name].configs
+        if configs is None:
+            found[name] = (name, None)
+        else:
+            found |= {f"{name} {config}": (name, str(config)) for config in configs(*args)}
+    return found
 
 
-def _typical(samples: Sequence[float]) -> float:
-    return statistics.fmean(sorted(samples)[: max(1, len(samples) // 3)])
+def _callable(op: Op, args: Sequence[Any], choice: Choice) -> Callable[..., Any]:
+    impl = op.impls[choice.impl]
+    if choice.config is None or impl.configs is None:
+        return impl.fn
+    config = next((config for config in impl.configs(*args) if str(config) == choice.config), None)
+    return impl.fn if config is None else functools.partial(impl.fn, config=config)
 
 
-def _timed(function: Callable[..., Any], args: Sequence[Any]) -> float:
-    cuda = any(isinstance(arg, Tensor) and arg.is_cuda for arg in args)
-    if cuda:
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    function(*args)
-    if cuda:
-        torch.cuda.synchronize()
-    return (time.perf_counter() - started) * 1e6
+def _covers(times: Mapping[str, float], candidates: Mapping[str, tuple[str, str | None]]) -> bool:
+    """Whether every Impl among the candidates was measured, in some config at least."""
+    measured = {candidates[name][0] for name in times if name in candidates}
+    return measured >= {impl for impl, _ in candidates.values()}
 
 
-def _fastest(times: dict[str, float], able: Sequence[str]) -> str:
-    """The first in the Op's order of preference that is within noise of the fastest."""
+def _fastest(times: Mapping[str, float], able: Sequence[str], device: str) -> str:
+    """The first in the order of preference that is within noise of the fastest."""
     best = min(times[name] for name in able)
-    return next(name for name in able if times[name] <= _PREFERENCE * best)
+    return next(name for name in able if times[name] <= _PREFERENCE[device] * best)
 
 
 @dataclass(frozen=True)

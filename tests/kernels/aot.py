@@ -65,6 +65,8 @@ def launches_of(op: Op, impl: Impl, capability: int) -> Iterator[tuple[str, Any]
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for sample in op.samples("cpu", dtype):
             args = op.bind(*sample.args, **sample.kwargs)
+            if [reason for reason in impl.why_not(*args) if "not on a CUDA device" not in reason]:
+                continue  # it does not claim the case
             recorded: list[Launch] = []
             with recording(recorded.append, target):
                 configs = impl.configs(*args) if impl.configs is not None else [None]
@@ -102,6 +104,8 @@ def _key(launch: Any, capability: int) -> Any:
     def kind(arg: Any) -> Any:
         if isinstance(arg, torch.Tensor):
             return arg.dtype
+        if type(arg).__name__ == "TensorDescriptor":
+            return arg.base.dtype, tuple(arg.block_shape)
         if isinstance(arg, int) and not isinstance(arg, bool):
             return "1" if arg == 1 else ("aligned" if arg % 16 == 0 else "int")
         return (type(arg).__name__, arg if isinstance(arg, (str, bool)) else None)

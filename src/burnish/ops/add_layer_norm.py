@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._common import nbytes
 from burnish.ops._norms import check_norm, check_residual, empty_contiguous, layer_norm_reference, not_mixed_layer_norm
+from burnish.ops._triton_norms import triton_norm_configs, triton_norm_why_not
 
 
 def _check(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
@@ -69,3 +71,27 @@ def _torch(
     """One addition and PyTorch's own kernel, without upcast copies."""
     total = (x + residual).contiguous()
     return F.layer_norm(total, total.shape[-1:], weight, bias, eps), total
+
+
+def _triton_why_not(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> list[str]:
+    return triton_norm_why_not(x, weight, bias)
+
+
+def _triton_configs(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> list[Any]:
+    return triton_norm_configs(x, added=True)
+
+
+@add_layer_norm.impl("triton", why_not=_triton_why_not, configs=_triton_configs)
+def _triton(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    config: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Addition and normalization in one pass over memory, whole rows in registers."""
+    from burnish.kernels import norms
+
+    return norms.add_layer_norm(x, residual, weight, bias, eps, config)

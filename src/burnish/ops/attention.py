@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,12 @@ from torch import Tensor
 
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
-from burnish.ops._common import HALF_TYPES, check_floating, check_same_dtype, nbytes, not_on_cpu, wide
+from burnish.ops import _attention_cpu, _attention_cuda
+from burnish.ops._common import check_floating, check_same_dtype, nbytes, not_on_cpu, wide
 from burnish.ops._masks import additive_mask, allowed_pairs, attended_pairs
+from burnish.ops._triton import triton_why_not
+
+_MAX_HEAD_DIM = 256  # of the Triton kernel
 
 
 def _check(
@@ -186,15 +191,11 @@ def _flash_why_not(
     window: int | None,
     scale: float | None,
 ) -> list[str]:
-    reasons = not_on_cpu(q)
-    if q.shape[3] != v.shape[3]:
-        reasons.append(f"v's head_dim is {v.shape[3]} where q's is {q.shape[3]}")
-    if q.numel() == 0 or k.numel() == 0:
-        reasons.append("q or k is empty")
-    return reasons
+    why_not = _attention_cuda.flash_why_not if q.is_cuda else _attention_cpu.flash_why_not
+    return why_not(q, k, v, bias, key_padding_mask, is_causal, window, scale)
 
 
-def _flash_float32_why_not(
+def _sdpa_why_not(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -204,25 +205,46 @@ def _flash_float32_why_not(
     window: int | None,
     scale: float | None,
 ) -> list[str]:
-    reasons = _flash_why_not(q, k, v, bias, key_padding_mask, is_causal, window, scale)
-    return reasons if q.dtype in HALF_TYPES else [*reasons, f"q is {q.dtype}, not a half-precision type"]
+    if q.is_cuda:
+        return _attention_cuda.mask_reasons(q, k, bias)
+    return not_on_cpu(q) + (["q or k is empty"] if q.numel() == 0 or k.numel() == 0 else [])
 
 
-@attention.impl("torch_flash_float32", why_not=_flash_float32_why_not)
-def _torch_flash_float32(
+def _triton_why_not(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    is_causal: bool = False,
-    window: int | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """PyTorch's flash attention for the CPU in float32, then rounded, for half-precision inputs."""
-    # Conversions included, on a CPU without AMX it is 3x as fast as the float16 kernel and level with the bfloat16 one.
-    out = _torch_flash(q.float(), k.float(), v.float(), bias, key_padding_mask, is_causal, window, scale)
-    return out.to(q.dtype)
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> list[str]:
+    reasons = triton_why_not(q)
+    if k.numel() == 0 or v.numel() == 0:
+        reasons.append("k or v is empty")
+    for name, tensor in (("q", q), ("v", v)):
+        if tensor.shape[3] > _MAX_HEAD_DIM:
+            reasons.append(f"{name}'s head_dim {tensor.shape[3]} is above {_MAX_HEAD_DIM}")
+    return reasons
+
+
+def _triton_configs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> Sequence[Any]:
+    from burnish.kernels.attention import configs_for
+
+    return configs_for(q, k, v, bias)
+
+
+attention.impl("torch_flash_float32", why_not=_attention_cpu.flash_float32_why_not)(_attention_cpu.torch_flash_float32)
 
 
 @attention.impl("torch_flash", why_not=_flash_why_not)
@@ -236,47 +258,9 @@ def _torch_flash(
     window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """PyTorch's flash attention for the CPU, called directly; grouped heads without G copies of k and v."""
-    # The kernel takes the last stride for 1 without looking.
-    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
-    (batch, heads, length, width), key_heads, keys = q.shape, k.shape[1], k.shape[2]
-    skip_future = is_causal and window is None and length == keys  # the kernel's own causality is top-left aligned
-    in_mask = is_causal and not skip_future and length > 1  # a single query is the last: nothing is to come
-    mask = additive_mask(bias, allowed_pairs(q, k, key_padding_mask, in_mask, window), wide(q.dtype))
-    if heads == key_heads:
-        return _flash(q, k, v, mask, skip_future, scale)
-    groups = heads // key_heads
-    if not skip_future and (mask is None or mask.shape[1:3] == (1, 1)):
-        # All queries of a group see the same keys: they become more rows of one head, and k is read once for all.
-        rows = _flash(q.reshape(batch, key_heads, groups * length, width), k, v, mask, False, scale)
-        out = rows.reshape(batch, heads, length, width)
-    else:
-        # Each key head becomes a batch entry of its own, expanded over its group without a copy.
-        q = q.reshape(batch * key_heads, groups, length, width)
-        k, v = (t.reshape(batch * key_heads, 1, keys, width).expand(-1, groups, -1, -1) for t in (k, v))
-        if mask is not None and mask.shape[:2] != (1, 1):
-            mask = mask.expand(batch, heads, -1, -1).reshape(batch * key_heads, groups, *mask.shape[2:])
-        out = _flash(q, k, v, mask, skip_future, scale).reshape(batch, heads, length, width)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    out: Tensor = kernel(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)[0]
-    return out.transpose(1, 2).contiguous().transpose(1, 2)  # the kernel lays its result out like q
-
-
-def _sdpa_why_not(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    key_padding_mask: Tensor | None,
-    is_causal: bool,
-    window: int | None,
-    scale: float | None,
-) -> list[str]:
-    return not_on_cpu(q) + (["q or k is empty"] if q.numel() == 0 or k.numel() == 0 else [])
+    """PyTorch's flash attention, called directly; grouped heads without G copies of k and v."""
+    kernel = _attention_cuda.torch_flash if q.is_cuda else _attention_cpu.torch_flash
+    return kernel(q, k, v, bias, key_padding_mask, is_causal, window, scale)
 
 
 @attention.impl("torch_sdpa", why_not=_sdpa_why_not, differentiable=True)
@@ -292,10 +276,36 @@ def _torch_sdpa(
 ) -> Tensor:
     """F.scaled_dot_product_attention, which chooses a kernel and has its own backward."""
     masked = bias is not None or key_padding_mask is not None or window is not None or q.shape[2] != k.shape[2]
-    mask = None
-    if masked:
+    mask = nothing = None
+    if masked and q.is_cuda:
+        mask, nothing = _attention_cuda.safe_mask(q, k, bias, key_padding_mask, is_causal, window)
+    elif masked:
         mask = additive_mask(bias, allowed_pairs(q, k, key_padding_mask, is_causal, window), q.dtype)
     out = F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=is_causal and not masked, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
+    if nothing is not None:
+        out = out.masked_fill(nothing, 0.0)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+attention.impl("torch_cudnn", why_not=_attention_cuda.cudnn_why_not)(_attention_cuda.torch_cudnn)
+attention.impl("torch_efficient", why_not=_attention_cuda.efficient_why_not)(_attention_cuda.torch_efficient)
+
+
+@attention.impl("triton", why_not=_triton_why_not, configs=_triton_configs)
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    config: Any = None,
+) -> Tensor:
+    """A flash attention in Triton that takes every mask, without one in memory."""
+    from burnish.kernels.attention import attention_forward
+
+    return attention_forward(q, k, v, bias, key_padding_mask, is_causal, window, scale, config=config)

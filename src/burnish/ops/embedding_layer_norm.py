@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._common import check_floating, check_same_dtype, check_vector, nbytes
 from burnish.ops._norms import layer_norm_reference, not_mixed_layer_norm
+from burnish.ops._triton_norms import triton_norm_why_not
 
 
 def _check(
@@ -157,3 +159,60 @@ def _torch(
         total.add_(F.embedding(type_ids, type))
     total.add_(F.embedding(position_ids, position))
     return F.layer_norm(total, total.shape[-1:], weight, bias, eps)
+
+
+def _triton_why_not(
+    ids: Tensor,
+    word: Tensor,
+    position_ids: Tensor,
+    position: Tensor,
+    type_ids: Tensor | None,
+    type: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> list[str]:
+    reasons = triton_norm_why_not(word, weight, bias)
+    if ids.numel() == 0:
+        reasons.append("ids is empty")
+    for name, table in (("word", word), ("position", position), ("type", type)):
+        if table is not None and table.shape[1] > 1 and table.stride(1) != 1:
+            reasons.append(f"{name} is not stored row by row (its strides are {tuple(table.stride())})")
+    return reasons
+
+
+def _triton_configs(
+    ids: Tensor,
+    word: Tensor,
+    position_ids: Tensor,
+    position: Tensor,
+    type_ids: Tensor | None,
+    type: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> list[Any]:
+    from burnish.kernels.embedding import embedding_configs
+    from burnish.kernels.launch import target_of
+
+    return embedding_configs(ids.numel(), word.shape[1], word.dtype, target_of(word))
+
+
+@embedding_layer_norm.impl("triton", why_not=_triton_why_not, configs=_triton_configs)
+def _triton(
+    ids: Tensor,
+    word: Tensor,
+    position_ids: Tensor,
+    position: Tensor,
+    type_ids: Tensor | None = None,
+    type: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-12,
+    *,
+    config: Any = None,
+) -> Tensor:
+    """Rows gathered, added and normalized in one pass, a program for each token."""
+    from burnish.kernels import embedding
+
+    return embedding.embedding_layer_norm(ids, word, position_ids, position, type_ids, type, weight, bias, eps, config)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from burnish.kernels.layout import gemv_reasons, layout_reasons, tma_reasons
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._activations import GATES, activate, check_activation
 from burnish.ops._common import check_floating, check_same_dtype, check_vector, nbytes
 from burnish.ops._onednn import onednn_float32_why_not, onednn_linear, onednn_why_not
+from burnish.ops._triton import triton_why_not
 
 
 def _check(
@@ -173,3 +176,71 @@ def _torch(
     """F.linear for both products, one fresh tensor between them."""
     gate, up = F.linear(x, gate_up_weight, gate_up_bias).chunk(2, dim=-1)
     return F.linear(activate(gate, activation).mul_(up), down_weight, down_bias).contiguous()
+
+
+def _register_triton(
+    name: str,
+    description: str,
+    family: str,
+    down: bool,
+    further_reasons: Callable[[Tensor, tuple[Tensor, ...]], list[str]] | None = None,
+) -> None:
+    """An Impl by one family of Triton kernels; `down` says that they do the second product too, else torch does."""
+
+    def why_not(
+        x: Tensor,
+        gate_up_weight: Tensor,
+        down_weight: Tensor,
+        gate_up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        activation: str,
+    ) -> list[str]:
+        weights = (gate_up_weight, down_weight) if down else (gate_up_weight,)
+        reasons = triton_why_not(x) + layout_reasons(x, (gate_up_weight, down_weight))
+        return reasons + further_reasons(x, weights) if further_reasons is not None else reasons
+
+    def configs(
+        x: Tensor,
+        gate_up_weight: Tensor,
+        down_weight: Tensor,
+        gate_up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        activation: str,
+    ) -> Sequence[Any]:
+        from burnish.kernels.gated import gated_mlp_configs
+
+        return gated_mlp_configs(family, x, gate_up_weight, down_weight if down else None)
+
+    def impl(
+        x: Tensor,
+        gate_up_weight: Tensor,
+        down_weight: Tensor,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        activation: str = "silu",
+        config: Any = None,
+    ) -> Tensor:
+        from burnish.kernels import gated
+
+        args = (x, gate_up_weight, down_weight, gate_up_bias, down_bias, activation)
+        return gated.gated_mlp(family, *args, down=down, config=config)
+
+    impl.__doc__ = description
+    gated_mlp.impl(name, why_not=why_not, configs=configs)(impl)
+
+
+_register_triton(
+    "triton", "Two Triton kernels: gate, up and their product in tiles; the down projection.", "matmul", True
+)
+_register_triton(
+    "triton_gate", "A Triton kernel for gate, up and their product in tiles, then F.linear.", "matmul", False
+)
+_register_triton(
+    "triton_gemv", "Two Triton kernels for a few rows of x, which stream the weights.", "gemv", True, gemv_reasons
+)
+_register_triton(
+    "triton_tma", "Two persistent Triton kernels for many rows, which copy tiles by TMA.", "tma", True, tma_reasons
+)
+_register_triton(
+    "triton_tma_gate", "A persistent Triton kernel that copies tiles by TMA, then F.linear.", "tma", False, tma_reasons
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._common import nbytes
 from burnish.ops._norms import check_norm, empty_contiguous, layer_norm_reference, not_mixed_layer_norm
+from burnish.ops._triton_norms import triton_norm_configs, triton_norm_why_not
 
 
 def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
@@ -61,3 +63,21 @@ def _torch_why_not(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
 def _torch(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """PyTorch's own kernel, in one pass without upcast copies."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps).contiguous()
+
+
+def _triton_why_not(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> list[str]:
+    return triton_norm_why_not(x, weight, bias)
+
+
+def _triton_configs(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> list[Any]:
+    return triton_norm_configs(x, added=False)
+
+
+@layer_norm.impl("triton", why_not=_triton_why_not, configs=_triton_configs)
+def _triton(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *, config: Any = None
+) -> Tensor:
+    """One pass over memory, whole rows in registers."""
+    from burnish.kernels import norms
+
+    return norms.layer_norm(x, weight, bias, eps, config)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from burnish.kernels.layout import gemv_reasons, layout_reasons, tma_reasons
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._activations import ACTIVATIONS, activate, activate_, check_activation
 from burnish.ops._common import check_floating, check_same_dtype, check_vector, nbytes
 from burnish.ops._onednn import onednn_float32_why_not, onednn_linear, onednn_why_not
+from burnish.ops._triton import triton_why_not
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> None:
@@ -121,3 +124,92 @@ def _torch(
     """F.linear, then activation and residual in place."""
     out = activate_(F.linear(x, weight, bias), activation)
     return (out if residual is None else out.add_(residual)).contiguous()
+
+
+def _triton_why_not(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+) -> list[str]:
+    return triton_why_not(x) + layout_reasons(x, (weight,), residual)
+
+
+def _triton_configs(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+) -> Sequence[Any]:
+    from burnish.kernels.matmul import Product, matmul_configs
+
+    return matmul_configs(Product.of(x, weight))
+
+
+@linear.impl("triton", why_not=_triton_why_not, configs=_triton_configs)
+def _triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    config: Any = None,
+) -> Tensor:
+    """Tiles, bias, activation and residual in one Triton kernel, the sum over K split where the tiles are few."""
+    from burnish.kernels.matmul import matmul
+
+    return matmul(x, weight, bias, activation, residual, config=config)
+
+
+def _triton_gemv_why_not(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+) -> list[str]:
+    return _triton_why_not(x, weight, bias, activation, residual) + gemv_reasons(x, (weight,))
+
+
+def _triton_gemv_configs(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+) -> Sequence[Any]:
+    from burnish.kernels.gemv import gemv_configs
+    from burnish.kernels.matmul import Product
+
+    return gemv_configs(Product.of(x, weight))
+
+
+@linear.impl("triton_gemv", why_not=_triton_gemv_why_not, configs=_triton_gemv_configs)
+def _triton_gemv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    config: Any = None,
+) -> Tensor:
+    """A Triton kernel for a few rows of x, which streams the weight without tensor cores."""
+    from burnish.kernels.gemv import gemv
+
+    return gemv(x, weight, bias, activation, residual, config=config)
+
+
+def _triton_tma_why_not(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+) -> list[str]:
+    return _triton_why_not(x, weight, bias, activation, residual) + tma_reasons(x, (weight,))
+
+
+def _triton_tma_configs(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+) -> Sequence[Any]:
+    from burnish.kernels.matmul import Product
+    from burnish.kernels.matmul_tma import matmul_tma_configs
+
+    return matmul_tma_configs(Product.of(x, weight))
+
+
+@linear.impl("triton_tma", why_not=_triton_tma_why_not, configs=_triton_tma_configs)
+def _triton_tma(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    config: Any = None,
+) -> Tensor:
+    """A persistent Triton kernel for many rows, which copies tiles by tensor memory access."""
+    from burnish.kernels.matmul_tma import matmul_tma
+
+    return matmul_tma(x, weight, bias, activation, residual, config=config)

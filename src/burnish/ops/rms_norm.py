@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._common import nbytes, not_on_cpu, not_same_dtype
 from burnish.ops._norms import check_norm, empty_contiguous, rms_norm_by_vector_norm, rms_norm_reference
+from burnish.ops._triton_norms import triton_norm_configs, triton_norm_why_not
 
 
 def _check(x: Tensor, weight: Tensor | None, eps: float) -> None:
@@ -69,3 +71,19 @@ def _torch_why_not(x: Tensor, weight: Tensor | None, eps: float) -> list[str]:
 def _torch(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """PyTorch's own rms_norm."""
     return F.rms_norm(x, x.shape[-1:], weight, eps).contiguous()
+
+
+def _triton_why_not(x: Tensor, weight: Tensor | None, eps: float) -> list[str]:
+    return triton_norm_why_not(x, weight)
+
+
+def _triton_configs(x: Tensor, weight: Tensor | None, eps: float) -> list[Any]:
+    return triton_norm_configs(x, added=False)
+
+
+@rms_norm.impl("triton", why_not=_triton_why_not, configs=_triton_configs)
+def _triton(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, config: Any = None) -> Tensor:
+    """One pass over memory, whole rows in registers."""
+    from burnish.kernels import norms
+
+    return norms.rms_norm(x, weight, eps, config)

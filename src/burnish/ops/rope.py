@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
-from burnish.ops._common import check_floating, nbytes, not_same_dtype, wide
+from burnish.ops._common import HALF_TYPES, check_floating, nbytes, not_same_dtype, wide
+from burnish.ops._triton import triton_why_not
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
@@ -117,3 +119,32 @@ def _torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
     if width < x.shape[-1]:
         out[..., width:].copy_(x[..., width:])
     return out
+
+
+_MAX_HEAD_DIM = 1024  # as in burnish.kernels.rope, which needs triton
+
+
+def _triton_why_not(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> list[str]:
+    reasons = triton_why_not(x)
+    if x.shape[-1] > _MAX_HEAD_DIM:
+        reasons.append(f"head_dim {x.shape[-1]} is above {_MAX_HEAD_DIM}")
+    if cos.shape[-1] == 0:
+        reasons.append("cos and sin have no columns: nothing is rotated")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.dtype not in (*HALF_TYPES, torch.float32):
+            reasons.append(f"{name} is {table.dtype}; the kernel takes float16, bfloat16 and float32")
+    return reasons
+
+
+def _triton_configs(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> list[Any]:
+    from burnish.kernels.rope import rope_configs
+
+    return rope_configs(x, None, cos.shape[-1])
+
+
+@rope.impl("triton", why_not=_triton_why_not, configs=_triton_configs)
+def _triton(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, *, config: Any = None) -> Tensor:
+    """One pass over memory, several heads of a position at a time."""
+    from burnish.kernels import rope as kernels
+
+    return kernels.rope(x, cos, sin, interleaved, config)

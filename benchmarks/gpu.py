@@ -1,0 +1,112 @@
+"""What the groups for a GPU share: the peers, captured as CUDA graphs too, kernel counts, and floors."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import burnish
+from benchmarks.runner import CheckError, Record, Session, verdicts
+from burnish import numerics
+from burnish.hardware import device
+
+Variant = Callable[[], object]
+Inputs = Mapping[str, Any]
+
+COMPILED = {"compile-default": None, "compile-max-autotune": "max-autotune-no-cudagraphs"}
+
+
+def peers(function: Callable[..., object], inputs: Inputs, wanted: Callable[[str], bool]) -> dict[str, Variant]:
+    """Eager and torch.compile, each called plainly and replayed as a CUDA graph, as far as they are wanted."""
+    found: dict[str, Variant] = {"eager": lambda: function(**inputs)}
+    if wanted("eager-graph"):
+        found["eager-graph"] = captured(found["eager"])
+    for name, mode in COMPILED.items():
+        if not wanted(name):
+            continue
+        torch.compiler.reset()
+        fast = torch.compile(function, mode=mode)
+        found[name] = _calling(fast, inputs)
+        found[f"{name}-graph"] = captured(found[name])
+    return found
+
+
+def _calling(function: Callable[..., object], inputs: Inputs) -> Variant:
+    return lambda: function(**inputs)
+
+
+def captured(run: Variant) -> Variant:
+    """`run` as a CUDA graph; its result is where the graph writes it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+
+    def replay() -> object:
+        graph.replay()
+        return output
+
+    return replay
+
+
+def count_kernels(run: Variant) -> int:
+    """Kernels (and memory copies and fills) that one call launches."""
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
+        run()
+        torch.cuda.synchronize()
+    return sum(str(event.device_type) == "DeviceType.CUDA" for event in trace.events())
+
+
+def model_floor_us(model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> float:
+    """The least time for the model's matrix products, or for reading its weights, whichever is longer."""
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    weights = sum(p.nbytes for p in model.parameters() if id(p) not in embeddings)
+    return device().floor_us(counter.get_total_flops(), weights, dtype)
+
+
+@torch.no_grad()
+def run_model(session: Session, name: str, model: nn.Module, inputs: Inputs, *, check: bool = True) -> list[Record]:
+    """Times `model(**inputs)` by every variant, after checking Burnish's numbers (against float64, where that fits)."""
+    logging.getLogger("torch._inductor").setLevel(logging.ERROR)
+    dtype = next(p.dtype for p in model.parameters())
+    floor = model_floor_us(model, inputs, dtype)
+    eager_output = model(**inputs)
+    truth = None
+    if check:
+        truth = numerics.oracle(copy.deepcopy(model).double(), **inputs)
+    found = peers(model, inputs, session.wants)
+    fast = burnish.optimize(copy.deepcopy(model) if check else model, (), inputs, static_outputs=True)
+    variants: dict[str, Variant] = {"burnish": lambda: fast(**inputs), **found}
+    if truth is not None:
+        reason = verdicts({"burnish": variants["burnish"]()}, eager_output, truth)["burnish"]
+        if reason:
+            raise CheckError(f"burnish: {reason}")
+    kernels = {variant: count_kernels(run) for variant, run in variants.items()}
+    result = session.time(variants, cold_l2=True)
+    session.console.print(result)
+    served = fast.schedule.served[0]  # type: ignore[attr-defined]
+    if served.not_captured or served.kept_original:
+        session.console.print(f"[red]burnish: {served.not_captured or served.kept_original}[/red]")
+    records = result.records(name, session.command(name), kernels=kernels, floor_us=floor)
+    best = min(r["median_us"] for r in records if r["variant"].startswith("compile")) if len(found) > 2 else None
+    mine = records[0]["median_us"]
+    if best:
+        session.console.print(f"  {name}: burnish {mine:.1f} us, {mine / best:.3f} of the best torch.compile")
+    session.console.print(f"  kernels {kernels}, floor {floor:.1f} us, optimize {served.seconds:.1f} s")
+    return records

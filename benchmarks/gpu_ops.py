@@ -1,0 +1,171 @@
+"""Group `ops` on a GPU: every Impl of an Op, in bfloat16 unless the name says otherwise, against its best peers.
+
+Each is timed as a CUDA graph on an L2 cache that was overwritten before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import burnish
+import burnish.ops
+from benchmarks.gpu import captured, count_kernels, peers
+from benchmarks.runner import Case, CheckError, Record, Session, verdicts
+from burnish import numerics
+from burnish.hardware import device
+from burnish.numerics import randn
+from burnish.op import OPS
+
+BACKENDS = {
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa-math": SDPBackend.MATH,
+}
+
+
+class GatedMLP(nn.Module):
+    """Llama's MLP as Hugging Face spells it."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(width, inner, bias=False), nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class AddRMSNorm(nn.Module):
+    """The sum with the stream and its norm, as Hugging Face's Llama spells them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        wide = total.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * normed.to(total.dtype), total
+
+
+def cases() -> Iterator[Case]:
+    mlps = {"d1024-i11008": (1024, 11008, (2048,)), "d4096-i14336": (4096, 14336, (4096, 16, 1))}
+    for size, (width, inner, lengths) in mlps.items():
+        for tokens in lengths:
+            name = f"gated-mlp-{size}-t{tokens}"
+            yield Case(name, partial(_gated_mlp, name=name, width=width, inner=inner, tokens=tokens))
+    for rows, width in ((16384, 4096), (4096, 8192)):
+        name = f"add-rms-norm-{rows}x{width}"
+        yield Case(name, partial(_add_rms_norm, name=name, rows=rows, width=width))
+    for name, shape, dtype, causal in (
+        ("sdpa-32x32x1024x32-fp16", (32, 32, 1024, 32), torch.float16, False),
+        ("sdpa-16x16x512x64-bf16", (16, 16, 512, 64), torch.bfloat16, False),
+        ("sdpa-4x32x4096x128-bf16-causal", (4, 32, 4096, 128), torch.bfloat16, True),
+    ):
+        yield Case(name, partial(_sdpa, name=name, shape=shape, dtype=dtype, causal=causal))
+
+
+def _gated_mlp(session: Session, *, name: str, width: int, inner: int, tokens: int) -> list[Record]:
+    torch.manual_seed(0)
+    model = GatedMLP(width, inner).to("cuda", torch.bfloat16).requires_grad_(False)
+    x = randn(1, tokens, width, dtype=torch.bfloat16, device="cuda", seed=1)
+    weights = torch.cat([model.gate_proj.weight, model.up_proj.weight]), model.down_proj.weight
+    return _run(session, name, "gated_mlp", (x, *weights), model, {"x": x}, _liger_mlp(model, x))
+
+
+def _add_rms_norm(session: Session, *, name: str, rows: int, width: int) -> list[Record]:
+    model = AddRMSNorm(width).to("cuda", torch.bfloat16).requires_grad_(False)
+    x, residual = (randn(rows, width, dtype=torch.bfloat16, device="cuda", seed=seed) for seed in (1, 2))
+    inputs = {"x": x, "residual": residual}
+    return _run(session, name, "add_rms_norm", (x, residual, model.weight, 1e-6), model, inputs, _liger_norm(model, x))
+
+
+def _sdpa(session: Session, *, name: str, shape: tuple[int, ...], dtype: torch.dtype, causal: bool) -> list[Record]:
+    q, k, v = (
+        randn(shape[0], shape[2], shape[1], shape[3], dtype=dtype, device="cuda", seed=seed).transpose(1, 2)
+        for seed in range(3)
+    )
+    more = {}
+    for variant, backend in BACKENDS.items():
+
+        def run(backend: SDPBackend = backend) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+        more[variant] = captured(run)
+    return _run(session, name, "attention", (q, k, v, None, None, causal), None, {}, more)
+
+
+@torch.no_grad()
+def _run(
+    session: Session,
+    name: str,
+    op_name: str,
+    args: tuple[Any, ...],
+    model: nn.Module | None,
+    inputs: dict[str, Tensor],
+    more: dict[str, Callable[[], object]],
+) -> list[Record]:
+    op = OPS[op_name]
+    bound = op.bind(*args)
+    truth, reference = numerics.oracle(op.reference, *bound), op.reference(*bound)
+    impls: dict[str, Callable[[], object]] = {}
+    tuner = burnish.tuning.Tuner("readwrite")
+    for impl in op.impls.values():
+        if impl.name != "reference" and not impl.why_not(*bound):
+            alone = burnish.tuning.Tuner("readwrite", {op_name: impl.name})
+            function, _ = alone.choose(op, bound, budget_us=1e6, thorough=True)
+            impls[impl.name] = partial(function, *bound)
+    fastest, choice = tuner.choose(op, bound, budget_us=1e6, thorough=True)
+    tuner.save()
+    wrong = {n: r for n, r in verdicts({n: run() for n, run in impls.items()}, reference, truth).items() if r}
+    if wrong:
+        raise CheckError("; ".join(f"{n}: {reason}" for n, reason in wrong.items()))
+    variants = {"burnish": captured(partial(fastest, *bound))}
+    if model is not None:
+        variants |= peers(model, inputs, session.wants)
+    variants |= more | {f"impl {n}": captured(run) for n, run in impls.items() if n != choice.impl}
+    kernels = {variant: count_kernels(run) for variant, run in variants.items()}
+    result = session.time(variants, cold_l2=True)
+    cost = op.cost(*bound)
+    floor = device().floor_us(cost.flops, cost.bytes, args[0].dtype)
+    session.console.print(result)
+    session.console.print(f"  {choice.impl} {choice.config}: floor {floor:.1f} us; {choice.times_us}")
+    records = result.records(name, session.command(name), kernels=kernels, floor_us=floor)
+    best = min(r["median_us"] for r in records if r["variant"].startswith(("compile", "sdpa")))
+    mine = records[0]["median_us"]
+    session.console.print(
+        f"  {name}: burnish {mine:.1f} us, {mine / best:.3f} of the best peer, {mine / floor:.3f} floors"
+    )
+    return records
+
+
+def _liger_mlp(model: GatedMLP, x: Tensor) -> dict[str, Callable[[], object]]:
+    try:
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+    except ImportError:
+        return {}
+
+    def run() -> object:
+        return model.down_proj(LigerSiLUMulFunction.apply(model.gate_proj(x), model.up_proj(x)))
+
+    return {"liger": captured(run)}
+
+
+def _liger_norm(model: AddRMSNorm, x: Tensor) -> dict[str, Callable[[], object]]:
+    try:
+        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+    except ImportError:
+        return {}
+    residual = randn(*x.shape, dtype=x.dtype, device="cuda", seed=2)
+    return {"liger": captured(lambda: LigerFusedAddRMSNormFunction.apply(x, residual, model.weight, 1e-6))}

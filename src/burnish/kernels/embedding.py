@@ -1,0 +1,90 @@
+"""BERT's embeddings: rows of two or three tables gathered, added and layer-normalized in one pass.
+
+Source: Devlin et al., "BERT", arXiv:1810.04805; the normalization as in `burnish.kernels.norms`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from burnish.kernels.launch import Config, Target, launch, launch_dependents, target_of, wait_for_inputs
+from burnish.kernels.norms import load_vector, norm_configs, normalize
+
+
+@triton.jit
+def _gather(table, entries, stride, ids, batch, position, ids_batch, ids_step, column, N: tl.constexpr):
+    """The row of `table` that the index names, (1, block); NaN where there is no such row, so that it is seen."""
+    index = tl.load(ids + batch * ids_batch + position * ids_step).to(tl.int64)
+    found = tl.where((index >= 0) & (index < entries), N, 0)
+    return tl.load(table + index * stride + column, column < found, other=float("nan"))
+
+
+@triton.jit
+def _embedding_layer_norm_kernel(
+    ids, word, position_ids, position, type_ids, type, weight, bias, out, length,
+    ids_batch, ids_step, position_ids_batch, position_ids_step, type_ids_batch, type_ids_step,
+    words, word_stride, positions, position_stride, types, type_stride, eps,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program for each token."""
+    launch_dependents(PDL)
+    scale, shift = None, None
+    if weight is not None:
+        scale = load_vector(weight, N, BLOCK_N).to(tl.float32)
+    if bias is not None:
+        shift = load_vector(bias, N, BLOCK_N).to(tl.float32)
+    wait_for_inputs(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    batch, place = row // length, row % length
+    column = tl.arange(0, BLOCK_N)[None, :]
+    mask = column < N
+    dtype = out.dtype.element_ty
+    total = _gather(word, words, word_stride, ids, batch, place, ids_batch, ids_step, column, N)
+    added = _gather(
+        position, positions, position_stride, position_ids, batch, place,
+        position_ids_batch, position_ids_step, column, N,
+    )  # fmt: skip
+    if type is not None:
+        kind = _gather(type, types, type_stride, type_ids, batch, place, type_ids_batch, type_ids_step, column, N)
+        total = (total.to(tl.float32) + kind.to(tl.float32)).to(dtype)
+    total = (total.to(tl.float32) + added.to(tl.float32)).to(dtype)
+    normed = normalize(tl.where(mask, total.to(tl.float32), 0.0), mask, eps, N, False)
+    if weight is not None:
+        normed = normed * scale
+    if bias is not None:
+        normed = normed + shift
+    tl.store(out + row * N + column, normed.to(dtype), mask)
+
+
+def embedding_layer_norm(
+    ids: Tensor, word: Tensor, position_ids: Tensor, position: Tensor, type_ids: Tensor | None, type: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, eps: float, config: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """`layer_norm(word[ids] + type[type_ids] + position[position_ids])`, rounded after each addition.
+
+    Shapes: ids (B, S), position_ids and type_ids (B or 1, S), of any strides; the tables (entries, N), the last stride
+    1; weight and bias (N,) or None; the result (B, S, N). Dtypes: indices int32 or int64; the tables one of float16,
+    bfloat16, float32, which is the result's; weight and bias each their own. An index that is out of range gives NaN.
+    """
+    B, S = ids.shape
+    N = word.shape[1]
+    config = config or embedding_configs(B * S, N, word.dtype, target_of(word))[0]
+    weight, bias = (None if v is None else v.contiguous() for v in (weight, bias))
+    out = torch.empty((B, S, N), dtype=word.dtype, device=word.device)
+    indices = (ids, position_ids, type_ids)
+    steps = [s for i in indices for s in ((0, 0) if i is None else (i.stride(0) if i.shape[0] > 1 else 0, i.stride(1)))]
+    sizes = [s for t in (word, position, type) for s in ((0, 0) if t is None else (t.shape[0], t.stride(0)))]
+    launch(
+        _embedding_layer_norm_kernel, (B * S,), ids, word, position_ids, position, type_ids, type, weight, bias, out, S,
+        *steps, *sizes, eps, config=config, like=word, N=N, BLOCK_N=triton.next_power_of_2(N),
+    )  # fmt: skip
+    return out
+
+
+def embedding_configs(rows: int, N: int, dtype: torch.dtype, target: Target) -> list[Config]:
+    """How to embed `rows` tokens of N entries, the most promising first: the warps that one row takes."""
+    rows_alone = [c.num_warps for c in norm_configs(min(rows, target.num_sms), N, dtype, True, target)]
+    return [Config.of(num_warps=num_warps) for num_warps in dict.fromkeys(rows_alone)]

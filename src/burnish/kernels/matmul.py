@@ -1,0 +1,352 @@
+"""`act(x @ weight.T + bias) + residual` in one kernel, tile by tile, the sum over K split among programs if need be.
+
+With `GATED` the weight has two halves of rows, gate and up, and the result is `act(gate) * up`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from burnish.kernels.activations import activate
+from burnish.kernels.launch import Config, Target, launch, launch_dependents, target_of, wait_for_inputs
+from burnish.kernels.layout import rows_of
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(x, weight, acc):  # type: ignore[no-untyped-def]
+    """`acc + x @ weight`, exact products of float32 too."""
+    if INTERPRETED:  # the interpreter multiplies the bits of bfloat16 as integers
+        x, weight = x.to(tl.float32), weight.to(tl.float32)
+    return tl.dot(x, weight, acc, input_precision="ieee")
+
+
+@triton.jit
+def tile_of(pid, rows, columns, GROUP_M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Row and column of tile `pid`: tiles are walked in groups of GROUP_M rows, so that L2 keeps the operands."""
+    in_group = GROUP_M * columns
+    first = pid // in_group * GROUP_M
+    height = min(rows - first, GROUP_M)
+    return first + pid % in_group % height, pid % in_group // height
+
+
+@triton.jit
+def row_offsets(rows, inner, stride_outer, stride_inner):  # type: ignore[no-untyped-def]
+    """Where rows start in memory that has two strides for them: `inner` rows by stride_inner, those by stride_outer."""
+    return (rows // inner).to(tl.int64) * stride_outer + (rows % inner).to(tl.int64) * stride_inner
+
+
+@triton.jit
+def epilogue(  # type: ignore[no-untyped-def]
+    acc,
+    up,
+    m,
+    n,
+    bias_ptr,
+    stride_bias,
+    residual_ptr,
+    residual_inner,
+    stride_residual_outer,
+    stride_residual_inner,
+    stride_residual_n,
+    M,
+    N,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """Bias, activation, gate and residual on the float32 block of rows `m` and columns `n`; `up` is read if GATED."""
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n * stride_bias, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    acc = activate(acc, ACTIVATION)
+    if GATED:
+        if bias_ptr is not None:
+            up += tl.load(bias_ptr + (N + n) * stride_bias, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        acc *= up
+    if residual_ptr is not None:
+        rows = row_offsets(m, residual_inner, stride_residual_outer, stride_residual_inner)
+        offsets = rows[:, None] + n.to(tl.int64)[None, :] * stride_residual_n
+        mask = (m < M)[:, None] & (n < N)[None, :]
+        acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    return acc
+
+
+@triton.jit
+def matmul_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    partial_ptr,  # (tiles, SPLIT_K, 2 if GATED else 1, BLOCK_M, BLOCK_N) float32
+    counter_ptr,  # (tiles,) int32, zero before and after
+    M,
+    N,
+    K,
+    x_inner,
+    stride_x_outer,
+    stride_x_inner,
+    stride_x_k,
+    stride_weight_n,
+    stride_weight_k,
+    to_up,  # from a gate's row to the same row of up
+    stride_bias,
+    residual_inner,
+    stride_residual_outer,
+    stride_residual_inner,
+    stride_residual_n,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    launch_dependents(PDL)
+    tile = tl.program_id(0)
+    tile_m, tile_n = tile_of(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    steps = tl.cdiv(K, BLOCK_K)
+    split = tl.program_id(1)
+    first = split * steps // SPLIT_K
+    last = (split + 1) * steps // SPLIT_K
+    k = first * BLOCK_K + tl.arange(0, BLOCK_K)
+
+    x_rows = row_offsets(m, x_inner, stride_x_outer, stride_x_inner)
+    x_ptrs = x_ptr + x_rows[:, None] + k.to(tl.int64)[None, :] * stride_x_k
+    weight_ptrs = weight_ptr + k.to(tl.int64)[:, None] * stride_weight_k + n.to(tl.int64)[None, :] * stride_weight_n
+
+    wait_for_inputs(PDL)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(first, last):
+        if EVEN_K:
+            x_mask = (m < M)[:, None]
+            weight_mask = (n < N)[None, :]
+        else:
+            inside = step * BLOCK_K + tl.arange(0, BLOCK_K) < K
+            x_mask = (m < M)[:, None] & inside[None, :]
+            weight_mask = (n < N)[None, :] & inside[:, None]
+        x = tl.load(x_ptrs, mask=x_mask, other=0.0)
+        weight = tl.load(weight_ptrs, mask=weight_mask, other=0.0)
+        acc = dot(x, weight, acc)
+        if GATED:
+            weight = tl.load(weight_ptrs + to_up, mask=weight_mask, other=0.0)
+            up = dot(x, weight, up)
+        x_ptrs += BLOCK_K * stride_x_k
+        weight_ptrs += BLOCK_K * stride_weight_k
+
+    done = True
+    if SPLIT_K > 1:
+        # Every program leaves its part in memory; the last to arrive adds them in their order, whoever it is.
+        SIZE: tl.constexpr = BLOCK_M * BLOCK_N
+        STRIDE: tl.constexpr = SIZE * 2 if GATED else SIZE
+        within = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        parts = partial_ptr + tile.to(tl.int64) * (STRIDE * SPLIT_K) + within
+        tl.store(parts + split * STRIDE, acc)
+        if GATED:
+            tl.store(parts + split * STRIDE + SIZE, up)
+        tl.debug_barrier()  # one thread counts for all of them: their stores have to come before
+        done = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
+    if done:
+        if SPLIT_K > 1:
+            tl.store(counter_ptr + tile, 0)  # as the next launch wants it
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            # Four loads in flight hide most of the latency; with all 16 of a split in flight registers spilled.
+            AT_ONCE: tl.constexpr = 4 if SPLIT_K % 4 == 0 else SPLIT_K
+            for start in range(0, SPLIT_K, AT_ONCE):
+                for part in tl.static_range(AT_ONCE):
+                    acc += tl.load(parts + (start + part) * STRIDE, cache_modifier=".cg")
+                    if GATED:
+                        up += tl.load(parts + (start + part) * STRIDE + SIZE, cache_modifier=".cg")
+        result = epilogue(
+            acc,
+            up,
+            m,
+            n,
+            bias_ptr,
+            stride_bias,
+            residual_ptr,
+            residual_inner,
+            stride_residual_outer,
+            stride_residual_inner,
+            stride_residual_n,
+            M,
+            N,
+            ACTIVATION,
+            GATED,
+        )
+        offsets = m.to(tl.int64)[:, None] * N + n[None, :]
+        mask = (m < M)[:, None] & (n < N)[None, :]
+        tl.store(out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a matrix product's configs are chosen for: x of `rows` x `depth` times `columns` rows of weight.
+
+    If gated, twice as many rows of weight.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    dtype: torch.dtype
+    target: Target
+    gated: bool = False
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor, gated: bool = False) -> Product:
+        columns = weight.shape[0] // 2 if gated else weight.shape[0]
+        return cls(x.numel() // x.shape[-1], columns, x.shape[-1], x.dtype, target_of(x), gated)
+
+    @property
+    def halves(self) -> int:
+        """Rows of weight for each column of the result."""
+        return 2 if self.gated else 1
+
+
+def shared_memory(target: Target) -> int:
+    """The bytes that one block may use. Source: CUDA programming guide, technical specifications per capability."""
+    if target.capability[0] in (9, 10):
+        return 232_448
+    return 166_912 if target.capability in ((8, 0), (8, 7)) else 101_376
+
+
+def fitting(configs: list[Config], product: Product) -> list[Config]:
+    """Those whose pipeline fits the device's shared memory, each once."""
+
+    def nbytes(config: Config) -> int:
+        tile = (config["BLOCK_M"] + product.halves * config["BLOCK_N"]) * config["BLOCK_K"]
+        return tile * product.dtype.itemsize * config.num_stages
+
+    most = shared_memory(product.target) - 2048  # barriers and the split's count want some too
+    return list(dict.fromkeys(config for config in configs if nbytes(config) <= most))
+
+
+def matmul_configs(product: Product) -> list[Config]:
+    """Configs of `matmul`, the most promising first."""
+    # (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), BLOCK_N of both halves together if gated.
+    if product.dtype == torch.float32:
+        # Exact float32 products run on the ordinary cores: what counts is the registers that the operands take.
+        shapes = [(16, 32, 64, 4, 3)] if product.rows <= 32 else [(64, 64, 16, 4, 3), (32, 32, 32, 4, 3)]
+    elif product.rows <= 32:
+        m = 16 if product.rows <= 16 else 32
+        shapes = [(m, 64, 64, 4, 5), (m, 32, 128, 4, 5), (m, 64, 128, 4, 4), (m, 128, 64, 4, 4)]
+    elif product.rows <= 512:
+        # 64x64x128 and 64x32x64, 5 stages, 4 warps were a sweep's best on H200 at 128 rows and BERT-base's weights.
+        shapes = [(64, 32, 64, 4, 5), (64, 64, 128, 4, 5), (64, 64, 64, 4, 5), (32, 64, 128, 4, 4), (128, 64, 64, 4, 4)]
+    else:
+        shapes = [(128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4)]
+    configs = []
+    for m, n, k, warps, stages in shapes:
+        block_n, block_k = n // product.halves, max(16, min(k, triton.next_power_of_2(product.depth)))
+        for split in _splits(product, m, block_n, block_k):
+            blocks = {"BLOCK_M": m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8, "SPLIT_K": split}
+            configs.append(Config.of(num_warps=warps, num_stages=stages, **blocks))
+    # A weight this small is a launch's latency whatever the blocks.
+    return fitting(configs, product)[: 1 if product.columns * product.depth < 1 << 16 else None]
+
+
+def _splits(product: Product, block_m: int, block_n: int, block_k: int) -> list[int]:
+    """In how many parts to sum over K: so many that every SM has a program or two; 1 where the tiles fill them."""
+    if block_m * block_n * product.halves > 4096:  # the sum of parts of larger tiles spills registers
+        return [1]
+    tiles = triton.cdiv(product.rows, block_m) * triton.cdiv(product.columns, block_n)
+    most = triton.cdiv(product.depth, block_k) // 3  # a shorter part does nothing but fill its pipeline
+    # Few rows are bound by memory: there every SM needs several programs in flight.
+    wanted = (2, 4) if product.rows <= 32 else (1, 2)
+    splits = []
+    for per_sm in wanted:
+        ideal = min(most, product.target.num_sms * per_sm / tiles)
+        splits.append(min((1, 2, 3, 4, 8, 12, 16), key=lambda split: abs(split - ideal)))
+    return list(dict.fromkeys(splits))
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+_captured: dict[torch.device, int] = {}  # where the next captured launch's counters begin, in the buffer of stream -1
+_COUNTERS = 1 << 18
+_MAX_TILES = 1 << 12
+
+
+def counters(like: Tensor, tiles: int) -> Tensor:
+    """`tiles` int32 zeros on the device of `like`, for a kernel that leaves them zero.
+
+    Launches that may run at the same time must not share them. Those of one stream follow each other and do share; a
+    captured one runs on whatever stream its graph is replayed, so each has its own, and they come round again only
+    after a million bytes.
+    """
+    device = like.device
+    if tiles > _MAX_TILES:  # no config that is offered splits so many
+        return torch.zeros(tiles, dtype=torch.int32, device=device)
+    if not like.is_cuda:
+        return _buffer(device, 0, _MAX_TILES)[:tiles]
+    if not torch.cuda.is_current_stream_capturing():
+        _buffer(device, -1, _COUNTERS)
+        return _buffer(device, torch.cuda.current_stream(device).cuda_stream, _MAX_TILES)[:tiles]
+    if (device, -1) not in _counters:  # memory of the capture would be zeroed by its replays only
+        return torch.zeros(tiles, dtype=torch.int32, device=device)
+    start = _captured.get(device, 0)
+    start = start if start + tiles <= _COUNTERS else 0
+    _captured[device] = start + tiles
+    return _counters[device, -1][start : start + tiles]
+
+
+def _buffer(device: torch.device, stream: int, size: int) -> Tensor:
+    if (device, stream) not in _counters:
+        _counters[device, stream] = torch.zeros(size, dtype=torch.int32, device=device)
+    return _counters[device, stream]
+
+
+def matmul(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    gated: bool = False,
+    config: Config | None = None,
+) -> Tensor:
+    """`act(x @ weight.T + bias) + residual`, or `act(gate) * up` of the two halves of `x @ weight.T + bias` if gated.
+
+    Shapes: x (..., K) with at most two strides for its rows, weight (N, K), or (2*N, K) if gated, of any strides,
+    bias its rows' number, residual and the contiguous result (..., N). All of one dtype: float16, bfloat16 or float32;
+    sums are float32, and the result is rounded once. The order of summation depends on the config alone.
+    Source: the tiling and its order are Triton's tutorial "Matrix Multiplication"; the reduction by the last program to
+    arrive is that of CUDA's sample threadFenceReduction.
+    """
+    columns = weight.shape[0] // 2 if gated else weight.shape[0]
+    config = config or matmul_configs(Product.of(x, weight, gated))[0]
+    out = x.new_empty((*x.shape[:-1], columns))
+    rows, residual_rows = rows_of(x), out if residual is None else residual
+    extra = rows_of(residual_rows)
+    assert rows is not None
+    assert extra is not None
+    tiles = triton.cdiv(rows.count, config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_N"])
+    split = config["SPLIT_K"]
+    partial, counter = None, None
+    if split > 1:
+        size = tiles * split * config["BLOCK_M"] * config["BLOCK_N"] * (2 if gated else 1)
+        partial, counter = x.new_empty(size, dtype=torch.float32), counters(x, tiles)
+    arguments: tuple[Any, ...] = (
+        *(x, weight, bias, residual, out, partial, counter),
+        *(rows.count, columns, x.shape[-1]),
+        *(rows.inner, rows.stride_outer, rows.stride_inner, x.stride(-1)),
+        *(weight.stride(0), weight.stride(1), columns * weight.stride(0), 1 if bias is None else bias.stride(0)),
+        *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1)),
+    )
+    constants = {"ACTIVATION": activation, "GATED": gated, "EVEN_K": x.shape[-1] % config["BLOCK_K"] == 0}
+    launch(matmul_kernel, (tiles, split), *arguments, config=config, like=x, **constants)
+    return out

@@ -1,0 +1,188 @@
+"""`act(x @ weight.T + bias) + residual` for many rows: persistent programs that copy tiles by tensor memory access.
+
+With `GATED` the weight has two halves of rows, gate and up, and the result is `act(gate) * up`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from burnish.kernels.launch import Config, launch, launch_dependents, target_of, wait_for_inputs
+from burnish.kernels.layout import rows_of
+from burnish.kernels.matmul import Product, dot, epilogue, fitting, tile_of
+
+
+@triton.jit
+def halves(block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The left and the right half of a block's columns."""
+    return tl.split(tl.permute(tl.reshape(block, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def matmul_tma_kernel(  # type: ignore[no-untyped-def]
+    x_desc,  # (M, K)
+    weight_desc,  # (N, K), or (K, N) if K_MAJOR; 2 * N if GATED
+    out_desc,  # (M, N), in blocks of half a tile's columns if HALVES
+    bias_ptr,
+    residual_ptr,
+    M,
+    N,
+    K,
+    stride_bias,
+    residual_inner,
+    stride_residual_outer,
+    stride_residual_inner,
+    stride_residual_n,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    K_MAJOR: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    HALVES: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    launch_dependents(PDL)
+    rows, columns, steps = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
+    wait_for_inputs(PDL)
+    for tile in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=FLATTEN):
+        tile_m, tile_n = tile_of(tile, rows, columns, GROUP_M)
+        first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for step in range(steps):
+            k = step * BLOCK_K
+            x = x_desc.load([first_m, k])
+            if K_MAJOR:
+                acc = dot(x, weight_desc.load([k, first_n]), acc)
+                if GATED:
+                    up = dot(x, weight_desc.load([k, N + first_n]), up)
+            else:
+                acc = dot(x, weight_desc.load([first_n, k]).T, acc)
+                if GATED:
+                    up = dot(x, weight_desc.load([N + first_n, k]).T, up)
+        m = first_m + tl.arange(0, BLOCK_M)
+        if HALVES:  # half the registers and half the shared memory for what the epilogue reads and writes
+            HALF: tl.constexpr = BLOCK_N // 2
+            left, right = halves(acc, BLOCK_M, BLOCK_N)
+            left_up, right_up = left, right
+            if GATED:
+                left_up, right_up = halves(up, BLOCK_M, BLOCK_N)
+            for half in tl.static_range(2):
+                n = first_n + half * HALF + tl.arange(0, HALF)
+                result = epilogue(
+                    left if half == 0 else right,
+                    left_up if half == 0 else right_up,
+                    m,
+                    n,
+                    bias_ptr,
+                    stride_bias,
+                    residual_ptr,
+                    residual_inner,
+                    stride_residual_outer,
+                    stride_residual_inner,
+                    stride_residual_n,
+                    M,
+                    N,
+                    ACTIVATION,
+                    GATED,
+                )
+                out_desc.store([first_m, first_n + half * HALF], result.to(DTYPE))
+        else:
+            result = epilogue(
+                acc,
+                up,
+                m,
+                first_n + tl.arange(0, BLOCK_N),
+                bias_ptr,
+                stride_bias,
+                residual_ptr,
+                residual_inner,
+                stride_residual_outer,
+                stride_residual_inner,
+                stride_residual_n,
+                M,
+                N,
+                ACTIVATION,
+                GATED,
+            )
+            out_desc.store([first_m, first_n], result.to(DTYPE))
+
+
+_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def matmul_tma_configs(product: Product) -> list[Config]:
+    """Configs of `matmul_tma`, the most promising first; none where the device has no tensor memory access."""
+    # (BLOCK_M, BLOCK_N, BLOCK_K, HALVES, FLATTEN, warps, stages), BLOCK_N of both halves together if gated.
+    shapes = [
+        (128, 256, 64, 1, 1, 8, 3),
+        (128, 256, 64, 1, 0, 8, 3),
+        (128, 256, 64, 1, 0, 8, 4),
+        (128, 128, 64, 0, 1, 8, 4),
+        (128, 128, 64, 0, 0, 4, 4),
+        (64, 256, 64, 1, 0, 4, 4),
+    ]
+    configs = []
+    for m, n, k, half, flatten, warps, stages in shapes:
+        blocks = {"BLOCK_M": m, "BLOCK_N": n // product.halves, "BLOCK_K": k, "GROUP_M": 8}
+        blocks |= {"HALVES": half, "FLATTEN": flatten}
+        configs.append(Config.of(num_warps=warps, num_stages=stages, **blocks))
+    return fitting(configs, product) if product.target.tma else []
+
+
+_PORTABLE = Config.of(num_warps=8, num_stages=3, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, HALVES=0, FLATTEN=0)
+
+
+def matmul_tma(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    gated: bool = False,
+    config: Config | None = None,
+) -> Tensor:
+    """`act(x @ weight.T + bias) + residual`, or `act(gate) * up` of the two halves of `x @ weight.T + bias` if gated.
+
+    Shapes: x (..., K) with one stride for its rows, weight (N, K), or (2*N, K) if gated, or the transpose of such
+    memory, bias its rows' number, residual and the contiguous result (..., N). Rows of x, weight and result are
+    contiguous and multiples of 16 bytes. All of one dtype: float16 or bfloat16; sums are float32, the result is rounded
+    once. Source: Triton's tutorial "Persistent Matmul".
+    """
+    columns = weight.shape[0] // 2 if gated else weight.shape[0]
+    if config is None:
+        config = next(iter(matmul_tma_configs(Product.of(x, weight, gated))), _PORTABLE)
+    block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+    out = x.new_empty((*x.shape[:-1], columns))
+    rows, residual_rows = rows_of(x), out if residual is None else residual
+    extra = rows_of(residual_rows)
+    assert rows is not None
+    assert extra is not None
+    k_major = weight.stride(1) != 1
+    memory = weight.t() if k_major else weight
+    depth, target = x.shape[-1], target_of(x)
+    arguments: tuple[Any, ...] = (
+        TensorDescriptor(x, [rows.count, depth], [rows.stride_inner, 1], [block_m, block_k]),
+        TensorDescriptor(
+            memory, list(memory.shape), list(memory.stride()), [block_k, block_n] if k_major else [block_n, block_k]
+        ),
+        TensorDescriptor(
+            out, [rows.count, columns], [columns, 1], [block_m, block_n // 2 if config["HALVES"] else block_n]
+        ),
+        *(bias, residual, rows.count, columns, depth, 1 if bias is None else bias.stride(0)),
+        *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1)),
+    )
+    constants = {"ACTIVATION": activation, "GATED": gated, "K_MAJOR": k_major, "DTYPE": _DTYPES[x.dtype]}
+    tiles = triton.cdiv(rows.count, block_m) * triton.cdiv(columns, block_n)
+    launch(matmul_tma_kernel, (min(tiles, target.num_sms),), *arguments, config=config, like=x, **constants)
+    return out

@@ -1,0 +1,36 @@
+"""Compiles what a list of calls would launch, several kernels at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from burnish.kernels.launch import Launch, recording
+
+
+def warm_up(calls: Iterable[Callable[[], Any]]) -> None:
+    """Compiles every kernel that the calls launch and runs none of those. What does not compile fails when it is
+    called."""
+    launches: list[Launch] = []
+    with recording(launches.append):
+        for call in calls:
+            with contextlib.suppress(Exception):  # whoever measures the call hears of it
+                call()
+    distinct = {_key(launch): launch for launch in launches}
+    # The compiler's passes and ptxas run outside Python's lock.
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        list(pool.map(_compile, distinct.values()))
+
+
+def _compile(launch: Launch) -> None:
+    with contextlib.suppress(Exception):
+        launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants, **launch.options)
+
+
+def _key(launch: Launch) -> Any:
+    """Equal only for launches of one compiled kernel; unequal keys may still share one, which costs nothing."""
+    kinds = tuple(getattr(arg, "dtype", arg) for arg in launch.args)
+    return launch.kernel, repr(kinds), repr(launch.constants), repr(launch.options)

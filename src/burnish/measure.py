@@ -1,0 +1,117 @@
+"""How long a call takes: on the CPU by turns, on CUDA inside a captured graph on weights that are not in the cache."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ENOUGH_US = 30_000.0  # per function: beyond this one more sample says nothing that the cache could keep
+FEWEST_SAMPLES = 4
+_SAMPLES = 15
+
+_COLD_BYTES = 160 << 20  # of weights in turn: more than twice the 60 MB of an H200's L2 cache
+_CHAIN = (8, 48)  # calls in one graph, at least and at most
+_REPLAYS = 5
+
+
+def measure(
+    functions: dict[str, Callable[..., Any]], arguments: Sequence[Sequence[Any]], *, budget_us: float
+) -> dict[str, float]:
+    """Microseconds per call of each function, in interleaved rounds that walk through `arguments`: the mean of the
+    fastest third of the samples. What else the machine does can only make a sample slower, on a shared one by a lot."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    running = dict(functions)
+    places = {name: place for place, name in enumerate(functions)}
+    with torch.no_grad():
+        for function in functions.values():  # the first call pays for primitives and pages
+            _timed(function, arguments[0])
+        started = time.perf_counter()
+        for sample in range(_SAMPLES):
+            for name, function in list(running.items()):
+                # Each function is ahead of the one before it: who reads a weight second would find it in the cache.
+                turn = sample + places[name] * max(1, len(arguments) // len(functions))
+                times[name].append(_timed(function, arguments[turn % len(arguments)]))
+                if sum(times[name]) > ENOUGH_US:
+                    del running[name]
+            spent_us = (time.perf_counter() - started) * 1e6
+            if not running or (spent_us > budget_us and sample + 1 >= FEWEST_SAMPLES):
+                break
+            best = min(map(_typical, times.values()))
+            running = {name: f for name, f in running.items() if _typical(times[name]) < 2 * best}
+    return {name: round(_typical(samples), 2) for name, samples in times.items()}
+
+
+def _typical(samples: Sequence[float]) -> float:
+    return statistics.fmean(sorted(samples)[: max(1, len(samples) // 3)])
+
+
+def _timed(function: Callable[..., Any], args: Sequence[Any]) -> float:
+    cuda = torch.cuda.is_initialized()
+    if cuda:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    function(*args)
+    if cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) * 1e6
+
+
+def measure_captured(
+    functions: dict[str, Callable[..., Any]], arguments: Sequence[Sequence[Any]], weights: Sequence[int]
+) -> dict[str, float]:
+    """Microseconds per call of each function, in a CUDA graph that calls it many times in a row; infinity for one that
+    cannot be captured.
+
+    As in a model: activations, at the positions not in `weights`, come from where the kernel before left them; weights
+    come from memory, because the graph walks through more copies of them than the L2 cache holds.
+    """
+    arguments = _cold(arguments, weights)
+    times = {}
+    for name, function in functions.items():
+        try:
+            times[name] = round(_captured_us(function, arguments), 3)
+        except RuntimeError:  # it cannot run here, or cannot be captured
+            times[name] = math.inf
+            torch.cuda.synchronize()
+    return times
+
+
+def _captured_us(function: Callable[..., Any], arguments: Sequence[Sequence[Any]]) -> float:
+    with torch.no_grad():
+        function(*arguments[0])  # compiles, and sets libraries up
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for args in arguments:
+                function(*args)
+    graph.replay()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(_REPLAYS + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        graph.replay()
+        mark.record()
+    torch.cuda.synchronize()
+    times = (a.elapsed_time(b) for a, b in itertools.pairwise(marks))
+    return statistics.median(times) * 1e3 / len(arguments)
+
+
+def _cold(arguments: Sequence[Sequence[Any]], weights: Sequence[int]) -> list[Sequence[Any]]:
+    """The argument lists, with copies of the weights added until all of them together exceed the L2 cache."""
+    size = sum(arguments[0][i].nbytes for i in weights if isinstance(arguments[0][i], Tensor))
+    fewest, most = _CHAIN
+    wanted = min(most, max(fewest, -(-_COLD_BYTES // max(1, size)))) if size else fewest
+    cold = list(arguments[:wanted])
+    while len(cold) < wanted:
+        args = list(arguments[len(cold) % len(arguments)])
+        for i in weights:
+            if isinstance(args[i], Tensor):
+                args[i] = args[i].clone()
+        cold.append(args)
+    return cold
