@@ -126,6 +126,10 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def _rope_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    return _rope(q, cos, sin, interleaved), _rope(k, cos, sin, interleaved)
+
+
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -187,6 +191,14 @@ def _rope_arguments(heads: int, seq: int, head_dim: int) -> Maker:
     return arguments
 
 
+def _rope_qk_arguments(heads: int, key_heads: int, seq: int, head_dim: int) -> Maker:
+    def arguments(dtype: torch.dtype) -> Arguments:
+        q, *tables = _rope_arguments(heads, seq, head_dim)(dtype)
+        return (q, _rope_arguments(key_heads, seq, head_dim)(dtype)[0], *tables)
+
+    return arguments
+
+
 def _attention_arguments(
     batch: int, heads: int, kv_heads: int, seq: int, head_dim: int, padded: bool = False, causal: bool = False
 ) -> Maker:
@@ -235,6 +247,7 @@ BENCHED: dict[str, tuple[Callable[..., object], dict[str, Maker]]] = {
         },
     ),
     "rope": (_rope, {"h16 s128 d64": _rope_arguments(16, 128, 64)}),
+    "rope_qk": (_rope_qk, {"h16/4 s128 d64": _rope_qk_arguments(16, 4, 128, 64)}),
     "attention": (
         _attention,
         {

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import burnish
 from burnish import tuning
+from burnish.measure import measure
 from burnish.op import ImplUnavailable
 from burnish.ops import attention, linear, rms_norm
-from burnish.measure import measure
 from burnish.tuning import Key, Tuner, cache_path, clear_cache, key_of
 
 BUDGET_US = 1_000.0
@@ -119,7 +119,7 @@ def test_optimize_takes_an_explicit_impl_or_raises() -> None:
     model = nn.RMSNorm(8, eps=1e-5).eval()
     fast = burnish.optimize(model, (x_of(),), impls={"rms_norm": "reference"}, cache="off")
     assert [choice.impl for choice in fast.schedule.served[0].choices.values()] == ["reference"]
-    with pytest.raises(ValueError, match="rms_norm has no Impl 'nonsense'; it has: vector_norm, torch, triton, reference"):
+    with pytest.raises(ValueError, match="rms_norm has no Impl 'nonsense'; it has: vector_norm, torch, triton"):
         burnish.optimize(model, impls={"rms_norm": "nonsense"})
     with pytest.raises(ImplUnavailable, match=r"onednn_float32.*float16"):
         burnish.optimize(nn.Linear(8, 8), (x_of(),), impls={"linear": "onednn_float32"}, cache="off")

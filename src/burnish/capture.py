@@ -56,11 +56,7 @@ class Program:
 
     def rejects(self, leaves: Sequence[Any]) -> str | None:
         """Why these input leaves cannot be served by this graph (one line), or None if they can."""
-        symbols: dict[str, int] = {}
-        for spec, leaf in zip(self.inputs, leaves, strict=True):
-            if reason := spec.rejects(leaf, symbols):
-                return reason
-        return None
+        return reject(self.inputs, leaves)
 
     def first_rows(self, leaves: Sequence[Any], tokens: int) -> list[Any]:
         """The leaves cut to as many samples of the batch as have about `tokens` tokens together; at least two, if there
@@ -114,6 +110,15 @@ class InputSpec:
         return None
 
 
+def reject(inputs: Sequence[InputSpec], leaves: Sequence[Any]) -> str | None:
+    """Why a graph of these inputs cannot serve `leaves` (one line), or None if it can."""
+    symbols: dict[str, int] = {}
+    for spec, leaf in zip(inputs, leaves, strict=True):
+        if reason := spec.rejects(leaf, symbols):
+            return reason
+    return None
+
+
 def capture(
     model: nn.Module,
     args: tuple[Any, ...] = (),
@@ -152,7 +157,7 @@ def capture(
     removed = clean(graph_module)
     for node in graph_module.graph.nodes:
         node.meta["origin"] = node.name
-    captured = fx.GraphModule(graph_module, _copy_graph(graph_module.graph))
+    captured = fx.GraphModule(graph_module, copy_graph(graph_module.graph))
     program = Program(graph_module, captured, spec, exported.call_spec.out_spec, inputs, took_over)
     program.history.append(
         StepRecord(
@@ -232,6 +237,11 @@ def _named_keywords(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             model.forward = patched
 
 
+def given_to_export(leaves: Sequence[Any]) -> list[Any]:
+    """The flat inputs as `capture` first tries them."""
+    return _widen(_distinct(leaves))
+
+
 def _is_unit(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and 1 in leaf.shape[:2]
 
@@ -307,7 +317,7 @@ def _flatten_signature(graph_module: fx.GraphModule) -> None:
     graph_module.recompile()
 
 
-def _copy_graph(graph: fx.Graph) -> fx.Graph:
+def copy_graph(graph: fx.Graph) -> fx.Graph:
     copied = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     output = copied.graph_copy(graph, mapping)

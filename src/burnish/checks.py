@@ -49,6 +49,17 @@ class Checks:
         active)."""
         return None if random_node(program.captured.graph) else self._expect(program).captured
 
+    def remembered_is_right(self, program: Program) -> bool:
+        """Whether a Program that this process did not capture computes what the model does: it is compared even where
+        nothing else is verified, and what cannot be compared is not believed."""
+        try:
+            verdict = self.capture_is_right(program)
+        except Exception:  # a graph that cannot even be run; or a wrong call, for which the model's own error is raised
+            with torch.no_grad():
+                self.model(*self.call.args, **self.call.kwargs)
+            return False
+        return verdict is not None and verdict.ok
+
     def outputs_are_right(self, prepared: Prepared, entry: Entry, kind: str) -> Verdict | None:
         """The rule on the outputs of `entry`, at the first call of its kind and at the first with sizes of 1 in places
         where export saw none; None where there is nothing to check."""

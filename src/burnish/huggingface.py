@@ -52,7 +52,7 @@ def captured_attention(model: nn.Module, names_given: frozenset[str] = frozenset
         names_given: names of the inputs that the caller passes. Position ids that the caller passes may mean packed
             sequences.
     """
-    _teach_pytree_caches()
+    teach_pytree_caches()
     configs = _configs(model)
     if (
         not configs
@@ -79,7 +79,7 @@ def captured_attention(model: nn.Module, names_given: frozenset[str] = frozenset
         ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(NAME, None)
 
 
-def _teach_pytree_caches() -> None:
+def teach_pytree_caches() -> None:
     """KV caches become pytrees, as transformers itself has it for export: a model returns one unless told not to. This
     adds two types to what torch knows and stays, because each call builds its result through it."""
     if "transformers" not in sys.modules:

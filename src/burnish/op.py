@@ -148,6 +148,10 @@ class Op:
         """Floating-point operations and bytes of one call. Reads only shapes and dtypes: fake and meta tensors do."""
         return self._cost(*self.bind(*args, **kwargs))
 
+    def check(self, *args: Any, **kwargs: Any) -> None:
+        """ValueError or TypeError, naming the argument, for inputs that the Op does not take."""
+        self._check(*self.bind(*args, **kwargs))
+
     def samples(self, device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
         """Inputs that show every feature of the Op: random with outliers, of dtype `dtype`, always the same ones."""
         return self._samples(torch.device(device), dtype)

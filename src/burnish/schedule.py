@@ -77,6 +77,7 @@ class Schedule:
         for op, impl in self.settings.impls.items():
             find_impl(op, impl)
         self.tuner = Tuner(self.settings.cache, dict(self.settings.impls))
+        self.remembered = ProgramCache(self.settings.cache)
         self.served: list[Served] = []
         self._preparer = Preparer(model, self.tuner)
         self._prepared: list[Prepared] = []
@@ -181,12 +182,19 @@ class Schedule:
         return prepared, None
 
     def _capture(self, call: Call, checks: Checks) -> Program:
-        """A Program that computes what the model computes, on this call's inputs at least."""
+        """A Program that computes what the model computes, on this call's inputs at least: an earlier process's, or a
+        new one."""
+        remembered = self.remembered.at(self.model, call)
+        if (earlier := remembered.read()) is not None:
+            if checks.remembered_is_right(earlier):
+                return earlier
+            remembered.forget()
         reason = None
         for attention_interface in (True, False):
             program = capture(self.model, call.args, call.kwargs, attention_interface=attention_interface)
             verdict = checks.capture_is_right(program) if self.settings.verify else None
             if verdict is None or verdict.ok:
+                remembered.write(program)
                 return program
             reason = verdict.reason
             if not program.attention_interface:
@@ -274,7 +282,7 @@ def optimize(
         verify: compare every rewritten value with a float64 oracle on the first call's activations; what fails is
             undone. Of a batch with many tokens, some samples are compared.
         impls: Impl names by Op name that are to be used, e.g. `{"attention": "torch_flash"}`; never falls back.
-        cache: measured choices on disk: "readwrite", "readonly" or "off".
+        cache: measured choices and captured graphs on disk: "readwrite", "readonly" or "off".
         cuda_graphs: "auto" or "never". With "auto" each signature on a CUDA device becomes a CUDA graph, the 64 used
             last are kept; `.report()` says why one could not be captured. On the CPU there are none.
         static_outputs: return a CUDA graph's own output tensors, which the next call overwrites, instead of copies.

@@ -322,8 +322,8 @@ def cache_path() -> Path:
 
 
 def clear_cache() -> list[Path]:
-    """Deletes the remembered choices of every device and version; returns the files deleted."""
-    files = sorted(cache_folder().glob("tuning-*.json"))
+    """Deletes the remembered choices and Programs of every device and version; returns the files deleted."""
+    files = sorted(file for kind in ("tuning", "program") for file in cache_folder().glob(f"{kind}-*.json"))
     for file in files:
         file.unlink()
     return files

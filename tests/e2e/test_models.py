@@ -73,6 +73,7 @@ def fused_ops(case: zoo.Case) -> Counter[str]:
     fused["embedding_layer_norm"] = total["embedding_layer_norm"]
     fused["layer_norm"] -= total["embedding_layer_norm"]
     fused["gated_mlp"] = total["gated_mlp"]
+    fused["rope_qk"] = fused.pop("rope", 0) // 2  # every model here rotates queries and keys alike
     fused["linear"] -= 3 * total["gated_mlp"]
     if not any(fnmatchcase(case.name, pattern) for pattern in QKV_IN_ONE):
         fused["linear"] -= sum(stack.layers * merged_away(stack) for stack in case.stacks)

@@ -21,6 +21,7 @@ FEATURES = {  # of each Op, samples that together use every argument
     "gated_mlp": ("gelu_tanh", "biases"),
     "linear": ("gelu", "residual", "K-major weight"),
     "rope": ("partial interleaved", "heads last in memory", "table per row"),
+    "rope_qk": ("partial interleaved", "table per row"),
 }
 
 
@@ -103,6 +104,7 @@ SMALL = {  # float64 inputs small enough for numerical derivatives
     "linear": lambda r: (r(2, 3), r(4, 3), r(4), "silu", r(2, 4)),
     "rms_norm": lambda r: (r(2, 5), r(5), 1e-2),
     "rope": lambda r: (r(1, 2, 3, 6), r(3, 4), r(3, 4), True),
+    "rope_qk": lambda r: (r(1, 2, 3, 6), r(1, 1, 3, 6), r(3, 4), r(3, 4), True),
 }
 
 

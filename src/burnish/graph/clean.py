@@ -18,7 +18,7 @@ from burnish.graph.normalize import INT64_MAX, canonical
 _CHECKS = words("_assert_tensor_metadata _assert_scalar sym_constrain_range sym_constrain_range_for_size")
 _RESHAPES = words("view reshape _unsafe_view expand flatten squeeze")
 _DROPOUTS = words("dropout feature_dropout alpha_dropout feature_alpha_dropout")
-_COPIES = words("_to_copy lift_fresh_copy")
+_COPIES = words("_to_copy lift_fresh_copy add sub mul div")  # results with a storage of their own
 
 
 def clean(gm: fx.GraphModule) -> int:
@@ -137,6 +137,19 @@ def _is_whole_slice(before: torch.Tensor, after: torch.Tensor, args: dict[str, A
     return args["step"] == 1 and (whole or _same_shape(before, after, args))
 
 
+def _adds_nothing(before: torch.Tensor, after: torch.Tensor, args: dict[str, Any]) -> bool:
+    # A float 0 is no identity: it turns -0.0 into 0.0.
+    return not before.is_floating_point() and _is_number(args["other"], 0)
+
+
+def _multiplies_by_one(before: torch.Tensor, after: torch.Tensor, args: dict[str, Any]) -> bool:
+    return _is_number(args["other"], 1)
+
+
+def _is_number(value: Any, number: int) -> bool:
+    return type(value) in (int, float) and value == number
+
+
 def _never_drops(before: torch.Tensor, after: torch.Tensor, args: dict[str, Any]) -> bool:
     return args["train"] is False or args["p"] == 0
 
@@ -149,6 +162,10 @@ _RULES: dict[str, Callable[[torch.Tensor, torch.Tensor, dict[str, Any]], bool]] 
     "lift_fresh_copy": lambda *_: True,
     "detach": lambda *_: True,
     "contiguous": _is_contiguous,
+    "add": _adds_nothing,
+    "sub": _adds_nothing,
+    "mul": _multiplies_by_one,
+    "div": lambda before, after, args: args.get("rounding_mode") is None and _multiplies_by_one(before, after, args),
     "permute": _is_identity_permutation,
     "transpose": _is_identity_transpose,
     "slice": _is_whole_slice,

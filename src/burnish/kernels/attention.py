@@ -123,33 +123,36 @@ def _attend(
     if not SCALE_LATE:
         scores *= scale
     if BIAS == "added" or BIAS == "allowed":
-        inside = (rows[:, None] < lq) & (keys[None, :] < lk)
         offsets = tl.cast(row, tl.int64) * stride_bm + tl.cast(start, tl.int64) * stride_bn
         tile = tl.arange(0, BLOCK_M)[:, None] * stride_bm + tl.arange(0, BLOCK_N)[None, :] * stride_bn
-        entries = tl.load(bias + offsets + tile, mask=inside, other=0)
+        entries = tl.load(bias + offsets + tile, mask=(rows[:, None] < lq) & (keys[None, :] < lk), other=0)
         if BIAS == "added":
             scores += entries.to(tl.float32)
         else:
             scores = tl.where(entries != 0, scores, -float("inf"))
-    if BIAS == "added to each row" or BIAS == "allowed for each row":
-        offsets = tl.cast(start, tl.int64) * stride_bn
-        entries = tl.load(bias + offsets + tl.arange(0, BLOCK_N) * stride_bn, mask=keys < lk, other=0)
-        if BIAS == "added to each row":
-            scores += entries.to(tl.float32)[None, :]
-        else:
-            scores = tl.where((entries != 0)[None, :], scores, -float("inf"))
-    if PADDING:
-        offsets = tl.cast(start, tl.int64) * stride_pn + tl.arange(0, BLOCK_N) * stride_pn
-        real = tl.load(padding + offsets, mask=keys < lk, other=0)
-        scores = tl.where((real != 0)[None, :], scores, -float("inf"))
-    if EDGE:
+    # What depends on the key alone is added at once; adding -inf costs less than selecting.
+    BIAS_BY_KEY: tl.constexpr = BIAS == "added by key" or BIAS == "allowed by key"
+    if BIAS_BY_KEY or PADDING or (EDGE and REACH == "all"):
+        by_key = tl.zeros((BLOCK_N,), tl.float32)
+        if BIAS_BY_KEY:
+            offsets = tl.cast(start, tl.int64) * stride_bn + tl.arange(0, BLOCK_N) * stride_bn
+            entries = tl.load(bias + offsets, mask=keys < lk, other=0)
+            if BIAS == "added by key":
+                by_key = entries.to(tl.float32)
+            else:
+                by_key = tl.where(entries != 0, by_key, -float("inf"))
+        if PADDING:
+            offsets = tl.cast(start, tl.int64) * stride_pn + tl.arange(0, BLOCK_N) * stride_pn
+            real = tl.load(padding + offsets, mask=keys < lk, other=0)
+            by_key = tl.where(real != 0, by_key, -float("inf"))
+        if EDGE:
+            by_key = tl.where(keys < lk, by_key, -float("inf"))
+        scores += by_key[None, :]
+    if EDGE and REACH != "all":
         # Bounds of each row, relative to the block: of positions of each pair the compiler keeps a tile in registers.
         columns = tl.arange(0, BLOCK_N)[None, :]
-        if REACH == "all":
-            allowed = columns < lk - start
-        else:
-            position = rows + (lk - lq)
-            allowed = columns <= (tl.minimum(position + after, lk - 1) - start)[:, None]
+        position = rows + (lk - lq)
+        allowed = columns <= (tl.minimum(position + after, lk - 1) - start)[:, None]
         if REACH == "window":
             allowed &= columns >= (position - before - start)[:, None]
         scores = tl.where(allowed, scores, -float("inf"))
@@ -257,83 +260,50 @@ def attention_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     row_max = tl.full((BLOCK_M,), _LOWEST, tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    if INSIDE:
-        for block in range(full_start, full_stop, BLOCK_N):
-            acc, row_max, row_sum = _attend(
-                acc,
-                row_max,
-                row_sum,
-                query,
-                k,
-                v,
-                bias,
-                padding,
-                tl.cast(batch, tl.int32),
-                tl.cast(key_head, tl.int32),
-                block,
-                row,
-                lq,
-                lk,
-                before,
-                after,
-                scale,
-                stride_kn,
-                stride_vn,
-                stride_bm,
-                stride_bn,
-                stride_pn,
-                D,
-                DV,
-                BLOCK_D,
-                BLOCK_DV,
-                BLOCK_M,
-                BLOCK_N,
-                BIAS,
-                PADDING,
-                SCALE_LATE,
-                REACH,
-                False,
-                TMA,
-            )
-    if EDGES:
-        for edge in range(0, edges):
-            block = tl.where(edge < left_edges, start + edge * BLOCK_N, full_stop + (edge - left_edges) * BLOCK_N)
-            acc, row_max, row_sum = _attend(
-                acc,
-                row_max,
-                row_sum,
-                query,
-                k,
-                v,
-                bias,
-                padding,
-                tl.cast(batch, tl.int32),
-                tl.cast(key_head, tl.int32),
-                block,
-                row,
-                lq,
-                lk,
-                before,
-                after,
-                scale,
-                stride_kn,
-                stride_vn,
-                stride_bm,
-                stride_bn,
-                stride_pn,
-                D,
-                DV,
-                BLOCK_D,
-                BLOCK_DV,
-                BLOCK_M,
-                BLOCK_N,
-                BIAS,
-                PADDING,
-                SCALE_LATE,
-                REACH,
-                True,
-                TMA,
-            )
+    for EDGE in tl.static_range(2):
+        if (EDGE and EDGES) or (not EDGE and INSIDE):
+            count = edges if EDGE else (full_stop - full_start) // BLOCK_N
+            for i in range(0, count):
+                if EDGE:
+                    block = tl.where(i < left_edges, start + i * BLOCK_N, full_stop + (i - left_edges) * BLOCK_N)
+                else:
+                    block = full_start + i * BLOCK_N
+                acc, row_max, row_sum = _attend(
+                    acc,
+                    row_max,
+                    row_sum,
+                    query,
+                    k,
+                    v,
+                    bias,
+                    padding,
+                    tl.cast(batch, tl.int32),
+                    tl.cast(key_head, tl.int32),
+                    block,
+                    row,
+                    lq,
+                    lk,
+                    before,
+                    after,
+                    scale,
+                    stride_kn,
+                    stride_vn,
+                    stride_bm,
+                    stride_bn,
+                    stride_pn,
+                    D,
+                    DV,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BIAS,
+                    PADDING,
+                    SCALE_LATE,
+                    REACH,
+                    EDGE,
+                    TMA,
+                )
     # A query that reached no key has a sum of zero and gives zeros.
     acc *= (1.0 / tl.where(row_sum == 0, 1.0, row_sum))[:, None]
     rows = row + tl.arange(0, BLOCK_M)[:, None]
@@ -362,16 +332,16 @@ def attention_forward(
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     (batch, heads, lq, d), (_, key_heads, lk, dv) = q.shape, v.shape
     if config is None:
-        config = attention_configs(batch * heads, lq, lk, d, dv, q.dtype, target_of(q))[0]
+        config = configs_for(q, k, v, bias, key_padding_mask)[0]
     out = torch.empty((batch, lq, heads, dv), dtype=q.dtype, device=q.device)
     scale = d**-0.5 if scale is None else scale
     kind, bias, bias_strides = _prepared_bias(bias, q, (batch, heads, lq, lk))
-    scale_late = scale > 0 and "added" not in kind
-    padding, padding_strides = q, (0, 0)
+    padding, padding_strides = q, [0, 0]
     if key_padding_mask is not None:
-        padding, padding_strides = _as_bytes(key_padding_mask), key_padding_mask.stride()
+        padding, padding_strides = _as_bytes(key_padding_mask), [*key_padding_mask.stride()]
+    scale_late = scale > 0 and "added" not in kind
     near = is_causal or window is not None
-    widths = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
+    widths = _padded(d), _padded(dv)
     tma = bool(config["TMA"])
     launch(
         attention_kernel,
@@ -410,6 +380,37 @@ def attention_forward(
     return out.transpose(1, 2)
 
 
+def configs_for(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_padding_mask: Tensor | None) -> list[Config]:
+    """How `attention_forward` may be run on these inputs, the most promising first."""
+    target = target_of(q)
+    kind = "plain" if bias is None and key_padding_mask is None else "row" if _is_row(bias) else "tile"
+    return attention_configs(
+        q.shape[0] * q.shape[1],
+        q.shape[2],
+        k.shape[2],
+        max(_padded(q.shape[3]), _padded(v.shape[3])),
+        q.dtype,
+        kind,
+        target.tma and _is_describable(k) and _is_describable(v),
+        target,
+    )
+
+
+def _padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def _is_row(bias: Tensor | None) -> bool:
+    """Whether all queries share one row of the bias (there may be none)."""
+    return bias is None or bias.dim() < 2 or bias.shape[-2] == 1 or bias.stride(-2) == 0
+
+
+def _is_describable(t: Tensor) -> bool:
+    """Whether the tensor memory accelerator can read it: 16-byte steps, and no dimension that stands still."""
+    steps = [stride * t.element_size() for stride in t.stride()[:3]]
+    return t.stride(3) == 1 and t.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+
+
 def _described(t: Tensor, rows: int, columns: int) -> Any:
     """k or v as a descriptor for the tensor memory accelerator, which copies blocks and pads them with zeros."""
     return TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, rows, columns])
@@ -420,8 +421,8 @@ def _prepared_bias(bias: Tensor | None, q: Tensor, full: tuple[int, ...]) -> tup
     if bias is None:
         return "", q, (0, 0, 0, 0)
     kind = "allowed" if bias.dtype == torch.bool else "added"
-    if bias.dim() < 2 or bias.shape[-2] == 1 or bias.stride(-2) == 0:
-        kind += " for each row" if kind == "allowed" else " to each row"
+    if _is_row(bias):
+        kind += " by key"
     return kind, _as_bytes(bias), bias.expand(full).stride()
 
 

@@ -57,7 +57,8 @@ class Config:
         return dict(self.blocks)[block]
 
     def __str__(self) -> str:
-        return " ".join([*(f"{name}={size}" for name, size in self.blocks), f"w{self.num_warps}", f"s{self.num_stages}"])
+        blocks = (f"{name}={size}" for name, size in self.blocks)
+        return " ".join([*blocks, f"w{self.num_warps}", f"s{self.num_stages}"])
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ def norm_configs(rows: int, N: int, dtype: torch.dtype, added: bool, target: Tar
     most = max(1, min(32, row_bytes // 512))  # one 16-byte load a thread
     base = max(1, most // 2)
     fewest = max(1, block // 1024)  # 32 entries a thread
-    warps = dict.fromkeys(w for w in (base, most, base // 2, base // 4) if w >= fewest)
+    warps = dict.fromkeys(w for w in (base, most, base // 2) if w >= fewest)
     configs = [Config.of(num_warps=w, ROWS=1, PER_SM=0) for w in warps]
     # Short rows: as many as give each thread two or four loads, where that many programs still fill the device.
     several = [r for r in (4096 // row_bytes, 8192 // row_bytes) if r > 1 and rows >= 4 * r * target.num_sms]
@@ -207,6 +207,7 @@ def norm_configs(rows: int, N: int, dtype: torch.dtype, added: bool, target: Tar
         ROWS = several[0] if several else 1
         tile_bytes = ROWS * row_bytes * (2 if added else 1)
         for num_warps, stages in ((4, 2), (4, 3)) if several else ((base, 2), (base, 3), (max(fewest, base // 2), 2)):
-            per_sm = max(1, min(32 // num_warps, _STAGED_BYTES // (tile_bytes * (stages - 1))))
-            configs.append(Config.of(num_warps=num_warps, num_stages=stages, ROWS=ROWS, PER_SM=per_sm))
+            per_sm = min(32 // num_warps, _STAGED_BYTES // (tile_bytes * (stages - 1)))
+            if per_sm:
+                configs.append(Config.of(num_warps=num_warps, num_stages=stages, ROWS=ROWS, PER_SM=per_sm))
     return configs

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from burnish.kernels.launch import Config, Target, launch, launch_dependents, target_of, wait_for_inputs
+from burnish.kernels.launch import Config, launch, launch_dependents, target_of, wait_for_inputs
 
 MAX_HEAD_DIM = 1024
 """Of wider heads one row alone would not fit a warp's registers."""
@@ -139,21 +139,17 @@ def _rope(
 
 def rope_configs(q: Tensor, k: Tensor | None, R: int) -> list[Config]:
     """How to rotate q, and k with it where given, the most promising first."""
-    B, heads, S, _ = q.shape
+    B, heads, S, D = q.shape
     k_heads = 0 if k is None else k.shape[1]
-    return _configs(B * S * (heads + k_heads), S, math.gcd(heads, k_heads), R, q.dtype, target_of(q))
-
-
-def _configs(rows: int, S: int, heads: int, R: int, dtype: torch.dtype, target: Target) -> list[Config]:
-    """For `rows` rows of R rotated entries; a program's heads divide `heads`."""
-    half_bytes = triton.next_power_of_2(R) // 2 * dtype.itemsize
+    heads_each = math.gcd(heads, k_heads) & -math.gcd(heads, k_heads)  # the largest power of two that divides both
+    # Each thread has this many 16-byte loads of either half, and at most twice as many of what is not rotated.
+    half_bytes = max(triton.next_power_of_2(R), triton.next_power_of_2(D - R)) // 2 * q.dtype.itemsize
     configs = []
     for num_warps, loads in ((4, 1), (2, 1), (1, 1), (4, 2)):
-        # Each thread has this many 16-byte loads of either half.
         tile = max(1, num_warps * 32 * 16 * loads // half_bytes)
-        BLOCK_H = min(heads & -heads, tile)
+        BLOCK_H = min(heads_each, tile)
         BLOCK_S = min(tile // BLOCK_H, triton.next_power_of_2(S))
         configs.append(Config.of(num_warps=num_warps, BLOCK_S=BLOCK_S, BLOCK_H=BLOCK_H))
     # With few rows what counts is that they are spread over the device.
-    spread = rows < 32 * target.num_sms
-    return [configs[i] for i in ((2, 1, 0) if spread else (0, 3, 1, 2))]
+    spread = B * S * (heads + k_heads) < 32 * target_of(q).num_sms
+    return [configs[i] for i in ((2, 0) if spread else (0, 3, 1, 2))]

@@ -11,6 +11,7 @@ from burnish.ops.layer_norm import layer_norm
 from burnish.ops.linear import linear
 from burnish.ops.rms_norm import rms_norm
 from burnish.ops.rope import rope
+from burnish.ops.rope_qk import rope_qk
 
 __all__ = [
     "add_layer_norm",
@@ -22,4 +23,5 @@ __all__ = [
     "linear",
     "rms_norm",
     "rope",
+    "rope_qk",
 ]

@@ -241,7 +241,7 @@ def _triton_configs(
 ) -> Sequence[Any]:
     from burnish.kernels.attention import configs_for
 
-    return configs_for(q, k, v, bias)
+    return configs_for(q, k, v, bias, key_padding_mask)
 
 
 attention.impl("torch_flash_float32", why_not=_attention_cpu.flash_float32_why_not)(_attention_cpu.torch_flash_float32)

@@ -149,6 +149,38 @@ def _refuse_embeddings(match: Match) -> str | None:
     return None
 
 
+# --- rope of queries and keys ---------------------------------------------------------------------
+
+
+def pair_ropes(graph_module: fx.GraphModule) -> Outcome:
+    """attention(rope(q), rope(k)) -> both rotated in one, where they are rotated by the same tables."""
+    count = 0
+    for node in list(graph_module.graph.nodes):
+        if node.target is not ops.attention.overload:
+            continue
+        q, k = node.args[:2]
+        if q is k or any(side.target is not ops.rope.overload for side in (q, k)):
+            continue
+        (x, *tables), (y, *other_tables) = (ops.rope.bind(*side.args, **side.kwargs) for side in (q, k))
+        one, two = value(x), value(y)
+        sizes = ((one.shape[0], *one.shape[2:]), (two.shape[0], *two.shape[2:]))
+        order = {n: i for i, n in enumerate(graph_module.graph.nodes)}
+        first, last = sorted((q, k), key=order.__getitem__)
+        unused_between = all(order[user] > order[last] for user in first.users)
+        if tables != other_tables or one.dtype != two.dtype or not same(*sizes) or not unused_between:
+            continue
+        pair = [(q, 0), (k, 1)] if last is q else [(k, 1), (q, 0)]  # put before the later one, where both inputs are
+        places = [place for _, place in pair]
+
+        def build(x: Any, y: Any, *tables: Any, places: list[int] = places) -> tuple[Any, ...]:
+            both = ops.rope_qk(x, y, *tables)
+            return tuple(both[place] for place in places)
+
+        if insert(graph_module, [side for side, _ in pair], build, x, y, *tables) is None:
+            count += 1
+    return Outcome(count)
+
+
 # --- parallel products of one input ---------------------------------------------------------------
 
 
@@ -202,4 +234,5 @@ FUSE: list[Rewrite | GraphPass] = [
     Rewrite("add_layer_norm", add_then_layer_norm, to_add_layer_norm, None, ops.layer_norm.overload, _refuse_sum),
     Rewrite("add_rms_norm", add_then_rms_norm, to_add_rms_norm, None, ops.rms_norm.overload, _refuse_sum),
     GraphPass("parallel linears", merge_parallel_linears),
+    GraphPass("rope_qk", pair_ropes),
 ]

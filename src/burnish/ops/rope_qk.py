@@ -1,0 +1,81 @@
+"""Rotary position embedding of queries and keys by the same tables, in one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from burnish.op import Cost, Sample, op
+from burnish.ops.rope import rope
+
+
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    rope.check(q, cos, sin, interleaved)
+    if k.dim() != 4 or (k.shape[0], k.shape[2], k.shape[3]) != (q.shape[0], q.shape[2], q.shape[3]):
+        raise ValueError(f"k has shape {tuple(k.shape)}; for q of {tuple(q.shape)} only its number of heads may differ")
+    if k.dtype != q.dtype:
+        raise TypeError(f"k has dtype {k.dtype} where q has {q.dtype}; convert one of them")
+
+
+def _cost(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Cost:
+    both = rope.cost(q, cos, sin, interleaved) + rope.cost(k, cos, sin, interleaved)
+    tables = cos.numel() * cos.element_size() + sin.numel() * sin.element_size()
+    return Cost(both.flops, both.bytes - tables)
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    for sample in rope.samples(device, dtype):
+        q = sample.args[0]
+        k = torch.roll(q[:, : max(1, q.shape[1] // 2)], 1, dims=2)
+        yield Sample(sample.label, (q, k, *sample.args[1:]))
+
+
+def _shape(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k)
+
+
+@op(cost=_cost, samples=_samples, check=_check, shape=_shape)
+def rope_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
+    """`rope(q, cos, sin), rope(k, cos, sin)`: the tables are read once.
+
+    Shapes: q (B, H, S, D), k (B, G, S, D); cos and sin as `rope` takes them. Each result is laid out in memory as
+    torch.empty_like of its input.
+    Dtypes: q and k the same floating one; otherwise as in `rope`.
+    Errors: ValueError for sizes that do not fit, TypeError for integers and for dtypes of q and k that differ.
+    Source: Su et al., "RoFormer", arXiv:2104.09864.
+    """
+    return rope.reference(q, cos, sin, interleaved), rope.reference(k, cos, sin, interleaved)
+
+
+def _torch_why_not(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> list[str]:
+    return rope.impls["torch"].why_not(q, cos, sin, interleaved)
+
+
+@rope_qk.impl("torch", why_not=_torch_why_not)
+def _torch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
+    """`rope` of each by PyTorch's own functions."""
+    return rope.impls["torch"].fn(q, cos, sin, interleaved), rope.impls["torch"].fn(k, cos, sin, interleaved)
+
+
+def _triton_why_not(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> list[str]:
+    reasons = rope.impls["triton"].why_not(q, cos, sin, interleaved)
+    return [*reasons, "k is empty"] if k.numel() == 0 else reasons
+
+
+def _triton_configs(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> list[Any]:
+    from burnish.kernels.rope import rope_configs
+
+    return rope_configs(q, k, cos.shape[-1])
+
+
+@rope_qk.impl("triton", why_not=_triton_why_not, configs=_triton_configs)
+def _triton(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, *, config: Any = None
+) -> tuple[Tensor, Tensor]:
+    """One launch for both, one pass over memory."""
+    from burnish.kernels.rope import rope_pair
+
+    return rope_pair(q, k, cos, sin, interleaved, config)
