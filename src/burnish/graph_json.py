@@ -14,11 +14,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx
+from torch._guards import SLoc
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, SLoc, ValueRangesSLoc
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, ValueRangesSLoc
 from torch.utils._sympy import functions as torch_functions
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
@@ -31,13 +32,15 @@ class NotData(ValueError):
 # --- functions ------------------------------------------------------------------------------------
 
 _NAMESPACES = ("aten", "burnish")
+_OPERATORS = "getitem add sub mul floordiv mod truediv neg pow eq ne lt le gt ge and_ or_ not_"
 _PLAIN_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **{
-        f"operator.{name}": getattr(operator, name)
-        for name in ["getitem", "add", "sub", "mul", "floordiv", "mod", "truediv", "neg", "pow", "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_"]
-    },
-    **{f"math.{name}": getattr(math, name) for name in ("trunc", "ceil", "floor")},
-    **{f"torch.{name}": getattr(torch, name) for name in ["sym_max", "sym_min", "sym_not", "sym_int", "sym_float"]},
+    f"{module.__name__.lstrip('_')}.{name}": getattr(module, name)
+    for module, names in (
+        (operator, _OPERATORS),
+        (math, "trunc ceil floor"),
+        (torch, "sym_max sym_min sym_not sym_int sym_float"),
+    )
+    for name in names.split()
 }
 _NAMES = {function: name for name, function in _PLAIN_FUNCTIONS.items()}
 
@@ -157,17 +160,18 @@ _LARGEST_POWER = 8
 
 def encode_size(size: Any, known: frozenset[str]) -> Any:
     """A size or stride as JSON: an int, a symbol's name, or a list of a function and what it is applied to."""
-    return size if type(size) is int else _encode_expression(size.node.expr, known)
+    return size if type(size) is int else encode_expression(size.node.expr, known)
 
 
-def _encode_expression(expression: Any, known: frozenset[str]) -> Any:
+def encode_expression(expression: Any, known: frozenset[str]) -> Any:
+    """The same for a sympy expression."""
     if isinstance(expression, sympy.Integer):
         return int(expression)
     if isinstance(expression, sympy.Symbol):
         if expression.name not in known or not _SYMBOL.fullmatch(expression.name):
             raise NotData(f"the size {expression}, which no input has")
         return expression.name
-    arguments = [_encode_expression(argument, known) for argument in expression.args]
+    arguments = [encode_expression(argument, known) for argument in expression.args]
     if isinstance(expression, sympy.Pow):
         if not isinstance(arguments[1], int) or not 0 < arguments[1] <= _LARGEST_POWER:
             raise NotData(f"the size {expression}")
@@ -221,7 +225,7 @@ class Sizes:
             expression = self._expression(data)
             hint = int(expression.xreplace({symbol: self.hints[name] for name, symbol in self.symbols.items()}))
             self._ints[key] = self.env.create_symintnode(expression, hint=hint)
-        return self._ints[key]  # type: ignore[no-any-return]
+        return self._ints[key]
 
     def _expression(self, data: Any) -> Any:
         if type(data) is int:
@@ -236,7 +240,7 @@ class Sizes:
             return sympy.Pow(*built)
         return _EXPRESSIONS[name](*built)
 
-    def tensor(self, number: int, data: Mapping[str, Any]) -> FakeTensor:
+    def tensor(self, number: int, data: Mapping[str, Any]) -> Tensor:
         """A new fake tensor of the layout `data`, the graph's `number`th: most nodes share theirs with many others, and
         it is working out a symbolic layout that takes time (2 ms; 0.05 ms from there)."""
         if number not in self._tensors:

@@ -20,6 +20,8 @@ differ as much. A wrong operator or a lower precision is off by a hundred times 
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -135,10 +137,11 @@ def _check_leaf(result: Any, eager: Any, oracle: Any) -> Verdict:
 
 def _check_floats(result: Tensor, eager: Tensor, oracle: Tensor) -> Verdict:
     for name, values in (("the result", result), ("the oracle", oracle)):
-        if nans := int(values.isnan().sum()):
+        if not _is_finite(values) and (nans := int(values.isnan().sum())):
             return _wrong(f"{nans} of {values.numel()} values of {name} are NaN")
+    parts = _Parts(result, eager, oracle)
     totals = _Totals()
-    for part in _chunks(result, eager, oracle):
+    for part in parts:
         totals.add(part)
     if totals.wrongly_infinite:
         return _wrong(
@@ -147,12 +150,12 @@ def _check_floats(result: Tensor, eager: Tensor, oracle: Tensor) -> Verdict:
     if not totals.count:
         return Verdict(True, 0.0, 0.0, 0.0)
     rms, step, factor = totals.rms, torch.finfo(result.dtype).eps, _FACTORS.get(result.dtype, 2)
-    eager_error = max(part.eager_error(rms) for part in _chunks(result, eager, oracle))
+    eager_error = max(part.eager_error(rms) for part in parts)
     closest, ratio, furthest = Verdict(True, 0.0, 0.0, 0.0), -1.0, ""
-    for part in _chunks(result, eager, oracle):
+    for part in parts:
         if not part.true.numel():
             continue
-        error = (part.new - part.true).abs()
+        error = part.error
         eagers = (eager_error * part.scale(rms)).clamp_min(totals.eager_largest)
         allowed = factor * eagers + step * totals.largest
         ratios = error / allowed.clamp_min(_TINY)
@@ -178,6 +181,15 @@ def _check_floats(result: Tensor, eager: Tensor, oracle: Tensor) -> Verdict:
     return closest
 
 
+def _is_finite(values: Tensor, largest: float = math.inf) -> bool:
+    """Whether there is neither NaN nor infinity nor anything beyond `largest` in it, in one pass over it (`isfinite`
+    takes six)."""
+    if not values.numel():
+        return True
+    low, high = map(float, values.aminmax())  # NaN where there is one
+    return math.isfinite(low) and math.isfinite(high) and -largest <= low and high <= largest
+
+
 @dataclass(frozen=True)
 class _Errors:
     """One chunk in float64: what is finite of the result and the oracle, eager with what is not as NaN."""
@@ -190,18 +202,39 @@ class _Errors:
     @staticmethod
     def of(result: Tensor, eager: Tensor, oracle: Tensor, dtype: torch.dtype) -> _Errors:
         new, old, true = result.double(), eager.double(), oracle.double()
+        if _is_finite(true, torch.finfo(dtype).max) and _is_finite(new):
+            return _Errors(new, old, true, 0)
         # What is beyond the dtype's range is infinity in it: there is no finite value to be near to.
         rounded = true.to(dtype).double()
         finite = rounded.isfinite()
         wrong = int(((new != rounded) & (new.isinf() | ~finite)).sum())
         return _Errors(new[finite], old[finite], true[finite], wrong)
 
+    @functools.cached_property
+    def error(self) -> Tensor:
+        return (self.new - self.true).abs()
+
+    @functools.cached_property
+    def magnitude(self) -> Tensor:
+        return self.true.abs()
+
+    @functools.cached_property
+    def eager_errors(self) -> Tensor:
+        """Not finite where eager is not."""
+        return (self.old - self.true).abs()
+
+    @functools.cached_property
+    def usable(self) -> Tensor | None:
+        """Where eager is finite; None: everywhere."""
+        return None if _is_finite(self.old) else self.old.isfinite()
+
     def scale(self, rms: float) -> Tensor:
-        return self.true.abs() + rms
+        return self.magnitude + rms
 
     def eager_error(self, rms: float) -> float:
         """Eager's largest error on that scale. Where eager itself overflows, it says nothing about the dtype."""
-        errors = ((self.old - self.true).abs() / self.scale(rms).clamp_min(_TINY))[self.old.isfinite()]
+        errors = self.eager_errors / self.scale(rms).clamp_min_(_TINY)
+        errors = errors if self.usable is None else errors[self.usable]
         return float(errors.max()) if errors.numel() else 0.0
 
 
@@ -220,25 +253,34 @@ class _Totals:
     eager_largest: float = 0.0
 
     def add(self, part: _Errors) -> None:
-        magnitude, usable = part.true.abs(), part.old.isfinite()
+        eager_errors = part.eager_errors if part.usable is None else part.eager_errors[part.usable]
         self.count += part.true.numel()
-        self.usable += int(usable.sum())
+        self.usable += eager_errors.numel()
         self.wrongly_infinite += part.wrongly_infinite
         self.squares += float(part.true.square().sum())
-        self.magnitude += float(magnitude.sum())
-        self.largest = max(self.largest, float(magnitude.max()) if magnitude.numel() else 0.0)
-        self.error += float((part.new - part.true).abs().sum())
-        eager_error = (part.old - part.true)[usable].abs()
-        self.eager_error += float(eager_error.sum())
-        self.eager_largest = max(self.eager_largest, float(eager_error.max()) if eager_error.numel() else 0.0)
+        self.magnitude += float(part.magnitude.sum())
+        self.largest = max(self.largest, float(part.magnitude.max()) if part.true.numel() else 0.0)
+        self.error += float(part.error.sum())
+        self.eager_error += float(eager_errors.sum())
+        self.eager_largest = max(self.eager_largest, float(eager_errors.max()) if eager_errors.numel() else 0.0)
 
     @property
     def rms(self) -> float:
         return float((self.squares / self.count) ** 0.5)
 
 
-def _chunks(result: Tensor, eager: Tensor, oracle: Tensor) -> Iterator[_Errors]:
-    """The tensors piece by piece: float64 copies of whole activations would need more memory than the model."""
-    flat = (tensor.reshape(-1).split(_CHUNK) for tensor in (result, eager, oracle))
-    for new, old, true in zip(*flat, strict=True):
-        yield _Errors.of(new, old, true, result.dtype)
+class _Parts:
+    """The tensors piece by piece, as often as asked: float64 copies of whole activations would need more memory than
+    the model. A single piece is kept."""
+
+    def __init__(self, result: Tensor, eager: Tensor, oracle: Tensor) -> None:
+        self._flat = [tensor.reshape(-1) for tensor in (result, eager, oracle)]
+        self._dtype = result.dtype
+        self._kept = [*self._made()] if result.numel() <= _CHUNK else None
+
+    def __iter__(self) -> Iterator[_Errors]:
+        return self._made() if self._kept is None else iter(self._kept)
+
+    def _made(self) -> Iterator[_Errors]:
+        for new, old, true in zip(*(tensor.split(_CHUNK) for tensor in self._flat), strict=True):
+            yield _Errors.of(new, old, true, self._dtype)

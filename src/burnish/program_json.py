@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx, nn
 from torch.fx._lazy_graph_module import _make_graph_module
@@ -21,6 +21,7 @@ from burnish.graph_json import (
     Sizes,
     decode,
     encode,
+    encode_expression,
     encode_layout,
     encode_size,
     function_name,
@@ -61,7 +62,8 @@ class _Encoder:
         ranges = {} if env is None else {str(symbol): bounds for symbol, bounds in env.var_to_range.items()}
         self.symbols = {name: _bounds(ranges[name]) for name in sorted(names)}
         self.known = frozenset(names)
-        self.divisible = [] if env is None else sorted(env.divisible, key=str)
+        facts = [] if env is None else sorted((env.replace(fact) for fact in env.divisible), key=str)
+        self.divisible = [encode_expression(fact, self.known) for fact in facts if fact.free_symbols]
         if env is not None and env.deferred_runtime_asserts:
             raise NotData("sizes that depend on values")
         self.tables: dict[str, dict[str, int]] = {"layouts": {}, "stacks": {}, "modules": {}}
@@ -75,7 +77,7 @@ class _Encoder:
         return {
             "inputs": [_input_to_data(spec) for spec in self.program.inputs],
             "symbols": self.symbols,
-            "divisible": [encode_size(torch.SymInt(_Expression(e)), self.known) for e in self.divisible],
+            "divisible": self.divisible,
             "out_spec": _dumped(self.program.out_spec),
             "attention_interface": self.program.attention_interface,
             "record": {"nodes_before": record.nodes_before, "nodes_after": record.nodes_after, "notes": record.notes},
@@ -145,13 +147,6 @@ class _Encoder:
             raise NotData(f"the constant {name} of shape {tuple(tensor.shape)}")
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         return base64.b64encode(bytes(flat.view(torch.uint8).tolist())).decode("ascii") if flat.numel() else ""
-
-
-class _Expression:
-    """As much of a SymNode as `encode_size` reads."""
-
-    def __init__(self, expr: Any) -> None:
-        self.expr = expr
 
 
 def _is_fake(node: fx.Node) -> bool:
@@ -255,7 +250,7 @@ def _hints(inputs: Sequence[InputSpec], leaves: Sequence[Any], ranges: Mapping[s
 
 class _Decoder:
     def __init__(self, data: Mapping[str, Any], sizes: Sizes) -> None:
-        self.data_, self.sizes = data, sizes
+        self.source, self.sizes = data, sizes
         for expression in data["divisible"]:
             sizes.divisible(expression)
         self.modules = [{key: (path, cls) for key, path, cls in stack} for stack in data["modules"]]
@@ -263,7 +258,7 @@ class _Decoder:
     def graph(self) -> fx.Graph:
         graph = fx.Graph()
         nodes: list[fx.Node] = []
-        for entry in self.data_["nodes"]:
+        for entry in self.source["nodes"]:
             op, name = entry["op"], identifier(entry["name"])
             args = tuple(decode(arg, nodes) for arg in entry["args"])
             kwargs = {identifier(key): decode(arg, nodes) for key, arg in entry.get("kwargs", {}).items()}
@@ -280,7 +275,7 @@ class _Decoder:
             return function_named(target)
         if op in ("placeholder", "output"):
             return identifier(target)
-        if op != "get_attr" or target not in self.data_["weights"]:
+        if op != "get_attr" or target not in self.source["weights"]:
             raise NotData(f"a node of kind {op} for {target}")
         return target
 
@@ -288,14 +283,14 @@ class _Decoder:
         if "val" in entry:
             node.meta["val"] = self._value(entry["val"])
         if "stack" in entry:
-            node.meta["stack_trace"] = str(self.data_["stacks"][entry["stack"]])
+            node.meta["stack_trace"] = str(self.source["stacks"][entry["stack"]])
         if "modules" in entry:
             node.meta["nn_module_stack"] = self.modules[entry["modules"]]
         node.meta["origin"] = node.name
 
     def _value(self, data: Any) -> Any:
         if isinstance(data, dict) and "tensor" in data:
-            return self.sizes.tensor(data["tensor"], self.data_["layouts"][data["tensor"]])
+            return self.sizes.tensor(data["tensor"], self.source["layouts"][data["tensor"]])
         if isinstance(data, dict) and "size" in data:
             return self.sizes.size(data["size"])
         for name, kind in _LISTS.items():

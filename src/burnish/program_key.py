@@ -353,7 +353,9 @@ def _own_source() -> str:
     """A hash of Burnish itself."""
     folder = Path(__file__).parent
     files = sorted(folder.rglob("*.py"))
-    return hashlib.sha256("".join(f"{file.relative_to(folder)} {_hash_of(str(file))}" for file in files).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{file.relative_to(folder)} {_hash_of(str(file))}" for file in files).encode()
+    ).hexdigest()
 
 
 @functools.lru_cache(maxsize=256)

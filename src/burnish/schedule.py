@@ -22,6 +22,7 @@ from burnish.checks import Checks
 from burnish.choose import choose_by_measuring, choose_differentiable, choose_on_the_way
 from burnish.op import find_impl
 from burnish.prepare import GraphEntry, PlainEntry, Prepared, Preparer
+from burnish.program_cache import ProgramCache
 from burnish.record import StepRecord
 from burnish.runtime.cuda_graph import GraphPool, why_not_captured
 from burnish.runtime.module import STALE, Call, Entry, OptimizedModule, original_entry

@@ -158,8 +158,10 @@ class Tuner:
     ) -> Choice:
         rejected = {name: reasons for name, impl in op.impls.items() if (reasons := impl.why_not(*args))}
         able = [name for name in op.impls if name not in rejected]
-        candidates = _candidates(op, args, able)
         device = "cuda" if any(isinstance(arg, Tensor) and arg.is_cuda for arg in args) else "cpu"
+        if device == "cuda" and len(able) > 1:  # many passes over memory: not worth the time to measure it
+            able.remove("reference")
+        candidates = _candidates(op, args, able)
 
         def chosen(times: Mapping[str, float], source: str) -> Choice:
             impl, config = candidates[_fastest(times, [name for name in candidates if name in times], device)]

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from burnish.numerics import assert_close
+from burnish.runtime.module import OptimizedModule
+
 
 class _Float64(TorchDispatchMode):
     """Casts that a model writes down ("compute this in float32") go to float64 too."""
@@ -39,6 +42,16 @@ def outputs_in_float64(
     exact = copy.deepcopy(model).double()
     with torch.no_grad(), _Float64():
         return pytree.tree_leaves(exact(*in_float64(tuple(args)), **in_float64(dict(kwargs or {}))))
+
+
+def assert_same_outputs(fast: OptimizedModule, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """`fast` computes what `model` does, in outputs of the same structure, and the original did not have to step in."""
+    with torch.no_grad():
+        eager, result = model(**inputs), fast(**inputs)
+    assert type(result) is type(eager)
+    assert pytree.tree_structure(result) == pytree.tree_structure(eager)
+    assert fast.schedule.served[-1].kept_original is None
+    assert_close(pytree.tree_leaves(result), pytree.tree_leaves(eager), outputs_in_float64(model, (), inputs))
 
 
 def gradients_in_float64(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:

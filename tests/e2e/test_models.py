@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.utils import _pytree as pytree
 
 import burnish
@@ -21,7 +21,7 @@ from burnish.record import StepRecord
 from burnish.rewrites import RAISE, apply
 from burnish.runtime.module import OptimizedModule
 from tests import zoo
-from tests.e2e.float64 import gradients, gradients_in_float64, loss, outputs_in_float64
+from tests.e2e.float64 import assert_same_outputs, gradients, gradients_in_float64, loss, outputs_in_float64
 
 pytestmark = pytest.mark.usefixtures("untimed")
 aten = torch.ops.aten
@@ -135,15 +135,6 @@ def test_sliding_windows_reach_attention_by_their_meaning() -> None:
 
 
 # --- that it still computes the same ----------------------------------------------------------------------------------
-
-
-def assert_same_outputs(fast: OptimizedModule, model: nn.Module, inputs: dict[str, Any]) -> None:
-    with torch.no_grad():
-        eager, result = model(**inputs), fast(**inputs)
-    assert type(result) is type(eager)
-    assert pytree.tree_structure(result) == pytree.tree_structure(eager)
-    assert fast.schedule.served[-1].kept_original is None
-    assert_close(pytree.tree_leaves(result), pytree.tree_leaves(eager), outputs_in_float64(model, (), inputs))
 
 
 def assert_verified(fast: OptimizedModule) -> None:

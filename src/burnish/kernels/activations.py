@@ -7,13 +7,13 @@ import triton.language as tl
 
 
 @triton.jit
-def sigmoid(x):  # type: ignore[no-untyped-def]
+def sigmoid(x):
     """`1 / (1 + exp(-x))`; exp overflows to infinity for x < -88, which gives the 0 that it should."""
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
-def tanh(x):  # type: ignore[no-untyped-def]
+def tanh(x):
     """tanh through exp, the same on every backend and in the interpreter, which has no libdevice."""
     x_squared = x * x
     e = tl.exp(-2.0 * tl.abs(x))
@@ -24,7 +24,7 @@ def tanh(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def activate(x, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
+def activate(x, ACTIVATION: tl.constexpr):
     """`x` (float32) through the activation: none, relu, gelu (erf), gelu_tanh, silu or tanh. NaN stays NaN."""
     if ACTIVATION == "relu":
         x = tl.where(x < 0, 0.0, x)

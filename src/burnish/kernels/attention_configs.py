@@ -13,22 +13,30 @@ _Blocks = tuple[int, int, int, int]  # BLOCK_M queries, BLOCK_N keys, warps, sta
 
 _SHARED_MEMORY = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}  # KiB of a block; else 99
 
-# By the width of a head. Few blocks of queries leave multiprocessors idle: SHORT has blocks of few queries, for those.
+# All by the width of a head. Where the queries make few blocks, multiprocessors stand idle: SHORT has smaller ones.
 _SHORT: dict[int, list[_Blocks]] = {
-    64: [(16, 64, 4, 2), (32, 64, 4, 2), (64, 64, 4, 2), (16, 128, 4, 2), (64, 128, 4, 2)],
+    64: [(16, 64, 4, 2), (32, 64, 4, 2), (64, 64, 4, 2), (16, 128, 4, 2)],
     128: [(16, 64, 4, 2), (32, 64, 4, 2), (64, 64, 4, 2)],
     256: [(16, 32, 4, 2), (32, 32, 4, 2)],
 }
 _LONG: dict[int, list[_Blocks]] = {
+    32: [(64, 128, 4, 3), (128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 3)],
+    64: [(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3)],
+    128: [(128, 64, 8, 3), (64, 64, 4, 2)],
+    256: [(32, 32, 4, 2), (64, 32, 8, 2)],
+}
+# With descriptors for k and v no registers hold addresses: 204 where pointers take 254 and spill (128 x 64, width 64,
+# 4 warps).
+_DESCRIBED: dict[int, list[_Blocks]] = {
     32: [(64, 128, 4, 3), (128, 64, 4, 3), (128, 128, 8, 3), (64, 64, 4, 3), (128, 64, 8, 3)],
-    64: [(128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 4, 2)],
+    64: [(128, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 2), (128, 128, 8, 3), (128, 64, 8, 3)],
     128: [(128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)],
-    256: [(128, 64, 8, 2), (64, 32, 4, 2), (128, 32, 8, 2)],
+    256: [(128, 64, 8, 2), (64, 32, 4, 2)],
 }
 # A bias with an entry for each pair takes as many registers as the scores do.
 _BIASED: dict[int, list[_Blocks]] = {
     64: [(64, 32, 4, 2), (128, 64, 8, 2), (32, 64, 4, 2), (128, 32, 8, 2)],
-    128: [(64, 32, 4, 2), (128, 32, 8, 2), (32, 32, 4, 2)],
+    128: [(64, 32, 4, 2), (128, 32, 8, 2), (16, 32, 4, 2)],
     256: [(32, 32, 4, 2), (16, 32, 4, 2)],
 }
 _FLOAT32: dict[int, list[_Blocks]] = {
@@ -47,24 +55,33 @@ def attention_configs(
     be read through descriptors: TMA=1.
     """
     few = heads * -(-lq // 64) < 2 * target.num_sms
+    described: list[_Blocks] = []
     if dtype == torch.float32:
-        table = _FLOAT32
+        pointed = _of_width(_FLOAT32, width)
     elif kind == "tile":
-        table = _BIASED
+        pointed = _of_width(_BIASED, width)
+    elif few or lq <= 16:
+        pointed = _of_width(_SHORT, width)
+        described = _of_width(_DESCRIBED, width)[:3] if tma and lq > 16 else []
     else:
-        table = _SHORT if few or lq <= 16 else _LONG
-    blocks = table[next(w for w in sorted(table) if w >= width)]
-    # Larger blocks than there are queries and keys do nothing for them.
-    fitting = [b for b in blocks if b[0] < 2 * max(lq, 16) and b[1] < 2 * max(lk, 64)] or blocks[-1:]
-    if lq * lk <= 64 * 64:
-        fitting = fitting[:2]  # a few microseconds, whichever it is
-    found = [_config(b, 0) for b in fitting]
-    if tma and table is not _FLOAT32:
-        described = [_config(b, 1) for b in fitting if b[0] >= 64]
-        found = [*described, *found] if table is _LONG else [*found, *described]
+        pointed = _of_width(_LONG, width)
+        described = _of_width(_DESCRIBED, width) if tma else []
     limit = _SHARED_MEMORY.get(target.capability, 99) * 1024
-    size = dtype.itemsize
-    return [c for c in found if _fits(c, width, size, kind, target) and _shared_memory(c, width, size) <= limit]
+    by_descriptor, by_pointer = [(b, 1) for b in described], [(b, 0) for b in pointed]
+    blocks = by_pointer + by_descriptor if few else by_descriptor + by_pointer
+    # Blocks that are larger than there are queries and keys do nothing for them.
+    found = [
+        _config(b, tma)
+        for b, tma in blocks
+        if b[0] < 2 * max(lq, 16) and b[1] < 2 * max(lk, 64) and _shared_memory(b, width, dtype.itemsize) <= limit
+    ]
+    if lq * lk <= 64 * 64:
+        found = found[:2]  # a few microseconds, whichever it is
+    return found or [_config((16, 32, 4, 1), 0)]
+
+
+def _of_width(table: dict[int, list[_Blocks]], width: int) -> list[_Blocks]:
+    return table[next(w for w in table if w >= width)]
 
 
 def _config(blocks: _Blocks, tma: int) -> Config:
@@ -72,10 +89,7 @@ def _config(blocks: _Blocks, tma: int) -> Config:
     return Config.of(warps, stages, BLOCK_M=block_m, BLOCK_N=block_n, TMA=tma)
 
 
-def _shared_memory(config: Config, width: int, size: int) -> int:
+def _shared_memory(blocks: _Blocks, width: int, size: int) -> int:
     """Bytes of q, and of each stage's k and v, and a few more for barriers."""
-    return width * size * (config["BLOCK_M"] + 2 * config["BLOCK_N"] * config.num_stages) + 1024
-
-
-def _fits(config: Config, width: int, size: int, kind: str, target: Target) -> bool:
-    return True
+    block_m, block_n, _, stages = blocks
+    return width * size * (block_m + 2 * block_n * stages) + 2048

@@ -26,16 +26,16 @@ def _gather(table, entries, stride, ids, batch, position, ids_batch, ids_step, c
 def _embedding_layer_norm_kernel(
     ids, word, position_ids, position, type_ids, type, weight, bias, out, length,
     ids_batch, ids_step, position_ids_batch, position_ids_step, type_ids_batch, type_ids_step,
-    words, word_stride, positions, position_stride, types, type_stride, eps,
+    words, word_stride, positions, position_stride, types, type_stride, weight_step, bias_step, eps,
     N: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program for each token."""
     launch_dependents(PDL)
     scale, shift = None, None
     if weight is not None:
-        scale = load_vector(weight, N, BLOCK_N).to(tl.float32)
+        scale = load_vector(weight, weight_step, N, BLOCK_N).to(tl.float32)
     if bias is not None:
-        shift = load_vector(bias, N, BLOCK_N).to(tl.float32)
+        shift = load_vector(bias, bias_step, N, BLOCK_N).to(tl.float32)
     wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     batch, place = row // length, row % length
@@ -72,14 +72,14 @@ def embedding_layer_norm(
     B, S = ids.shape
     N = word.shape[1]
     config = config or embedding_configs(B * S, N, word.dtype, target_of(word))[0]
-    weight, bias = (None if v is None else v.contiguous() for v in (weight, bias))
     out = torch.empty((B, S, N), dtype=word.dtype, device=word.device)
     indices = (ids, position_ids, type_ids)
     steps = [s for i in indices for s in ((0, 0) if i is None else (i.stride(0) if i.shape[0] > 1 else 0, i.stride(1)))]
     sizes = [s for t in (word, position, type) for s in ((0, 0) if t is None else (t.shape[0], t.stride(0)))]
+    vector_steps = (1 if v is None else v.stride(0) for v in (weight, bias))
     launch(
         _embedding_layer_norm_kernel, (B * S,), ids, word, position_ids, position, type_ids, type, weight, bias, out, S,
-        *steps, *sizes, eps, config=config, like=word, N=N, BLOCK_N=triton.next_power_of_2(N),
+        *steps, *sizes, *vector_steps, eps, config=config, like=word, N=N, BLOCK_N=triton.next_power_of_2(N),
     )  # fmt: skip
     return out
 

@@ -17,7 +17,7 @@ from burnish.kernels.matmul import Product, epilogue, row_offsets
 
 
 @triton.jit
-def gemv_kernel(  # type: ignore[no-untyped-def]
+def gemv_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
@@ -70,7 +70,7 @@ def gemv_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, K, BLOCK_K):
         weight_ptrs += BLOCK_K
         if EVEN_K:
-            mask = weight_mask & (start + BLOCK_K < K)
+            mask = weight_mask & (tl.full((1, 1, 1), start + BLOCK_K, tl.int32) < K)
             x = tl.load(x_ptrs, mask=x_mask, other=0.0).to(tl.float32)
         else:
             mask = weight_mask & (start + BLOCK_K + k < K)[None, None, :]

@@ -21,7 +21,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def dot(x, weight, acc):  # type: ignore[no-untyped-def]
+def dot(x, weight, acc):
     """`acc + x @ weight`, exact products of float32 too."""
     if INTERPRETED:  # the interpreter multiplies the bits of bfloat16 as integers
         x, weight = x.to(tl.float32), weight.to(tl.float32)
@@ -29,7 +29,7 @@ def dot(x, weight, acc):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def tile_of(pid, rows, columns, GROUP_M: tl.constexpr):  # type: ignore[no-untyped-def]
+def tile_of(pid, rows, columns, GROUP_M: tl.constexpr):
     """Row and column of tile `pid`: tiles are walked in groups of GROUP_M rows, so that L2 keeps the operands."""
     in_group = GROUP_M * columns
     first = pid // in_group * GROUP_M
@@ -38,13 +38,13 @@ def tile_of(pid, rows, columns, GROUP_M: tl.constexpr):  # type: ignore[no-untyp
 
 
 @triton.jit
-def row_offsets(rows, inner, stride_outer, stride_inner):  # type: ignore[no-untyped-def]
+def row_offsets(rows, inner, stride_outer, stride_inner):
     """Where rows start in memory that has two strides for them: `inner` rows by stride_inner, those by stride_outer."""
     return (rows // inner).to(tl.int64) * stride_outer + (rows % inner).to(tl.int64) * stride_inner
 
 
 @triton.jit
-def epilogue(  # type: ignore[no-untyped-def]
+def epilogue(
     acc,
     up,
     m,
@@ -78,7 +78,7 @@ def epilogue(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def matmul_kernel(  # type: ignore[no-untyped-def]
+def matmul_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
@@ -238,18 +238,19 @@ def fitting(configs: list[Config], product: Product) -> list[Config]:
 
 def matmul_configs(product: Product) -> list[Config]:
     """Configs of `matmul`, the most promising first."""
-    # (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), BLOCK_N of both halves together if gated.
+    # (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), BLOCK_N of both halves together if gated. 128x64 with 4 warps spills
+    # registers on sm_80, 32x64x128 in two halves on sm_90.
     if product.dtype == torch.float32:
         # Exact float32 products run on the ordinary cores: what counts is the registers that the operands take.
-        shapes = [(16, 32, 64, 4, 3)] if product.rows <= 32 else [(64, 64, 16, 4, 3), (32, 32, 32, 4, 3)]
+        shapes = [(16, 32, 64, 4, 3)] if product.rows <= 32 else [(64, 64, 16, 8, 3), (32, 32, 32, 4, 3)]
     elif product.rows <= 32:
         m = 16 if product.rows <= 16 else 32
-        shapes = [(m, 64, 64, 4, 5), (m, 32, 128, 4, 5), (m, 64, 128, 4, 4), (m, 128, 64, 4, 4)]
+        shapes = [(m, 64, 64, 4, 5), (m, 32, 128, 4, 5), (m, 128, 64, 4, 4), (m, 64, 128, 8, 4)]
     elif product.rows <= 512:
         # 64x64x128 and 64x32x64, 5 stages, 4 warps were a sweep's best on H200 at 128 rows and BERT-base's weights.
-        shapes = [(64, 32, 64, 4, 5), (64, 64, 128, 4, 5), (64, 64, 64, 4, 5), (32, 64, 128, 4, 4), (128, 64, 64, 4, 4)]
+        shapes = [(64, 32, 64, 4, 5), (64, 64, 128, 4, 5), (32, 64, 64, 4, 5), (64, 64, 64, 4, 5), (128, 64, 64, 8, 4)]
     else:
-        shapes = [(128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4)]
+        shapes = [(128, 128, 64, 8, 3), (128, 64, 64, 8, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 5)]
     configs = []
     for m, n, k, warps, stages in shapes:
         block_n, block_k = n // product.halves, max(16, min(k, triton.next_power_of_2(product.depth)))
@@ -262,8 +263,8 @@ def matmul_configs(product: Product) -> list[Config]:
 
 def _splits(product: Product, block_m: int, block_n: int, block_k: int) -> list[int]:
     """In how many parts to sum over K: so many that every SM has a program or two; 1 where the tiles fill them."""
-    if block_m * block_n * product.halves > 4096:  # the sum of parts of larger tiles spills registers
-        return [1]
+    if block_m * block_n * product.halves > (1024 if product.dtype == torch.float32 else 4096):
+        return [1]  # the sum of larger tiles' parts spills registers
     tiles = triton.cdiv(product.rows, block_m) * triton.cdiv(product.columns, block_n)
     most = triton.cdiv(product.depth, block_k) // 3  # a shorter part does nothing but fill its pipeline
     # Few rows are bound by memory: there every SM needs several programs in flight.

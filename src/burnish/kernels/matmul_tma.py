@@ -19,13 +19,13 @@ from burnish.kernels.matmul import Product, dot, epilogue, fitting, tile_of
 
 
 @triton.jit
-def halves(block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+def halves(block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The left and the right half of a block's columns."""
     return tl.split(tl.permute(tl.reshape(block, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
 
 
 @triton.jit
-def matmul_tma_kernel(  # type: ignore[no-untyped-def]
+def matmul_tma_kernel(
     x_desc,  # (M, K)
     weight_desc,  # (N, K), or (K, N) if K_MAJOR; 2 * N if GATED
     out_desc,  # (M, N), in blocks of half a tile's columns if HALVES
@@ -124,14 +124,15 @@ _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 def matmul_tma_configs(product: Product) -> list[Config]:
     """Configs of `matmul_tma`, the most promising first; none where the device has no tensor memory access."""
     # (BLOCK_M, BLOCK_N, BLOCK_K, HALVES, FLATTEN, warps, stages), BLOCK_N of both halves together if gated.
+    # Four warps have no registers for 128x128 on sm_90, nor for 64x256 on sm_100.
     shapes = [
         (128, 256, 64, 1, 1, 8, 3),
         (128, 256, 64, 1, 0, 8, 3),
-        (128, 256, 64, 1, 0, 8, 4),
         (128, 128, 64, 0, 1, 8, 4),
-        (128, 128, 64, 0, 0, 4, 4),
-        (64, 256, 64, 1, 0, 4, 4),
+        (128, 128, 64, 0, 0, 8, 4),
     ]
+    if product.target.capability[0] == 9:
+        shapes.append((64, 256, 64, 1, 0, 4, 4))
     configs = []
     for m, n, k, half, flatten, warps, stages in shapes:
         blocks = {"BLOCK_M": m, "BLOCK_N": n // product.halves, "BLOCK_K": k, "GROUP_M": 8}

@@ -71,31 +71,31 @@ def _normalize_tile(
 
 
 @triton.jit
-def load_vector(vector, N: tl.constexpr, BLOCK_N: tl.constexpr):
+def load_vector(vector, step, N: tl.constexpr, BLOCK_N: tl.constexpr):
     """A weight or a bias as (1, BLOCK_N)."""
     column = tl.arange(0, BLOCK_N)[None, :]
-    return tl.load(vector + column, column < N, other=0.0)
+    return tl.load(vector + column * step, column < N, other=0.0)
 
 
 @triton.jit
 def _norm_kernel(
     x, residual, weight, bias, out, total, rows, size1, size2, x_stride0, x_stride1, x_stride2,
-    r_stride0, r_stride1, r_stride2, eps, N: tl.constexpr, BLOCK_N: tl.constexpr, RMS: tl.constexpr,
-    STAGES: tl.constexpr, ROWS: tl.constexpr, PER_SM: tl.constexpr, PDL: tl.constexpr,
+    r_stride0, r_stride1, r_stride2, weight_step, bias_step, eps, N: tl.constexpr, BLOCK_N: tl.constexpr,
+    RMS: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr, PER_SM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch_dependents(PDL)
     scale, shift = None, None
     if weight is not None:
-        scale = load_vector(weight, N, BLOCK_N)
+        scale = load_vector(weight, weight_step, N, BLOCK_N)
     if bias is not None:
-        shift = load_vector(bias, N, BLOCK_N)
+        shift = load_vector(bias, bias_step, N, BLOCK_N)
     wait_for_inputs(PDL)
     if PER_SM == 0:
         _normalize_tile(
             tl.program_id(0), x, residual, scale, shift, out, total, rows, size1, size2, x_stride0, x_stride1,
             x_stride2, r_stride0, r_stride1, r_stride2, eps, N, BLOCK_N, RMS, ROWS,
         )  # fmt: skip
-    else:  # STAGES tiles are on their way to shared memory while one is normalized
+    else:  # STAGES - 1 tiles are on their way to shared memory while one is normalized
         for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
             _normalize_tile(
                 tile, x, residual, scale, shift, out, total, rows, size1, size2, x_stride0, x_stride1,
@@ -141,13 +141,14 @@ def _norm(
     rows = x.numel() // N
     target = target_of(x)
     config = config or norm_configs(rows, N, x.dtype, residual is not None, target)[0]
-    weight, bias = (None if v is None else v.contiguous() for v in (weight, bias))
     sizes, strides = collapse(x) if residual is None else collapse(x, residual)
     if len(sizes) > 3 or any(stride[-1] != 1 for stride in strides):
         x, residual = x.contiguous(), None if residual is None else residual.contiguous()
         sizes, strides = (rows,), [(N, 1)] * 2
     size1, size2 = (*sizes[1:], 1, 1)[:2]
     steps = [step for stride in (*strides, (0,)) for step in (*stride[:-1], 0, 0, 0)[:3]][:6]
+    # Weights are read before the kernels before this one are known to be done, so a copy of them would come too late.
+    vector_steps = (1 if v is None else v.stride(0) for v in (weight, bias))
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = out if residual is None else torch.empty_like(out)
     tiles = triton.cdiv(rows, config["ROWS"])
@@ -155,8 +156,9 @@ def _norm(
     if config["PER_SM"]:  # no more programs than share the tiles evenly
         grid = triton.cdiv(tiles, triton.cdiv(tiles, config["PER_SM"] * target.num_sms))
     launch(
-        _norm_kernel, (grid,), x, residual, weight, bias, out, total, rows, size1, size2, *steps, eps,
-        config=config, like=x, N=N, BLOCK_N=triton.next_power_of_2(N), RMS=rms, STAGES=config.num_stages,
+        _norm_kernel, (grid,), x, residual, weight, bias, out, total, rows, size1, size2, *steps,
+        *vector_steps, eps, config=config, like=x, N=N, BLOCK_N=triton.next_power_of_2(N), RMS=rms,
+        STAGES=config.num_stages,
     )  # fmt: skip
     return out, total
 
@@ -210,4 +212,4 @@ def norm_configs(rows: int, N: int, dtype: torch.dtype, added: bool, target: Tar
             per_sm = min(32 // num_warps, _STAGED_BYTES // (tile_bytes * (stages - 1)))
             if per_sm:
                 configs.append(Config.of(num_warps=num_warps, num_stages=stages, ROWS=ROWS, PER_SM=per_sm))
-    return configs
+    return list(dict.fromkeys(configs))

@@ -152,4 +152,4 @@ def rope_configs(q: Tensor, k: Tensor | None, R: int) -> list[Config]:
         configs.append(Config.of(num_warps=num_warps, BLOCK_S=BLOCK_S, BLOCK_H=BLOCK_H))
     # With few rows what counts is that they are spread over the device.
     spread = B * S * (heads + k_heads) < 32 * target_of(q).num_sms
-    return [configs[i] for i in ((2, 0) if spread else (0, 3, 1, 2))]
+    return list(dict.fromkeys(configs[i] for i in ((2, 0) if spread else (0, 3, 1, 2))))

@@ -75,7 +75,7 @@ LINEAR: list[Rewrite | GraphPass] = [
         gelu_tanh_written_out,
         lambda x: aten.gelu.default(x, approximate="tanh"),
         _activation_examples,
-        aten.tanh.default,
+        (aten.tanh.default, aten.pow.Tensor_Scalar),
     ),
     Rewrite(
         "gelu: written out",

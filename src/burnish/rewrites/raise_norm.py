@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from burnish import ops
 from burnish.graph.matcher import Match
-from burnish.rewrites.rewrite import Rewrite, values
+from burnish.rewrites.rewrite import GraphPass, Outcome, Rewrite, rewrite_nodes, values
 
 aten = torch.ops.aten
 
@@ -17,27 +19,22 @@ def _norm_examples(dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
     return torch.randn(2, 3, 8, dtype=dtype), torch.randn(8, dtype=dtype), 1e-5
 
 
-def _layer_norm_examples(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, float]:
-    x, weight, eps = _norm_examples(dtype)
-    return x, weight, weight.clone(), eps
-
-
 # --- layer norm: torch's own ----------------------------------------------------------------------
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, (8,), weight, bias, eps)
+def _to_layer_norm(input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, *rest: Any) -> Any:
+    return ops.layer_norm(input, weight, bias, *rest[:1])
 
 
-def to_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return ops.layer_norm(x, weight, bias, eps)
-
-
-def _last_dim_only(match: Match) -> str | None:
-    (weight,) = values(match, "weight")
-    if weight is not None and weight.dim() != 1:
-        return f"normalizes over the last {weight.dim()} dims, not over one"
+def _last_dim_only(node: fx.Node, args: dict[str, Any]) -> str | None:
+    if (dims := len(args["normalized_shape"])) != 1:
+        return f"normalized_shape has {dims} entries: not the last dim alone is normalized"
     return None
+
+
+def raise_layer_norm(graph_module: fx.GraphModule) -> Outcome:
+    """`layer_norm(x, (n,), weight, bias, eps)`, as nn.LayerNorm and F.layer_norm leave it."""
+    return rewrite_nodes(graph_module, aten.layer_norm.default, _to_layer_norm, _last_dim_only)
 
 
 # --- RMS norm: computed in float32, rounded, then scaled (Llama, Qwen, Mistral) -------------------
@@ -82,8 +79,8 @@ def _weight_is_vector(match: Match) -> str | None:
     return None
 
 
-NORM = [
-    Rewrite("layer_norm", layer_norm, to_layer_norm, _layer_norm_examples, aten.layer_norm.default, _last_dim_only),
+NORM: list[Rewrite | GraphPass] = [
+    GraphPass("layer_norm", raise_layer_norm),
     *(
         Rewrite(f"rms_norm: {spelling.__name__}", spelling, to_rms_norm, _norm_examples, anchor, _weight_is_vector)
         for spelling, anchor in (

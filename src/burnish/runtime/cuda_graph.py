@@ -128,7 +128,8 @@ class CapturedCall:
     def _capture(self, leaves: Sequence[Any]) -> None:
         # Inference tensors could not be written to from outside inference mode, nor the other way round.
         with torch.inference_mode(False), torch.no_grad():
-            inputs = [_buffer_like(leaves[i]) for i in self._places]
+            # As each input lies in memory, but for elements that overlap.
+            inputs = [torch.empty_like(leaves[i]) for i in self._places]
             for mine, other in zip(inputs, (leaves[i] for i in self._places), strict=True):
                 mine.copy_(other)
             whole = list(self._leaves)
@@ -157,11 +158,3 @@ def why_not_captured(leaves: Sequence[Any]) -> str | None:
 
 def _device_of(leaves: Sequence[Any]) -> torch.device:
     return next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
-
-
-def _buffer_like(tensor: Tensor) -> Tensor:
-    """A fresh tensor of the same sizes and, where elements do not overlap, the same strides."""
-    dense = torch._C._is_non_overlapping_and_dense(tensor)  # type: ignore[attr-defined]
-    if dense:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)

@@ -1,0 +1,211 @@
+"""The attention kernel in Triton's interpreter: lengths, head dimensions, masks, strides, and rows without a key."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from burnish.numerics import assert_close, oracle, randn
+from burnish.ops import attention
+
+pytest.importorskip("triton")
+
+from burnish.kernels.attention import configs_for
+from burnish.kernels.launch import Config, Target, recording
+
+TMA = Config.of(4, 2, BLOCK_M=64, BLOCK_N=64, TMA=1)
+HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+
+def qkv(
+    b: int = 1,
+    hq: int = 2,
+    hkv: int = 2,
+    lq: int = 33,
+    lk: int = 33,
+    d: int = 32,
+    dtype: torch.dtype = torch.float16,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (b, lq, hq, d), (b, lk, hkv, d), (b, lk, hkv, d)
+    q, k, v = (randn(*shape, dtype=dtype, seed=i).transpose(1, 2) for i, shape in enumerate(shapes))
+    return q, k, v
+
+
+def check(*args: Any, config: Config | None = None, **kwargs: Any) -> Tensor:
+    """The kernel's result, once it is found right: numbers, layout in memory, inputs left alone."""
+    bound = attention.bind(*args, **kwargs)
+    reasons = attention.impls["triton"].why_not(*bound)
+    assert all("not on a CUDA device" in reason for reason in reasons), reasons
+    versions = [a._version for a in bound if isinstance(a, Tensor)]
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh tensors start as NaN
+    try:
+        result: Tensor = attention.impls["triton"].fn(*bound, config=config)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_close(result, attention.reference(*bound), oracle(attention.reference, *bound))
+    assert result.transpose(1, 2).is_contiguous()
+    assert versions == [a._version for a in bound if isinstance(a, Tensor)]
+    return result
+
+
+def padding(b: int, lk: int) -> Tensor:
+    lengths = torch.linspace(max(1, lk // 3), lk, b).long()
+    return torch.arange(lk) < lengths[:, None]
+
+
+@pytest.mark.parametrize("s", [1, 8, 16, 33, 64, 130])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_lengths(s: int, is_causal: bool) -> None:
+    check(*qkv(lq=s, lk=s), is_causal=is_causal)
+    check(*qkv(2, lq=s, lk=s, dtype=torch.bfloat16), None, padding(2, s), is_causal)
+
+
+@pytest.mark.parametrize("d", [16, 20, 32, 64, 80, 96, 128, 256])
+def test_head_dims(d: int) -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        check(*qkv(lq=9, lk=40, d=d, dtype=dtype))
+
+
+@pytest.mark.parametrize("lk", [130, 257])
+@pytest.mark.parametrize("lq", [1, 33])
+def test_it_never_attends_beyond_the_last_key(lq: int, lk: int) -> None:
+    check(*qkv(lq=lq, lk=lk))
+    check(*qkv(lq=lq, lk=lk), is_causal=True)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window", [1, 5, 64, 100, 2**40])
+@pytest.mark.parametrize(("lq", "lk"), [(130, 130), (33, 200), (100, 40)])
+def test_windows(lq: int, lk: int, window: int, is_causal: bool) -> None:
+    config = Config.of(4, 2, BLOCK_M=32, BLOCK_N=32, TMA=0)  # whole blocks on either side, at an edge and within
+    check(*qkv(lq=lq, lk=lk, d=16), is_causal=is_causal, window=window, config=config)
+
+
+MASKS: dict[str, dict[str, Any]] = {
+    "bias": {"bias": (2, 4, 40, 70)},
+    "bias per head": {"bias": (4, 40, 70)},
+    "bias per key": {"bias": (2, 1, 1, 70)},
+    "bias per query": {"bias": (40, 1)},
+    "one bias": {"bias": (1,)},
+    "boolean": {"bias": (2, 1, 40, 70), "boolean": True},
+    "boolean per key": {"bias": (70,), "boolean": True},
+}
+
+
+@HALF
+@pytest.mark.parametrize("name", MASKS)
+def test_a_bias_with_every_other_mask(name: str, dtype: torch.dtype) -> None:
+    bias = randn(*MASKS[name]["bias"], seed=5)
+    bias = bias > -0.5 if "boolean" in MASKS[name] else bias.to(dtype)
+    q, k, v = qkv(2, 4, 2, 40, 70, 16, dtype)
+    check(q, k, v, bias)
+    check(q, k, v, bias, padding(2, 70).flip(1).int(), True, 30, 0.3)
+
+
+def test_biases_of_other_dtypes() -> None:
+    q, k, v = qkv(lq=9, lk=9)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        check(q, k, v, randn(9, 9, seed=3).to(dtype))
+
+
+@HALF
+@pytest.mark.parametrize(("hq", "hkv"), [(8, 2), (4, 1), (6, 3)])
+def test_grouped_heads(hq: int, hkv: int, dtype: torch.dtype) -> None:
+    for lq in (1, 17):
+        check(*qkv(2, hq, hkv, lq, 17, 16, dtype), is_causal=True)
+
+
+@HALF
+def test_strides_of_every_kind(dtype: torch.dtype) -> None:
+    q, k, v = qkv(2, 4, 4, 17, 17, 16, dtype)
+    check(*(t.contiguous() for t in (q, k, v)))
+    check(*randn(2, 17, 4, 3, 16, dtype=dtype).permute(3, 0, 2, 1, 4).unbind(0))  # interleaved per head
+    check(*randn(2, 17, 3, 4, 16, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0))  # packed one after the other
+    check(q, k.transpose(2, 3).contiguous().transpose(2, 3), v)
+    check(q.flip(2), k[:, :1].expand_as(k), v[:, :, :1].expand_as(v))
+    check(q[..., ::2], k[..., ::2], v[..., ::2])
+    bias = randn(2, 4, 17, 17, dtype=dtype)
+    check(q, k, v, bias.transpose(2, 3))
+    check(q, k, v, bias[:, :, :1].expand(2, 4, 17, 17))
+    check(q, k, v, None, padding(17, 2).t())
+    check(q, k, v, None, padding(2, 17)[:1].expand(2, 17), True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_rows_that_may_attend_to_nothing_are_zeros(dtype: torch.dtype) -> None:
+    q, k, v = qkv(2, lq=40, lk=20, dtype=dtype)
+    assert check(q, k, v, is_causal=True)[:, :, :20].abs().max() == 0
+    assert check(q, k, v, None, torch.zeros(2, 20, dtype=torch.bool)).abs().max() == 0
+    allowed = torch.ones(40, 20, dtype=torch.bool)
+    allowed[7] = False
+    for bias in (allowed, torch.zeros(40, 20).masked_fill(~allowed, -torch.inf)):
+        assert check(q, k, v, bias)[:, :, 7].abs().max() == 0
+
+
+def test_the_lowest_number_as_a_bias_is_no_mask() -> None:
+    q, k, v = qkv(lq=9, lk=9, dtype=torch.float32)
+    bias = torch.full((9, 9), torch.finfo(torch.float32).min).triu(1)
+    bias[0] = torch.finfo(torch.float32).min  # all keys alike, as the reference has it
+    assert check(q, k, v, bias)[:, :, 0].abs().max() > 0
+
+
+@HALF
+@pytest.mark.parametrize("scale", [1.0, 0.0, -0.5])
+def test_scales_and_large_scores(scale: float, dtype: torch.dtype) -> None:
+    q, k, v = qkv(lq=20, lk=50, d=64, dtype=dtype)
+    q, k = q / q.abs().max() * 120, k / k.abs().max() * 120  # the largest products are near 1e4
+    check(q, k, v, scale=scale, is_causal=True)
+    check(q, k, v, scale=scale, bias=torch.full((20, 50), 1e4).triu())
+
+
+@HALF
+def test_keys_by_descriptor(dtype: torch.dtype) -> None:
+    check(*qkv(2, 4, 2, 70, 130, 32, dtype), config=TMA)
+    check(*qkv(2, 2, 2, 70, 70, 80, dtype), None, padding(2, 70), True, config=TMA)
+
+
+def test_configs_are_distinct_and_fit() -> None:
+    for capability in ((8, 0), (8, 6), (9, 0), (10, 0), (12, 0)):
+        for d in (16, 32, 64, 80, 128, 256):
+            for length in (1, 16, 128, 4096):
+                for dtype in (torch.float16, torch.float32):
+                    q = torch.empty(1, length, 8, d, dtype=dtype, device="meta").transpose(1, 2)
+                    with recording(lambda launch: None, Target(capability, 132)):
+                        for bias in (None, torch.empty(8, length, length, device="meta")):
+                            configs = configs_for(q, q, q, bias, None)
+                            assert configs, (capability, d, length, dtype)
+                            assert len({str(config) for config in configs}) == len(configs)
+
+
+COMPILE = """
+import json, sys, torch
+from burnish.kernels.attention import attention_forward, configs_for
+from burnish.kernels.launch import Target, recording
+from tests.kernels.aot import compile_launch
+
+found = []
+for b, h, s, d, is_causal in ((1, 12, 128, 64, False), (8, 32, 1024, 32, False), (1, 32, 4096, 128, True)):
+    q = torch.empty(b, s, h, d, dtype=torch.bfloat16).transpose(1, 2)
+    launches = []
+    with recording(launches.append, Target((9, 0), 132)):
+        for config in configs_for(q, q, q, None, None)[:2]:
+            attention_forward(q, q, q, None, None, is_causal, None, None, config=config)
+    found += [compile_launch(launch, 90) | {"rows": launch.constants["BLOCK_M"]} for launch in launches]
+json.dump(found, sys.stdout)
+"""
+
+
+def test_realistic_sizes_compile_and_do_not_spill() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True)
+    assert run.returncode == 0, run.stderr.decode()
+    for entry in json.loads(run.stdout):
+        assert entry["spills"] == 0, entry
+        assert entry["shared"] <= 232_448, entry
