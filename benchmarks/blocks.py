@@ -30,5 +30,5 @@ def cases() -> Iterator[Case]:
 def _run(session: Session, *, name: str) -> list[Record]:
     build, width, batch, seq = BLOCKS[name]
     model = seeded(build()).to("cuda", torch.bfloat16)
-    mask = torch.tril(torch.ones(seq, seq, device="cuda"))
+    mask = torch.ones(seq, seq, device="cuda", dtype=torch.bool).tril()
     return run_model(session, name, model, {"x": hidden(batch, seq, width, torch.bfloat16).cuda(), "mask": mask})

@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import burnish
-import burnish.ops
 from benchmarks.gpu import captured, count_kernels, peers
 from benchmarks.runner import Case, CheckError, Record, Session, verdicts
 from burnish import numerics
 from burnish.hardware import device
 from burnish.numerics import randn
 from burnish.op import OPS
+from burnish.tuning import Tuner
 
 BACKENDS = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
@@ -120,13 +119,12 @@ def _run(
     bound = op.bind(*args)
     truth, reference = numerics.oracle(op.reference, *bound), op.reference(*bound)
     impls: dict[str, Callable[[], object]] = {}
-    tuner = burnish.tuning.Tuner("readwrite")
+    tuner = Tuner()
     for impl in op.impls.values():
         if impl.name != "reference" and not impl.why_not(*bound):
-            alone = burnish.tuning.Tuner("readwrite", {op_name: impl.name})
-            function, _ = alone.choose(op, bound, budget_us=1e6, thorough=True)
-            impls[impl.name] = partial(function, *bound)
+            impls[impl.name] = partial(impl.fn, *bound)
     fastest, choice = tuner.choose(op, bound, budget_us=1e6, thorough=True)
+    impls[choice.impl] = partial(fastest, *bound)
     tuner.save()
     wrong = {n: r for n, r in verdicts({n: run() for n, run in impls.items()}, reference, truth).items() if r}
     if wrong:

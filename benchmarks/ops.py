@@ -105,6 +105,24 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, res
     return out if residual is None else out + residual
 
 
+def _linear_add_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    return _add_layer_norm(F.linear(x, weight, bias), residual, norm_weight, norm_bias, eps)
+
+
+def _linear_add_rms_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    return _add_rms_norm(F.linear(x, weight, bias), residual, norm_weight, eps)
+
+
 def _gated_mlp(
     x: Tensor,
     gate_up_weight: Tensor,
@@ -164,6 +182,11 @@ def _embedding_layer_norm(
 
 def _tensors(*shapes: tuple[int, ...]) -> Maker:
     return lambda dtype: tuple(randn(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes))
+
+
+def _branch_end(rows: int, k: int, n: int, dtype: torch.dtype) -> Arguments:
+    x, weight, residual, scale = _tensors((1, rows, k), (n, k), (1, rows, n), (n,))(dtype)
+    return x, weight, None, residual, scale
 
 
 def _linear_arguments(rows: int, k: int, n: int, activation: str = "none", residual: bool = False) -> Maker:
@@ -238,6 +261,14 @@ BENCHED: dict[str, tuple[Callable[..., object], dict[str, Maker]]] = {
             "m1024 k768 n3072 gelu": _linear_arguments(1024, 768, 3072, "gelu"),
             "m128 k768 n3072 gelu_tanh": _linear_arguments(128, 768, 3072, "gelu_tanh"),
         },
+    ),
+    "linear_add_layer_norm": (
+        _linear_add_layer_norm,
+        {"m128 k768 n768": _tensors((1, 128, 768), (768, 768), (768,), (1, 128, 768), (768,), (768,))},
+    ),
+    "linear_add_rms_norm": (
+        _linear_add_rms_norm,
+        {"m128 k1024 n1024": lambda dtype: _branch_end(128, 1024, 1024, dtype)},
     ),
     "gated_mlp": (
         _gated_mlp,

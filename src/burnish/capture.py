@@ -61,7 +61,10 @@ class Program:
     def first_rows(self, leaves: Sequence[Any], tokens: int) -> list[Any]:
         """The leaves cut to as many samples of the batch as have about `tokens` tokens together; at least two, if there
         are."""
-        batch = next((spec.sizes[0] for spec in self.inputs if spec.sizes and isinstance(spec.sizes[0], str)), None)
+        # A size that stands elsewhere too is a sequence's: a mask of (sequence, sequence) may come before the rest.
+        others = {size for spec in self.inputs for size in spec.sizes[1:]}
+        firsts = (spec.sizes[0] for spec in self.inputs if spec.sizes)
+        batch = next((size for size in firsts if isinstance(size, str) and size not in others), None)
         sample = next(
             (leaf for leaf, spec in zip(leaves, self.inputs, strict=True) if spec.sizes[:1] == (batch,)), None
         )

@@ -205,7 +205,8 @@ class Sizes:
         symbol = sympy.Symbol(name, positive=True, integer=True)
         nowhere = SLoc("a remembered Program", None)
         self.env.unique_ids.add(int(name[1:]))
-        self.env.add_backed_var_to_val(symbol, self.hints[name])
+        add_value = getattr(self.env, "add_backed_var_to_val", None) or self.env.add_var_to_val  # its name before 2.13
+        add_value(symbol, self.hints[name])
         self.env.var_to_range[symbol] = ValueRanges(low, int_oo if high is None else high)
         self.env.var_to_range_sloc[symbol] = ValueRangesSLoc(nowhere, nowhere)
         self.env.var_to_sources[symbol] = []

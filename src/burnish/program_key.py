@@ -10,14 +10,13 @@ import enum
 import functools
 import hashlib
 import importlib.metadata
-import itertools
 import os
 import pathlib
 import platform
 import sys
 import sysconfig
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ def key_of(model: nn.Module, call: Call) -> Key:
     reader.tell("environment", *_environment())
     reader.inputs(call)
     reader.module(model, "the model")
-    return Key(reader.hash.hexdigest(), frozenset(reader.tensors))
+    return Key(reader.digest(), frozenset(reader.tensors))
 
 
 def _environment() -> Iterable[str]:
@@ -77,13 +76,37 @@ class _Reader:
     def __init__(self) -> None:
         self.hash = hashlib.sha256()
         self.tensors: set[int] = set()
-        self._seen: dict[int, tuple[int, Any]] = {}  # the object is kept, so that no other gets its id
-        self._numbers = itertools.count()
-        self._modules: set[str] = set()
+        self._numbers: dict[int, int] = {}  # of modules and weights, whose identity counts
+        self._digests: dict[int, str | None] = {}  # of other values, whose identity does not; None: not done yet
+        self._code: dict[str, str] = {}  # digests of classes and source files by name
+        self._classes: set[type] = set()
         self._roots: set[str] = set()
+        self._kept: list[Any] = []  # what was seen, so that nothing else gets its id
 
     def tell(self, *parts: Any) -> None:
         self.hash.update("\0".join([*map(str, parts), "\n"]).encode("utf-8", "surrogatepass"))
+
+    def digest(self) -> str:
+        self.tell("code", *sorted(self._code.items()))
+        return self.hash.hexdigest()
+
+    def _known(self, value: Any) -> bool:
+        """Whether this very module or weight was seen before; what is told then is which one it was."""
+        if id(value) in self._numbers:
+            self.tell("again", self._numbers[id(value)])
+            return True
+        self._numbers[id(value)] = len(self._numbers)
+        self._kept.append(value)
+        return False
+
+    def _apart(self, read: Callable[..., None], *args: Any) -> str:
+        """The digest of what `read` tells."""
+        outer, self.hash = self.hash, hashlib.sha256()
+        try:
+            read(*args)
+            return self.hash.hexdigest()
+        finally:
+            self.hash = outer
 
     # --- the call ---------------------------------------------------------------------------------
 
@@ -146,15 +169,21 @@ class _Reader:
             self.cls(kind, where)
         elif isinstance(value, type):
             self.cls(value, where)
-        elif self._known(value):
-            return
         elif isinstance(value, nn.Module):
             self.module(value, where)
         elif isinstance(value, Tensor):
             self.tensors.add(value.untyped_storage().data_ptr())
-            self._seen.pop(id(value))
             self.weight(value, where)
-        elif isinstance(value, (list, tuple, Mapping, set, frozenset)):
+        else:
+            if id(value) not in self._digests:
+                self._digests[id(value)] = None
+                self._kept.append(value)
+                self._digests[id(value)] = self._apart(self._composite, value, where)
+            self.tell(self._digests[id(value)])
+
+    def _composite(self, value: Any, where: str) -> None:
+        kind = type(value)
+        if isinstance(value, (list, tuple, Mapping, set, frozenset)):
             self._container(value, where)
         elif isinstance(value, (types.FunctionType, types.MethodType, functools.partial, *_BUILTINS)):
             self._callable(value, where)
@@ -166,14 +195,6 @@ class _Reader:
             self._attributes(value, where)
         else:
             raise NoKey(f"{where} is a {kind.__module__}.{kind.__qualname__}")
-
-    def _known(self, value: Any) -> bool:
-        """Whether this very object was seen before; what is told then is which one it was."""
-        if id(value) in self._seen:
-            self.tell("again", self._seen[id(value)][0])
-            return True
-        self._seen[id(value)] = (next(self._numbers), value)
-        return False
 
     def _container(self, value: Any, where: str) -> None:
         self.tell("container", type(value).__qualname__, len(value))
@@ -224,9 +245,13 @@ class _Reader:
     def cls(self, cls: type, where: str) -> None:
         """The class by name and source; and its functions one by one, because they may have been exchanged at run
         time."""
-        self.tell("class", cls.__module__, cls.__qualname__)
-        if self._known(cls):
-            return
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        self.tell("class", name)
+        if cls not in self._classes:
+            self._classes.add(cls)
+            self._code[f"class {name}"] = self._apart(self._class, cls, where)
+
+    def _class(self, cls: type, where: str) -> None:
         for base in cls.__mro__:
             package = base.__module__.partition(".")[0]
             if package == "torch":  # its version says what is in it, unless somebody exchanged a function
@@ -247,15 +272,18 @@ class _Reader:
                 function = _function_of(value)
                 if function is not None:
                     self.tell(name, *_code(function))
-                elif type(value) in _SCALARS and name not in ("__doc__", "__module__", "__firstlineno__"):
+                elif type(value) in _SCALARS and not name.startswith("_"):  # those are caches that fill, as a rule
                     self.tell(name, repr(value))
 
     def source(self, name: str, where: str) -> None:
         """The module in which something is defined: its file, and what its globals are. Of installed packages the
         version says the rest; of the user's own code all that it reaches is read."""
-        if name in self._modules or name.partition(".")[0] in ("torch", "burnish", "builtins"):
+        if f"source {name}" in self._code or name.partition(".")[0] in ("torch", "burnish", "builtins"):
             return
-        self._modules.add(name)
+        self._code[f"source {name}"] = ""
+        self._code[f"source {name}"] = self._apart(self._source, name, where)
+
+    def _source(self, name: str, where: str) -> None:
         module = sys.modules.get(name)
         file = getattr(module, "__file__", None)
         if module is None or file is None or not Path(file).is_file():
@@ -263,7 +291,7 @@ class _Reader:
         kind = _kind_of(file)
         if kind == "standard library":
             return
-        self.tell("source", name, _hash_of(file))
+        self.tell(_hash_of(file))
         if kind == "installed":
             self.tell("version", _version(name.partition(".")[0]))
         else:
@@ -298,13 +326,13 @@ class _Reader:
     def _reached(self, name: Any, by: str, where: str) -> None:
         """What a module's globals come from: read, where the user wrote it; else its version."""
         file = getattr(sys.modules.get(name), "__file__", None) if isinstance(name, str) else None
-        if file is None or name in self._modules or name.partition(".")[0] in ("torch", "burnish"):
+        if file is None or name.partition(".")[0] in ("torch", "burnish"):
             return
         kind = _kind_of(file)
         if kind == "own":
             self.source(name, where)
         elif kind == "installed" and by == "own":
-            self.tell("version", name, _version(name.partition(".")[0]))
+            self._code[f"version {name}"] = _version(name.partition(".")[0])
 
 
 def _function_of(value: Any) -> types.FunctionType | None:

@@ -183,7 +183,10 @@ def _call_in_float64(target: Any, args: Any, kwargs: Any) -> Any:
         return product + _upcast(bias[0]) if bias and bias[0] is not None else product
     args, kwargs = pytree.tree_map(_upcast, (args, kwargs))
     op = op_of(target)
-    return op.reference(*op.bind(*args, **kwargs)) if op is not None else target(*args, **kwargs)
+    if op is not None:
+        return op.reference(*op.bind(*args, **kwargs))
+    # Attention in float64 lays its result out otherwise than the kernel that the view was captured after.
+    return aten.reshape.default(*args, **kwargs) if target is aten.view.default else target(*args, **kwargs)
 
 
 def _upcast(value: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from burnish.numerics import assert_close, oracle, randn
-from burnish.ops import attention
+from burnish.ops import _attention_cuda, attention
 
 pytest.importorskip("triton")
 
@@ -184,6 +184,52 @@ def test_configs_are_distinct_and_fit() -> None:
                             assert len({str(config) for config in configs}) == len(configs)
 
 
+@pytest.mark.parametrize("name", ["torch_flash", "torch_cudnn", "torch_efficient"])
+def test_torch_kernels_are_called_as_they_are_declared(name: str) -> None:
+    q, k, v = (t.to("meta") for t in qkv(2, 4, 2, 9, 40, 32))
+    for t in ((q, k, v), (q, k[:, :, :9], v[:, :, :9])):
+        bound = attention.bind(*t, is_causal=True, scale=0.5)
+        result = getattr(_attention_cuda, name)(*bound)
+        assert result.shape == q.shape
+        assert result.dtype == q.dtype
+        assert result.transpose(1, 2).is_contiguous()
+    if name == "torch_efficient":
+        assert _attention_cuda.torch_efficient(q, k, v, q.new_empty(9, 1), None, True, 3).shape == q.shape
+
+
+def test_reasons_against_torch_kernels_are_all_told() -> None:
+    q, k, v = qkv(lq=9, lk=5, d=20)
+    told = "; ".join(
+        attention.impls["torch_cudnn"].why_not(q, k, v.transpose(2, 3).contiguous().mT, None, None, True, 3)
+    )
+    for reason in ("not on a CUDA device", "no window", "q's head_dim 20", "v's last dimension", "9 queries are not 5"):
+        assert reason in told
+    assert attention.impls["torch_efficient"].why_not(q, k, v, q.new_ones(9, 5).float())[-1].startswith("bias is")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_mask_for_torch_kernels_is_safe(dtype: torch.dtype) -> None:
+    q, k, v = qkv(2, lq=9, lk=9, dtype=dtype)
+    lowest = torch.zeros(9, 9, dtype=dtype)
+    lowest[3, 1:] = torch.finfo(dtype).min
+    lowest[4] = torch.finfo(dtype).min
+    nothing = torch.ones(2, 9, dtype=torch.bool)
+    nothing[0] = False
+    for arguments in ((None, nothing, True, None), (lowest, None, False, 3), (lowest > 1, nothing, False, None)):
+        mask, empty = _attention_cuda.safe_mask(q, k, *arguments)
+        assert mask is not None
+        assert empty is not None
+        aligned = _attention_cuda._aligned(mask, 9)
+        assert torch.equal(aligned, mask.expand_as(aligned))
+        assert aligned.stride(2) % 8 == 0
+        assert not (mask == -torch.inf).all(-1).any()
+
+        def through(q: Tensor, k: Tensor, v: Tensor, mask: Tensor = mask, empty: Tensor = empty) -> Tensor:
+            return attention.reference(q, k, v, mask).masked_fill(empty, 0.0)
+
+        assert_close(through(q, k, v), attention.reference(q, k, v, *arguments), oracle(through, q, k, v))
+
+
 COMPILE = """
 import json, sys, torch
 from burnish.kernels.attention import attention_forward, configs_for
@@ -197,7 +243,7 @@ for b, h, s, d, is_causal in ((1, 12, 128, 64, False), (8, 32, 1024, 32, False),
     with recording(launches.append, Target((9, 0), 132)):
         for config in configs_for(q, q, q, None, None)[:2]:
             attention_forward(q, q, q, None, None, is_causal, None, None, config=config)
-    found += [compile_launch(launch, 90) | {"rows": launch.constants["BLOCK_M"]} for launch in launches]
+    found += [compile_launch(launch, 90) for launch in launches]
 json.dump(found, sys.stdout)
 """
 

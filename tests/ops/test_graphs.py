@@ -20,6 +20,8 @@ FEATURES = {  # of each Op, samples that together use every argument
     "embedding_layer_norm": ("BERT", "no types"),
     "gated_mlp": ("gelu_tanh", "biases"),
     "linear": ("gelu", "residual", "K-major weight"),
+    "linear_add_layer_norm": ("biases", "plain"),
+    "linear_add_rms_norm": ("bias", "plain"),
     "rope": ("partial interleaved", "heads last in memory", "table per row"),
     "rope_qk": ("partial interleaved", "table per row"),
 }
@@ -102,6 +104,8 @@ SMALL = {  # float64 inputs small enough for numerical derivatives
     "gated_mlp": lambda r: (r(2, 3), r(4, 3), r(3, 2), r(4), r(3), "gelu"),
     "layer_norm": lambda r: (r(2, 5), r(5), r(5), 1e-2),
     "linear": lambda r: (r(2, 3), r(4, 3), r(4), "silu", r(2, 4)),
+    "linear_add_layer_norm": lambda r: (r(2, 3), r(4, 3), r(4), r(2, 4), r(4), r(4), 1e-2),
+    "linear_add_rms_norm": lambda r: (r(2, 3), r(4, 3), r(4), r(2, 4), r(4), 1e-2),
     "rms_norm": lambda r: (r(2, 5), r(5), 1e-2),
     "rope": lambda r: (r(1, 2, 3, 6), r(3, 4), r(3, 4), True),
     "rope_qk": lambda r: (r(1, 2, 3, 6), r(1, 1, 3, 6), r(3, 4), r(3, 4), True),

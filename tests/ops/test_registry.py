@@ -59,7 +59,8 @@ def test_impls_are_described_and_take_the_ops_arguments(op: Op) -> None:
     assert list(op.impls)[-1] == "reference"
     for impl in op.impls.values():
         assert impl.description
-        parameters = inspect.signature(impl.fn).parameters
+        parameters = dict(inspect.signature(impl.fn).parameters)
+        assert (impl.configs is not None) == (parameters.pop("config", None) is not None), impl.name
         assert [(p.name, p.default) for p in parameters.values()] == [
             (p.name, p.default) for p in op.signature.parameters.values()
         ], impl.name

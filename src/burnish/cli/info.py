@@ -54,7 +54,7 @@ def ops(
     name: Annotated[str | None, typer.Argument(help="One Op in detail.", show_default=False)] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the sample inputs.")] = Dtype.fp32,
     device: DeviceOption = None,
-    clear_cache: Annotated[bool, typer.Option("--clear-cache", help="Forget which Impls measured fastest.")] = False,
+    clear_cache: Annotated[bool, typer.Option("--clear-cache", help="Forget what was measured and captured.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show every Op, its implementations, and what runs on this machine."""

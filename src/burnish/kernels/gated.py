@@ -52,7 +52,7 @@ def gated_mlp_configs(family: str, x: Tensor, gate_up_weight: Tensor, down_weigh
         return [GatedConfig(gate, None) for gate in gates]
     second = Product(first.rows, down_weight.shape[0], first.columns, first.dtype, first.target)
     downs = FAMILIES[family].configs(second)
-    return [GatedConfig(gate, downs[0]) for gate in gates] + [GatedConfig(gates[0], down) for down in downs[1:]]
+    return [GatedConfig(gate, downs[0]) for gate in gates] + [GatedConfig(gates[0], down) for down in downs[1:4]]
 
 
 def gated_mlp(

@@ -4,7 +4,7 @@ Kernels use programmatic dependent launch (PDL) where the device has it (sm_90 a
 before it still runs. Each kernel therefore
 
 1. calls `launch_dependents(PDL)` first, so that the kernel after it can be placed as soon as there is room,
-2. may then read what no kernel of a captured graph writes (weights), to hide that latency,
+2. may then read, or prefetch into the L2 cache, what no kernel of this package writes (weights), to hide that latency,
 3. calls `wait_for_inputs(PDL)` before it reads anything else *and before it writes anything*. Every kernel does,
    whether it needs to or not: only then does a kernel that has waited know that all kernels before it are done.
 """
@@ -39,6 +39,14 @@ def wait_for_inputs(PDL: tl.constexpr):
     """Waits until all kernels before this one are done and what they wrote is visible."""
     if PDL:
         tl_cuda.gdc_wait()
+
+
+@triton.jit
+def prefetch(pointers):
+    """Asks for the lines at `pointers` (128 bytes each) to be brought into the L2 cache, and does not wait for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @dataclass(frozen=True)

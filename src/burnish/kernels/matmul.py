@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from burnish.kernels.activations import activate
-from burnish.kernels.launch import Config, Target, launch, launch_dependents, target_of, wait_for_inputs
+from burnish.kernels.activations import activate, in_half
+from burnish.kernels.launch import Config, Target, launch, launch_dependents, prefetch, target_of, wait_for_inputs
 from burnish.kernels.layout import rows_of
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -35,6 +35,19 @@ def tile_of(pid, rows, columns, GROUP_M: tl.constexpr):
     first = pid // in_group * GROUP_M
     height = min(rows - first, GROUP_M)
     return first + pid % in_group % height, pid % in_group // height
+
+
+@triton.jit
+def prefetch_weight(weight, n, N, stride_n, first, last, BLOCK_K: tl.constexpr):
+    """Brings rows `n` of a weight (N, K), contiguous along K, into the L2 cache, from block `first` to `last` of K.
+
+    Before the wait for the kernel ahead this costs nothing: the programs are there already, with nothing to do.
+    """
+    LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth  # entries of a line of 128 bytes
+    LINES: tl.constexpr = (BLOCK_K + LINE - 1) // LINE
+    lines = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * stride_n + tl.arange(0, LINES)[None, :] * LINE
+    for step in range(first, last):
+        prefetch(lines + step * BLOCK_K)
 
 
 @triton.jit
@@ -103,7 +116,9 @@ def matmul_kernel(
     stride_residual_n,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    EVEN: tl.constexpr,
+    X_PLAIN: tl.constexpr,
+    PREFETCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -123,26 +138,35 @@ def matmul_kernel(
     last = (split + 1) * steps // SPLIT_K
     k = first * BLOCK_K + tl.arange(0, BLOCK_K)
 
-    x_rows = row_offsets(m, x_inner, stride_x_outer, stride_x_inner)
+    if X_PLAIN:  # a division less for each row
+        x_rows = m.to(tl.int64) * stride_x_inner
+    else:
+        x_rows = row_offsets(m, x_inner, stride_x_outer, stride_x_inner)
     x_ptrs = x_ptr + x_rows[:, None] + k.to(tl.int64)[None, :] * stride_x_k
     weight_ptrs = weight_ptr + k.to(tl.int64)[:, None] * stride_weight_k + n.to(tl.int64)[None, :] * stride_weight_n
 
+    if PREFETCH and PDL:
+        prefetch_weight(weight_ptr, n, N, stride_weight_n, first, last, BLOCK_K)
+        if GATED:
+            prefetch_weight(weight_ptr + to_up, n, N, stride_weight_n, first, last, BLOCK_K)
     wait_for_inputs(PDL)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(first, last):
-        if EVEN_K:
-            x_mask = (m < M)[:, None]
-            weight_mask = (n < N)[None, :]
+        if EVEN:  # whole blocks in all three dimensions
+            x = tl.load(x_ptrs)
+            weight = tl.load(weight_ptrs)
         else:
             inside = step * BLOCK_K + tl.arange(0, BLOCK_K) < K
-            x_mask = (m < M)[:, None] & inside[None, :]
             weight_mask = (n < N)[None, :] & inside[:, None]
-        x = tl.load(x_ptrs, mask=x_mask, other=0.0)
-        weight = tl.load(weight_ptrs, mask=weight_mask, other=0.0)
+            x = tl.load(x_ptrs, mask=(m < M)[:, None] & inside[None, :], other=0.0)
+            weight = tl.load(weight_ptrs, mask=weight_mask, other=0.0)
         acc = dot(x, weight, acc)
         if GATED:
-            weight = tl.load(weight_ptrs + to_up, mask=weight_mask, other=0.0)
+            if EVEN:
+                weight = tl.load(weight_ptrs + to_up)
+            else:
+                weight = tl.load(weight_ptrs + to_up, mask=weight_mask, other=0.0)
             up = dot(x, weight, up)
         x_ptrs += BLOCK_K * stride_x_k
         weight_ptrs += BLOCK_K * stride_weight_k
@@ -242,13 +266,16 @@ def matmul_configs(product: Product) -> list[Config]:
     # registers on sm_80, 32x64x128 in two halves on sm_90.
     if product.dtype == torch.float32:
         # Exact float32 products run on the ordinary cores: what counts is the registers that the operands take.
-        shapes = [(16, 32, 64, 4, 3)] if product.rows <= 32 else [(64, 64, 16, 8, 3), (32, 32, 32, 4, 3)]
+        shapes = [(16, 32, 64, 4, 3)] if product.rows <= 32 else [(32, 32, 32, 4, 3)]
+        shapes += [(64, 64, 16, 8, 3)] if product.rows > 32 and not product.gated else []
     elif product.rows <= 32:
         m = 16 if product.rows <= 16 else 32
-        shapes = [(m, 64, 64, 4, 5), (m, 32, 128, 4, 5), (m, 128, 64, 4, 4), (m, 64, 128, 8, 4)]
+        shapes = [(m, 64, 64, 4, 5), (m, 128, 64, 4, 4)]
+        shapes += [(m, 32, 64, 4, 6)] if product.gated else [(m, 32, 128, 4, 5), (m, 64, 128, 8, 4)]
     elif product.rows <= 512:
         # 64x64x128 and 64x32x64, 5 stages, 4 warps were a sweep's best on H200 at 128 rows and BERT-base's weights.
-        shapes = [(64, 32, 64, 4, 5), (64, 64, 128, 4, 5), (32, 64, 64, 4, 5), (64, 64, 64, 4, 5), (128, 64, 64, 8, 4)]
+        shapes = [(64, 64, 128, 4, 4), (64, 32, 128, 4, 4), (64, 32, 64, 4, 5), (64, 64, 64, 4, 5), (128, 64, 64, 8, 4)]
+        shapes += [(32, 64, 64, 4, 5)] if product.gated else [(32, 64, 128, 4, 4)]
     else:
         shapes = [(128, 128, 64, 8, 3), (128, 64, 64, 8, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 5)]
     configs = []
@@ -269,7 +296,7 @@ def _splits(product: Product, block_m: int, block_n: int, block_k: int) -> list[
     most = triton.cdiv(product.depth, block_k) // 3  # a shorter part does nothing but fill its pipeline
     # Few rows are bound by memory: there every SM needs several programs in flight.
     wanted = (2, 4) if product.rows <= 32 else (1, 2)
-    splits = []
+    splits = [1] if product.rows > 32 else []  # a second pass over the parts may cost more than idle SMs
     for per_sm in wanted:
         ideal = min(most, product.target.num_sms * per_sm / tiles)
         splits.append(min((1, 2, 3, 4, 8, 12, 16), key=lambda split: abs(split - ideal)))
@@ -348,6 +375,13 @@ def matmul(
         *(weight.stride(0), weight.stride(1), columns * weight.stride(0), 1 if bias is None else bias.stride(0)),
         *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1)),
     )
-    constants = {"ACTIVATION": activation, "GATED": gated, "EVEN_K": x.shape[-1] % config["BLOCK_K"] == 0}
+    sizes = zip((rows.count, columns, x.shape[-1]), ("BLOCK_M", "BLOCK_N", "BLOCK_K"), strict=True)
+    constants = {
+        "ACTIVATION": in_half(activation, x.dtype),
+        "GATED": gated,
+        "EVEN": all(size % config[block] == 0 for size, block in sizes),
+        "X_PLAIN": rows.inner == rows.count,
+        "PREFETCH": weight.stride(1) == 1,
+    }
     launch(matmul_kernel, (tiles, split), *arguments, config=config, like=x, **constants)
     return out

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from burnish.kernels.activations import in_half
 from burnish.kernels.launch import Config, launch, launch_dependents, target_of, wait_for_inputs
 from burnish.kernels.layout import rows_of
 from burnish.kernels.matmul import Product, dot, epilogue, fitting, tile_of
@@ -183,7 +184,12 @@ def matmul_tma(
         *(bias, residual, rows.count, columns, depth, 1 if bias is None else bias.stride(0)),
         *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1)),
     )
-    constants = {"ACTIVATION": activation, "GATED": gated, "K_MAJOR": k_major, "DTYPE": _DTYPES[x.dtype]}
+    constants = {
+        "ACTIVATION": in_half(activation, x.dtype),
+        "GATED": gated,
+        "K_MAJOR": k_major,
+        "DTYPE": _DTYPES[x.dtype],
+    }
     tiles = triton.cdiv(rows.count, block_m) * triton.cdiv(columns, block_n)
     launch(matmul_tma_kernel, (min(tiles, target.num_sms),), *arguments, config=config, like=x, **constants)
     return out

@@ -9,6 +9,8 @@ from burnish.ops.embedding_layer_norm import embedding_layer_norm
 from burnish.ops.gated_mlp import gated_mlp
 from burnish.ops.layer_norm import layer_norm
 from burnish.ops.linear import linear
+from burnish.ops.linear_add_layer_norm import linear_add_layer_norm
+from burnish.ops.linear_add_rms_norm import linear_add_rms_norm
 from burnish.ops.rms_norm import rms_norm
 from burnish.ops.rope import rope
 from burnish.ops.rope_qk import rope_qk
@@ -21,6 +23,8 @@ __all__ = [
     "gated_mlp",
     "layer_norm",
     "linear",
+    "linear_add_layer_norm",
+    "linear_add_rms_norm",
     "rms_norm",
     "rope",
     "rope_qk",

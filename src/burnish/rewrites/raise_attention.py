@@ -132,7 +132,7 @@ def _allowed(hidden: fx.Proxy) -> fx.Proxy:
     if node.target is aten.eq.Scalar and isinstance(node.args[0], fx.Node) and node.args[1] == 0:
         mask = fx.Proxy(node.args[0], hidden.tracer)
         return mask if value(mask.node).dtype == torch.bool else aten.ne.Scalar(mask, 0)
-    return aten.logical_not.default(hidden)  # type: ignore[no-any-return]
+    return aten.logical_not.default(hidden)
 
 
 def _refuse_manual(match: Match) -> str | None:

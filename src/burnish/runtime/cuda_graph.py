@@ -1,7 +1,8 @@
 """CUDA graphs: one per input signature, all in one memory pool, replayed on copies of the inputs.
 
-A graph replays the kernels of one call at fixed addresses. Inputs are copied to where the graph reads them; outputs are
-cloned from where it writes them, unless the caller wants them where they are (`static_outputs`). Graphs of one pool
+A graph replays the kernels of one call at fixed addresses. It reads the inputs where the first call had them; once a
+call has them elsewhere, it is captured again on buffers of its own, to which inputs are copied. Outputs are cloned from
+where it writes them, unless the caller wants them where they are (`static_outputs`). Graphs of one pool
 reuse each other's intermediate memory, so no two of them may run at once: whoever comes from another stream waits.
 """
 
@@ -31,8 +32,8 @@ class GraphPool:
         self.lock = threading.RLock()
         self._graphs: OrderedDict[int, CapturedCall] = OrderedDict()
         self._handle: Any = None
-        self._done: torch.cuda.Event | None = None
         self._stream: torch.cuda.Stream | None = None
+        self._raw_stream = 0
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -59,18 +60,14 @@ class GraphPool:
                 call.drop()
             self._graphs.clear()
 
-    def enter(self) -> None:
+    def enter(self, device: int) -> None:
         """Before a replay: the current stream waits for the last one where that ran on another stream."""
-        stream = torch.cuda.current_stream()
-        if self._done is not None and self._stream != stream:
-            stream.wait_event(self._done)
-        self._stream = stream
-
-    def leave(self) -> None:
-        """After a replay and the copies of its outputs."""
-        if self._done is None:
-            self._done = torch.cuda.Event()
-        self._done.record()
+        raw = torch._C._cuda_getCurrentRawStream(device)  # 0.1 us, where the stream as an object costs 2
+        if self._stream is None or raw != self._raw_stream:
+            stream = torch.cuda.current_stream(device)
+            if self._stream is not None:
+                stream.wait_stream(self._stream)
+            self._stream, self._raw_stream = stream, raw
 
 
 class CapturedCall:
@@ -79,7 +76,7 @@ class CapturedCall:
     Args:
         run: takes the flat inputs and returns the flat outputs; it must have run on such inputs before, so that
             every kernel is compiled and every library set up.
-        leaves: the flat inputs of one call. Tensors are copied in at each replay; the rest are constants.
+        leaves: the flat inputs of one call; those that are no tensors are constants.
         static_outputs: return the graph's own output tensors, which the next call overwrites.
     """
 
@@ -87,11 +84,12 @@ class CapturedCall:
         self.pool, self.static_outputs = pool, static_outputs
         self._run = run
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._device = _device_of(leaves)
+        self._device = next(leaf.device.index for leaf in leaves if isinstance(leaf, Tensor))
         self._places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self._inputs: list[Tensor] = []
+        self._constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._addresses: list[int] = []  # where the graph reads
+        self._buffers: list[Tensor] = []  # the memory there, once it is its own
         self._outputs: list[Any] = []
-        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     @property
     def is_captured(self) -> bool:
@@ -99,50 +97,47 @@ class CapturedCall:
 
     def drop(self) -> None:
         """Frees the graph and its buffers. The next call captures anew."""
-        self._graph, self._inputs, self._outputs = None, [], []
+        self._graph, self._buffers, self._outputs = None, [], []
 
     def __call__(self, leaves: Sequence[Any]) -> list[Any]:
         """The outputs for `leaves`. RuntimeError, from the capture, for what a graph cannot hold."""
-        with self.pool.lock, torch.cuda.device(self._device):
-            if self._graph is None:
-                self._capture(leaves)
-            self.pool.used(self)
-            self.pool.enter()
-            self._copy_in(leaves)
-            assert self._graph is not None
-            self._graph.replay()
-            outputs = self._outputs
-            if not self.static_outputs:
-                outputs = [t.clone() if isinstance(t, Tensor) else t for t in outputs]
-            self.pool.leave()
-            return list(outputs)
-
-    def _copy_in(self, leaves: Sequence[Any]) -> None:
+        if torch.cuda.current_device() != self._device:
+            with torch.cuda.device(self._device):
+                return self(leaves)
         given = [leaves[i] for i in self._places]
-        moved = [(mine, other) for mine, other in zip(self._inputs, given, strict=True) if mine is not other]
-        if len(moved) == 1:
-            moved[0][0].copy_(moved[0][1], non_blocking=True)
-        elif moved:
-            torch._foreach_copy_([mine for mine, _ in moved], [other for _, other in moved])
+        with self.pool.lock:
+            self.pool.enter(self._device)
+            if self._graph is None:
+                self._capture(given)
+            elif self._addresses != [tensor.data_ptr() for tensor in given]:
+                if not self._buffers:
+                    self._capture(given, on_buffers=True)
+                torch._foreach_copy_(self._buffers, given)
+            assert self._graph is not None
+            self.pool.used(self)
+            self._graph.replay()
+            if self.static_outputs:
+                return list(self._outputs)
+            return [t.clone() if isinstance(t, Tensor) else t for t in self._outputs]
 
-    def _capture(self, leaves: Sequence[Any]) -> None:
+    def _capture(self, given: Sequence[Tensor], on_buffers: bool = False) -> None:
+        self.drop()
         # Inference tensors could not be written to from outside inference mode, nor the other way round.
         with torch.inference_mode(False), torch.no_grad():
             # As each input lies in memory, but for elements that overlap.
-            inputs = [torch.empty_like(leaves[i]) for i in self._places]
-            for mine, other in zip(inputs, (leaves[i] for i in self._places), strict=True):
-                mine.copy_(other)
-            whole = list(self._leaves)
-            for place, mine in zip(self._places, inputs, strict=True):
-                whole[place] = mine
+            buffers = [torch.empty_like(tensor).copy_(tensor) for tensor in given] if on_buffers else []
+            leaves = list(self._constants)
+            for place, tensor in zip(self._places, buffers or given, strict=True):
+                leaves[place] = tensor
             graph = torch.cuda.CUDAGraph()
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             # thread_local: another thread may allocate or synchronize meanwhile; this capture is none of its business.
             with torch.cuda.graph(graph, pool=self.pool.handle, stream=stream, capture_error_mode="thread_local"):
-                outputs = list(self._run(whole))
+                outputs = list(self._run(leaves))
             torch.cuda.current_stream().wait_stream(stream)
-        self._graph, self._inputs, self._outputs = graph, inputs, outputs
+        self._addresses = [tensor.data_ptr() for tensor in buffers or given]
+        self._graph, self._buffers, self._outputs = graph, buffers, outputs
 
 
 def why_not_captured(leaves: Sequence[Any]) -> str | None:
@@ -154,7 +149,3 @@ def why_not_captured(leaves: Sequence[Any]) -> str | None:
     if any(not tensor.is_cuda for tensor in tensors) or len(devices) > 1:
         return f"the inputs are on {', '.join(devices)}; a graph needs all of them on one CUDA device"
     return None
-
-
-def _device_of(leaves: Sequence[Any]) -> torch.device:
-    return next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))

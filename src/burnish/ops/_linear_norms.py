@@ -1,0 +1,57 @@
+"""What the Ops share that end a branch: product, residual addition, normalization."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from burnish.op import Cost, Op
+from burnish.ops._common import HALF_TYPES
+from burnish.ops._triton_norms import triton_norm_why_not
+from burnish.ops.linear import linear
+
+MOST_ROWS = 2048  # beyond, parts in float32 cost more memory traffic than a second kernel does
+
+
+def check_product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
+    linear.check(x, weight, bias, "none", residual)
+
+
+def cost_of(
+    norm: Op, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *norm_args: Tensor | float | None
+) -> Cost:
+    """The product's and the norm's, less the product that is neither written nor read."""
+    both = linear.cost(x, weight, bias) + norm.cost(residual, residual, *norm_args)
+    return Cost(both.flops, both.bytes - 2 * residual.numel() * residual.element_size())
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear; a name of its own because this is where cuBLAS or MKL is meant."""
+    return F.linear(x, weight, bias)
+
+
+def triton_why_not(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *vectors: Tensor | None
+) -> list[str]:
+    """Reasons against kernels that normalize the parts of a product."""
+    reasons = triton_norm_why_not(residual, bias, *vectors)
+    if x.dtype not in HALF_TYPES:
+        reasons.append(f"the inputs are {x.dtype}; the kernel takes float16 and bfloat16")
+    rows = x.numel() // max(1, x.shape[-1])
+    if rows > MOST_ROWS:
+        reasons.append(f"x has {rows} rows; the kernel is made for up to {MOST_ROWS}")
+    if weight.stride(1) != 1 or weight.numel() == 0:
+        reasons.append(f"weight has strides {weight.stride()}; its rows must be contiguous")
+    for name, tensor in (("x", x), ("residual", residual)):
+        if not tensor.is_contiguous():
+            reasons.append(f"{name} has strides {tensor.stride()}; it must be contiguous")
+    return reasons
+
+
+def triton_configs(x: Tensor, weight: Tensor) -> list[Any]:
+    from burnish.kernels.linear_norm import linear_norm_configs
+    from burnish.kernels.matmul import Product
+
+    return linear_norm_configs(Product.of(x, weight))

@@ -1,0 +1,190 @@
+"""The end of a post-norm branch: a linear layer, the residual addition and layer normalization in one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from burnish.numerics import randn
+from burnish.op import Cost, Sample, op
+from burnish.ops._linear_norms import check_product, cost_of, product, triton_configs, triton_why_not
+from burnish.ops._norms import check_norm, layer_norm_reference, not_mixed_layer_norm
+from burnish.ops._triton_norms import triton_norm_why_not
+from burnish.ops.add_layer_norm import add_layer_norm
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> None:
+    check_product(x, weight, bias, residual)
+    check_norm(residual, norm_weight, norm_bias)
+
+
+def _cost(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> Cost:
+    return cost_of(add_layer_norm, x, weight, bias, residual, norm_weight, norm_bias, eps)
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    def tensor(*shape: int, seed: int) -> Tensor:
+        return randn(*shape, dtype=dtype, device=device, seed=seed)
+
+    weight, bias = tensor(96, 160, seed=0) / 160**0.5, tensor(96, seed=1)
+    x, residual = tensor(2, 33, 160, seed=2), tensor(2, 33, 96, seed=3)
+    scale, shift = tensor(96, seed=4), tensor(96, seed=5)
+    yield Sample("biases", (x, weight, bias, residual, scale, shift, 1e-12))
+    yield Sample("no biases", (x, weight, None, residual, scale, None))
+    yield Sample("plain", (x, weight, None, residual, None, None))
+    yield Sample("one row", (x[:1, :1].contiguous(), weight, bias, residual[:1, :1].contiguous(), scale, shift))
+    square = tensor(768, 768, seed=6) / 768**0.5
+    vectors = tuple(tensor(768, seed=seed) for seed in (9, 10))
+    yield Sample("32x768x768", (tensor(1, 32, 768, seed=7), square, vectors[0], tensor(1, 32, 768, seed=8), *vectors))
+
+
+def _shape(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(residual.shape), x.new_empty(residual.shape)
+
+
+@op(cost=_cost, samples=_samples, check=_check, shape=_shape)
+def linear_add_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """`layer_norm(x @ weight.T + bias + residual)` and the sum itself: `(normed, sum)`.
+
+    Shapes: x (..., K); weight (N, K); bias, norm_weight and norm_bias (N,) or None; residual and both results (..., N),
+    the results contiguous.
+    Dtypes: x, weight, bias and residual the same floating one; the norm's weights may differ. The sum is rounded to
+    that dtype and normalized from there, in float32 (float64 for float64), rounded once.
+    Errors: ValueError for sizes that do not fit, TypeError for dtypes that differ.
+    Source: the end of each branch in Vaswani et al., "Attention Is All You Need", arXiv:1706.03762.
+    """
+    total = (F.linear(x, weight, bias) + residual).contiguous()
+    return layer_norm_reference(total, norm_weight, norm_bias, eps), total
+
+
+def _torch_why_not(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> list[str]:
+    return not_mixed_layer_norm(residual, norm_weight, norm_bias)
+
+
+@linear_add_layer_norm.impl("torch", why_not=_torch_why_not)
+def _torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """F.linear, an addition in place, and PyTorch's own layer norm."""
+    total = product(x, weight, bias).add_(residual).contiguous()
+    return F.layer_norm(total, total.shape[-1:], norm_weight, norm_bias, eps), total
+
+
+def _torch_triton_why_not(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> list[str]:
+    return triton_norm_why_not(residual, norm_weight, norm_bias)
+
+
+@linear_add_layer_norm.impl("torch_triton", why_not=_torch_triton_why_not)
+def _torch_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """F.linear, then addition and normalization in one Triton kernel."""
+    from burnish.kernels.norms import add_layer_norm as kernel
+
+    return kernel(product(x, weight, bias), residual, norm_weight, norm_bias, eps)
+
+
+def _triton_why_not(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> list[str]:
+    return triton_why_not(x, weight, bias, residual, norm_weight, norm_bias)
+
+
+def _triton_configs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> list[Any]:
+    return triton_configs(x, weight)
+
+
+@linear_add_layer_norm.impl("triton", why_not=_triton_why_not, configs=_triton_configs)
+def _triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    config: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Two kernels: the product in parts, split over K, and the norm of the parts' sum."""
+    from burnish.kernels.linear_norm import linear_add_norm
+
+    return linear_add_norm(x, weight, bias, residual, norm_weight, norm_bias, eps, False, config)
