@@ -18,7 +18,8 @@ from burnish.graph_json import NotData, decode, function_named, identifier
 from burnish.program_cache import ProgramCache, program_files
 from burnish.rewrites import FUSE, RAISE, apply
 from burnish.runtime.module import Call
-from burnish.tuning import CacheMode, clear_cache
+from burnish.tuning import CacheMode
+from burnish.tuning_store import clear_cache
 from tests import zoo
 from tests.test_program_key import WIDTH, Small, call_of, digest, x_of
 

@@ -117,13 +117,18 @@ def test_the_inputs_structure_is_in_the_key(model: nn.Module) -> None:
     assert digest(model, x) == digest(model, x=x) == digest(model, x_of(3, 7)) == digest(model, x_of(1, 7))
 
 
-def test_another_process_has_the_same_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where sets are walked through in another order, and if Burnish's own files are being edited meanwhile."""
-    code = (
-        "import torch\nfrom torch import nn\nfrom burnish import program_key\nfrom tests.test_program_key import digest\n"
-        "program_key._own_source = lambda: 'unchanged'\n"
-        "print(digest(nn.TransformerEncoderLayer(8, 2).eval(), src=torch.ones(2, 5, 8)))"
+@pytest.mark.parametrize("case", zoo.params("bert-sdpa"))
+def test_another_process_has_the_same_key(case: zoo.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where sets are walked through in another order, and after transformers has added to nn.Module."""
+    case.build()
+    lines = (
+        "import torch",
+        "from burnish import program_key",
+        "from tests.test_program_key import digest",
+        "program_key._own_source = lambda: 'unchanged'",
+        "print(digest(torch.nn.TransformerEncoderLayer(8, 2).eval(), src=torch.ones(2, 5, 8)))",
     )
+    code = "\n".join(lines)
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)}
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     monkeypatch.setattr(program_key, "_own_source", lambda: "unchanged")
@@ -166,8 +171,12 @@ def test_functions_exchanged_at_run_time_are_in_the_key(monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "apply_rotary_pos_emb", lambda q, k, *rest: (q, k))
     patched = digest(case.build(), **inputs)
     monkeypatch.undo()
-    monkeypatch.setattr(module.LlamaMLP, "forward", lambda self, x: x)
-    assert len({before, patched, digest(case.build(), **inputs)}) == 3
+    found = {before, patched}
+    for cls in (module.LlamaMLP, nn.Linear):
+        with monkeypatch.context() as patch:
+            patch.setattr(cls, "forward", lambda self, x: x)
+            found.add(digest(case.build(), **inputs))
+    assert len(found) == 4
 
 
 def no_key(model: nn.Module, *args: Any) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import burnish
-from burnish import tuning
+from burnish import tuning, tuning_store
+from burnish.hardware import device
 from burnish.measure import measure
 from burnish.op import ImplUnavailable
 from burnish.ops import attention, linear, rms_norm
-from burnish.tuning import Key, Tuner, cache_path, clear_cache, key_of
+from burnish.tuning import Key, Tuner, key_of
+from burnish.tuning_store import cache_path, clear_cache
 
 BUDGET_US = 1_000.0
 TIMES = {"vector_norm": 9.0, "torch": 5.0, "reference": 20.0}
@@ -300,6 +304,71 @@ def test_the_storage_of_a_weight_is_measured_once(
     tuner.save()
     monkeypatch.setattr(tuning, "measure", None)
     assert Tuner().prefers_transposed(linear, 4, torch.randn(6, 8), budget_us=0) is (wins == "transposed")
+
+
+# --- Impls that can be run in several ways ---
+
+
+@pytest.fixture
+def two_ways(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """rms_norm by "torch" can be run in two ways; the list tells which configs were asked for."""
+    asked: list[Any] = []
+    plain = rms_norm.impls["torch"]
+
+    def fn(*args: Any, config: str = "small") -> Tensor:
+        asked.append(config)
+        return plain.fn(*args)
+
+    impl = dataclasses.replace(plain, fn=fn, configs=lambda *args: ["small", "large"])
+    monkeypatch.setitem(rms_norm.impls, "torch", impl)
+    return asked
+
+
+@pytest.mark.parametrize("cache", ["readwrite", "off"])
+def test_each_config_is_a_candidate_and_the_fastest_is_run(
+    two_ways: list[Any], monkeypatch: pytest.MonkeyPatch, cache: tuning.CacheMode
+) -> None:
+    times = {"vector_norm": 3.0, "torch small": 2.0, "torch large": 1.0, "reference": 9.0}
+    monkeypatch.setattr(tuning, "measure", lambda functions, arguments, budget_us: {n: times[n] for n in functions})
+    tuner = Tuner(cache)
+    function, choice = tuner.choose(rms_norm, (x_of(), None, 1e-6), budget_us=BUDGET_US, thorough=True)
+    assert (choice.impl, choice.config, choice.times_us) == ("torch", "large", times)
+    function(x_of(), None, 1e-6)
+    assert two_ways == ["large"]
+    tuner.save()
+    if cache == "readwrite":
+        monkeypatch.setattr(tuning, "measure", None)
+        function, choice = Tuner().choose(rms_norm, (x_of(), None, 1e-6), budget_us=0, thorough=True)
+        assert (choice.impl, choice.config, choice.source) == ("torch", "large", "cached")
+
+
+def test_a_config_that_is_no_longer_offered_is_not_run(two_ways: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"vector_norm": 3.0, "torch small": 2.0, "torch large": 1.0, "reference": 9.0}
+    monkeypatch.setattr(tuning, "measure", lambda functions, arguments, budget_us: {n: times[n] for n in functions})
+    tuner = Tuner()
+    tuner.choose(rms_norm, (x_of(), None, 1e-6), budget_us=BUDGET_US, thorough=True)
+    tuner.save()
+    only_small = dataclasses.replace(rms_norm.impls["torch"], configs=lambda *args: ["small"])
+    monkeypatch.setitem(rms_norm.impls, "torch", only_small)
+    _, choice = Tuner().choose(rms_norm, (x_of(), None, 1e-6), budget_us=0, thorough=True)
+    assert (choice.impl, choice.config) == ("torch", "small")
+
+
+def test_a_table_that_comes_with_the_package_counts_where_nothing_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = dataclasses.replace(device(measure=False), kind="cuda", name="Some GPU")
+    monkeypatch.setattr(tuning_store, "device", lambda measure: info)
+    monkeypatch.setattr(tuning_store, "fingerprint", lambda: info.fingerprint)
+    monkeypatch.setattr(tuning_store, "TABLES", tmp_path)
+    families = {"f": {"1": {"a": 1.0}, "2": {"a": 2.0}}}
+    (tmp_path / f"{info.slug}.json").write_text(json.dumps({"format": 1, "device": "Some GPU", "families": families}))
+    assert tuning_store.read_all() == families
+    assert tuning_store.write({"f": {"2": {"b": 5.0}}})
+    assert tuning_store.read_all() == {"f": {"1": {"a": 1.0}, "2": {"b": 5.0}}}
+    assert '"a"' not in cache_path().read_text(), "the table stays where it is"
+    (tmp_path / f"{info.slug}.json").write_text(json.dumps({"format": 1, "device": "Another", "families": families}))
+    assert tuning_store.read_all() == {"f": {"2": {"b": 5.0}}}
 
 
 # --- the clock itself ---

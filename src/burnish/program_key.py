@@ -254,9 +254,9 @@ class _Reader:
     def _class(self, cls: type, where: str) -> None:
         for base in cls.__mro__:
             package = base.__module__.partition(".")[0]
-            if package == "torch":  # its version says what is in it, unless somebody exchanged a function
-                exchanged = ((name, _function_of(value)) for name, value in sorted(vars(base).items()))
-                for name, function in exchanged:
+            if package == "torch":  # its version says what is in it, unless somebody exchanged it (others add to it)
+                for name in ("forward", "__call__"):
+                    function = _function_of(vars(base).get(name))
                     if function is not None and (function.__module__ or "").partition(".")[0] != "torch":
                         self.tell(name, *_code(function))
             if package in ("torch", "builtins", "abc", "typing", "collections", "enum"):
@@ -349,7 +349,8 @@ def _code(function: types.FunctionType) -> tuple[Any, ...]:
     unwrapped: Any = function
     while isinstance(unwrapped, types.FunctionType):
         code = unwrapped.__code__
-        parts += [unwrapped.__module__, unwrapped.__qualname__, code.co_firstlineno, code.co_code.hex()]
+        parts += [unwrapped.__module__, unwrapped.__qualname__, code.co_firstlineno, code.co_code.hex(), code.co_names]
+        parts += [repr(constant) for constant in code.co_consts if type(constant) in _SCALARS]
         unwrapped = getattr(unwrapped, "__wrapped__", None)
     return tuple(parts)
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,13 +18,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from burnish._files import cache_folder
-from burnish.hardware import fingerprint
+from burnish import tuning_store
 from burnish.measure import FEWEST_SAMPLES, measure, measure_captured
 from burnish.op import ImplUnavailable, Op, find_impl
+from burnish.tuning_store import Families
 
 CacheMode = Literal["readwrite", "readonly", "off"]
-FORMAT = 1
 _MEASURED_ROWS = 4096  # of a larger weight, as many rows tell which storage is faster
 _COLD_BYTES = 4 << 20  # more than the caches of one core hold
 # One that stands earlier in its Op's order is passed over only for one that is faster than noise: 3% on a shared CPU,
@@ -54,6 +51,11 @@ class Choice:
     source: str = "measured"
     config: str | None = None
 
+    @property
+    def candidate(self) -> str:
+        """Its name in `times_us`."""
+        return self.impl if self.config is None else f"{self.impl} {self.config}"
+
 
 @dataclass(frozen=True)
 class Key:
@@ -74,12 +76,12 @@ def key_of(op: Op, args: Sequence[Any], differentiable: bool = False) -> Key:
         else:
             family.append(repr(arg))
     if any(isinstance(arg, Tensor) and arg.is_cuda for arg in args):
-        family.append(_kernels_hash())
+        family.append(kernels_hash())
     return Key("|".join(family), tuple(sizes))
 
 
 @functools.cache
-def _kernels_hash() -> str:
+def kernels_hash() -> str:
     """Of the kernels' sources: what was measured of one version says nothing of the next."""
     sources = sorted(Path(__file__).parent.joinpath("kernels").glob("*.py"))
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
@@ -112,7 +114,8 @@ class Tuner:
         self.cache = cache
         self.explicit = dict(explicit or {})
         self.choices: dict[Key, Choice] = {}
-        self._disk: dict[str, dict[str, dict[str, float]]] = _read(cache_path()) if cache != "off" else {}
+        self._disk = tuning_store.read_all() if cache != "off" else {}
+        self._measured: Families = {}
         self._dirty = False
 
     def choose(
@@ -187,8 +190,7 @@ class Tuner:
         if budget_us <= 0:
             return Choice(able[0], rejected=rejected, source="default")
         times = self._measure(op, candidates, [args, *variants], device, budget_us)
-        self._disk.setdefault(key.family, {})[_sizes_text(key.sizes)] = times
-        self._dirty = True
+        self._remember(key.family, _sizes_text(key.sizes), times)
         return chosen(times, "measured")
 
     def _measure(
@@ -234,27 +236,19 @@ class Tuner:
             }
             each = measure(able, [(i,) for i in range(copies)], budget_us=2 * budget_us)
             times = {s: min(us for name, us in each.items() if name.endswith(s)) for s in storages}
-            self._disk.setdefault(family, {})[sizes] = times
-            self._dirty = True
+            self._remember(family, sizes, times)
         return _fastest(times, ("transposed", "plain"), "cpu") == "transposed"
+
+    def _remember(self, family: str, sizes: str, times: dict[str, float]) -> None:
+        for families in (self._disk, self._measured):
+            families.setdefault(family, {})[sizes] = times
+        self._dirty = True
 
     def save(self) -> None:
         """Writes what was measured since the last save, merged with what others wrote meanwhile. A folder that cannot
         be written is no error: the next process measures again."""
-        if not self._dirty or self.cache != "readwrite":
-            return
-        path = cache_path()
-        merged = _read(path)
-        for family, entries in self._disk.items():
-            merged.setdefault(family, {}).update(entries)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_suffix(f".{time.monotonic_ns()}.tmp")
-            scratch.write_text(json.dumps({"format": FORMAT, "device": fingerprint(), "families": merged}, indent=1))
-            scratch.replace(path)
-        except OSError:
-            return
-        self._dirty = False
+        if self._dirty and self.cache == "readwrite" and tuning_store.write(self._measured):
+            self._dirty = False
 
 
 def _with_weights(fn: Callable[..., Any], weights: Sequence[Tensor], x: Tensor) -> Callable[[int], Any]:
@@ -315,45 +309,3 @@ def _nearest(entries: dict[str, dict[str, float]], sizes: Sequence[int]) -> _Nei
 
 def _sizes_text(sizes: Sequence[int]) -> str:
     return ",".join(map(str, sizes))
-
-
-def cache_path() -> Path:
-    """The JSON file in which choices for this device and these versions are kept."""
-    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in fingerprint())
-    return cache_folder() / f"tuning-{safe}.json"
-
-
-def clear_cache() -> list[Path]:
-    """Deletes the remembered choices and Programs of every device and version; returns the files deleted."""
-    files = sorted(file for kind in ("tuning", "program") for file in cache_folder().glob(f"{kind}-*.json"))
-    for file in files:
-        file.unlink()
-    return files
-
-
-def _read(path: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """The remembered times; anything that is not exactly of this format counts as absent."""
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("device") != fingerprint():
-        return {}
-    families = data.get("families")
-    if not isinstance(families, dict):
-        return {}
-    return {
-        family: {sizes: times for sizes, times in entries.items() if _valid(sizes, times)}
-        for family, entries in families.items()
-        if isinstance(entries, dict)
-    }
-
-
-def _valid(sizes: Any, times: Any) -> bool:
-    return (
-        isinstance(sizes, str)
-        and all(part.isdigit() for part in sizes.split(",") if part)
-        and isinstance(times, dict)
-        and bool(times)
-        and all(isinstance(us, (int, float)) and us > 0 for us in times.values())
-    )

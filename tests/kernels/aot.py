@@ -1,19 +1,17 @@
 """Compiles the launches of Triton Impls ahead of time, without a GPU, and reads what the compiler says of each.
 
-Run as `python -m tests.kernels.aot OP...` in a process of its own: the kernels must not be decorated for the
-interpreter. Prints one JSON list of what was compiled.
+Run as `python -m tests.kernels.aot [--everything] OP...` in a process of its own: the kernels must not be decorated for
+the interpreter. Prints one JSON list of what was compiled.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,37 +55,41 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {"registers": found["reg"], "spills": found["stack"] + found["local"]}
 
 
-def launches_of(op: Op, impl: Impl, capability: int) -> Iterator[tuple[str, Any]]:
-    """Each distinct launch of `impl` on the Op's samples, with each of its configs, labelled."""
+def launches_of(op: Op, impl: Impl, capability: int, everything: bool) -> Iterator[tuple[str, Any]]:
+    """Launches of `impl` on the Op's samples, labelled: in bfloat16 every sample, the first one with each config, and
+    in float32 the first; with `everything`, every sample in every dtype with every config."""
     from burnish.kernels.launch import Launch, Target, recording
 
     target = Target(divmod(capability, 10), SMS[capability])
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32, *([torch.float16] if everything else [])):
+        seen = 0
         for sample in op.samples("cpu", dtype):
             args = op.bind(*sample.args, **sample.kwargs)
             if [reason for reason in impl.why_not(*args) if "not on a CUDA device" not in reason]:
                 continue  # it does not claim the case
             recorded: list[Launch] = []
+            seen += 1
+            if seen > 1 and dtype == torch.float32 and not everything:
+                break
             with recording(recorded.append, target):
                 configs = impl.configs(*args) if impl.configs is not None else [None]
-                for config in configs:
+                for config in configs if everything or (seen == 1 and dtype == torch.bfloat16) else configs[:1]:
                     recorded.clear()
                     impl.fn(*args) if config is None else impl.fn(*args, config=config)
                     for launch in recorded:
                         yield f"{op.name} {dtype} {sample.label} {config or ''}", launch
 
 
-def compile_all(names: list[str]) -> list[dict[str, Any]]:
+def compile_all(names: list[str], everything: bool) -> list[dict[str, Any]]:
     jobs: dict[Any, tuple[str, Any, int]] = {}
     for name in names:
         op = find_op(name)
         for impl in op.impls.values():
             if impl.name.startswith("triton"):
                 for capability in CAPABILITIES:
-                    for label, launch in launches_of(op, impl, capability):
+                    for label, launch in launches_of(op, impl, capability, everything):
                         jobs.setdefault(_key(launch, capability), (label, launch, capability))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(_compiled, jobs.values()))
+    return [_compiled(job) for job in jobs.values()]
 
 
 def _compiled(job: tuple[str, Any, int]) -> dict[str, Any]:
@@ -116,4 +118,5 @@ def _key(launch: Any, capability: int) -> Any:
 
 
 if __name__ == "__main__":
-    json.dump(compile_all(sys.argv[1:]), sys.stdout)
+    wanted = sys.argv[1:]
+    json.dump(compile_all([name for name in wanted if name != "--everything"], "--everything" in wanted), sys.stdout)

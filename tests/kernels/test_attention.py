@@ -17,7 +17,7 @@ from burnish.ops import _attention_cuda, attention
 
 pytest.importorskip("triton")
 
-from burnish.kernels.attention import configs_for
+from burnish.kernels.attention_configs import configs_for
 from burnish.kernels.launch import Config, Target, recording
 
 TMA = Config.of(4, 2, BLOCK_M=64, BLOCK_N=64, TMA=1)
@@ -232,7 +232,8 @@ def test_the_mask_for_torch_kernels_is_safe(dtype: torch.dtype) -> None:
 
 COMPILE = """
 import json, sys, torch
-from burnish.kernels.attention import attention_forward, configs_for
+from burnish.kernels.attention import attention_forward
+from burnish.kernels.attention_configs import configs_for
 from burnish.kernels.launch import Target, recording
 from tests.kernels.aot import compile_launch
 

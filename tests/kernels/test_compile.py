@@ -20,8 +20,18 @@ WITH_KERNELS = sorted(name for name, op in OPS.items() if any(impl.startswith("t
 
 @pytest.mark.parametrize("name", WITH_KERNELS)
 def test_kernels_compile_and_do_not_spill(name: str) -> None:
+    _assert_compiles(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITH_KERNELS)
+def test_every_config_compiles_on_every_sample(name: str) -> None:
+    _assert_compiles("--everything", name)
+
+
+def _assert_compiles(*arguments: str) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-m", "tests.kernels.aot", name], env=environment, capture_output=True)
+    run = subprocess.run([sys.executable, "-m", "tests.kernels.aot", *arguments], env=environment, capture_output=True)
     assert run.returncode == 0, run.stderr.decode()
     compiled = json.loads(run.stdout)
     assert {entry["capability"] for entry in compiled} == set(CAPABILITIES)

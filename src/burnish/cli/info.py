@@ -79,7 +79,7 @@ def ops(
 
 
 def _clear_cache(output: Output) -> None:
-    from burnish.tuning import clear_cache
+    from burnish.tuning_store import clear_cache
 
     files = clear_cache()
     output.data({"deleted": [str(file) for file in files]})

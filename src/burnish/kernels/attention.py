@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from burnish.kernels.attention_configs import attention_configs
+from burnish.kernels.attention_configs import configs_for, is_by_key, padded
 from burnish.kernels.launch import Config, launch, launch_dependents, target_of, wait_for_inputs
 
 _FAR = 1 << 29  # more than any distance between positions, and small enough to be added to one in int32
@@ -38,22 +38,31 @@ def _dot(a, b, acc):
 
 @triton.jit
 def _load_rows(
-    base, start, limit, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BOUNDED: tl.constexpr
+    base,
+    start,
+    limit,
+    stride,
+    columns_left,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """Rows start to start + ROWS of a matrix with COLUMNS columns, padded to BLOCK; zeros from row `limit` on."""
+    """Rows start to start + ROWS of a matrix, BLOCK columns; zeros from row `limit` on, and from column `columns_left`
+    on unless all columns are there (WHOLE)."""
     rows = tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
     pointers = base + tl.cast(start, tl.int64) * stride + rows * stride + columns
     if BOUNDED:
-        if BLOCK == COLUMNS:
+        if WHOLE:
             block = tl.load(pointers, mask=rows < limit - start, other=0.0)
         else:
-            block = tl.load(pointers, mask=(rows < limit - start) & (columns < COLUMNS), other=0.0)
+            block = tl.load(pointers, mask=(rows < limit - start) & (columns < columns_left), other=0.0)
     else:
-        if BLOCK == COLUMNS:
+        if WHOLE:
             block = tl.load(pointers)
         else:
-            block = tl.load(pointers, mask=columns < COLUMNS, other=0.0)
+            block = tl.load(pointers, mask=columns < columns_left, other=0.0)
     return block
 
 
@@ -65,17 +74,19 @@ def _load_keys(
     start,
     lk,
     stride,
+    column,
+    WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     BOUNDED: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """ROWS rows of k or v, by a pointer to the head's or by a descriptor of the whole (which needs no bounds)."""
+    """ROWS rows of k or v, BLOCK of the WIDTH columns from `column` on, by a pointer to the head's first row or by a
+    descriptor of the whole (which needs no bounds)."""
     if TMA:
-        return base.load([batch, head, start, 0]).reshape(ROWS, BLOCK)
+        return base.load([batch, head, start, column]).reshape(ROWS, BLOCK)
     else:
-        return _load_rows(base, start, lk, stride, ROWS, COLUMNS, BLOCK, BOUNDED)
+        return _load_rows(base + column, start, lk, stride, WIDTH - column, ROWS, BLOCK, BOUNDED, WIDTH % BLOCK == 0)
 
 
 @triton.jit
@@ -90,6 +101,7 @@ def _attend(
     padding,
     batch,
     key_head,
+    part,  # first column of v
     start,  # first key of the block
     row,  # first query of the block
     lq,
@@ -118,14 +130,20 @@ def _attend(
     """One block of keys; see the kernel. Only with EDGE may some of its keys be out of reach, or past the last."""
     keys = start + tl.arange(0, BLOCK_N)
     rows = row + tl.arange(0, BLOCK_M)
-    key = _load_keys(k, batch, key_head, start, lk, stride_kn, BLOCK_N, D, BLOCK_D, EDGE, TMA)
+    key = _load_keys(k, batch, key_head, start, lk, stride_kn, 0, D, BLOCK_N, BLOCK_D, EDGE, TMA)
     scores = _dot(query, tl.trans(key), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
     if not SCALE_LATE:
         scores *= scale
     if BIAS == "added" or BIAS == "allowed":
+        # Rows past the last read the last one's: a bound on them, or on keys that are all there, would keep the loads
+        # from being wide (lk may be anything), and bytes of booleans were read one by one: 4 times the time of all else.
+        tile_rows = tl.minimum(tl.arange(0, BLOCK_M), lq - 1 - row)
         offsets = tl.cast(row, tl.int64) * stride_bm + tl.cast(start, tl.int64) * stride_bn
-        tile = tl.arange(0, BLOCK_M)[:, None] * stride_bm + tl.arange(0, BLOCK_N)[None, :] * stride_bn
-        entries = tl.load(bias + offsets + tile, mask=(rows[:, None] < lq) & (keys[None, :] < lk), other=0)
+        pointers = bias + offsets + tile_rows[:, None] * stride_bm + tl.arange(0, BLOCK_N)[None, :] * stride_bn
+        if EDGE:
+            entries = tl.load(pointers, mask=keys[None, :] < lk, other=0)
+        else:
+            entries = tl.load(pointers)
         if BIAS == "added":
             scores += entries.to(tl.float32)
         else:
@@ -167,7 +185,7 @@ def _attend(
         weights = tl.exp2((scores - new_max[:, None]) * _LOG2_E)
         shrink = tl.exp2((row_max - new_max) * _LOG2_E)
     row_sum = row_sum * shrink + tl.sum(weights, 1)
-    value = _load_keys(v, batch, key_head, start, lk, stride_vn, BLOCK_N, DV, BLOCK_DV, EDGE, TMA)
+    value = _load_keys(v, batch, key_head, start, lk, stride_vn, part, DV, BLOCK_N, BLOCK_DV, EDGE, TMA)
     acc = _dot(weights.to(value.dtype), value, acc * shrink[:, None])
     return acc, new_max, row_sum
 
@@ -212,15 +230,19 @@ def attention_kernel(
     REACH: tl.constexpr,
     INSIDE: tl.constexpr,
     EDGES: tl.constexpr,
+    SPREAD: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
+    PARTS: tl.constexpr = 1,
 ):
     """BLOCK_M queries of one head, against all keys that one of them may attend to.
 
     A key at most `before` positions before the query and at most `after` behind it is in reach. REACH: "all" are,
     "causal" if only `after` sets a bound, else "window".
+    With PARTS > 1 a program computes BLOCK_DV columns of the result only, and others the same weights for the rest: a
+    head of 512 columns is more than the registers of a block hold.
     Blocks of keys that all of the queries reach come first and compare no positions (INSIDE: there are such); those at
     the edges come then (EDGES): the order of the keys does not matter.
     """
@@ -228,10 +250,19 @@ def attention_kernel(
     wait_for_inputs(PDL)
     blocks = tl.cdiv(lq, BLOCK_M)
     program = tl.program_id(0)
-    batch_head = program // blocks
-    # Last queries first: under causality they see the most keys. The blocks of one head run at about the same time,
-    # and its keys stay in the L2 cache.
-    row = (blocks - 1 - program % blocks) * BLOCK_M
+    part = program % PARTS * BLOCK_DV
+    program = program // PARTS
+    if SPREAD:
+        # All programs run at once, the i-th and the i + 132nd on one multiprocessor: one with the most keys is to meet
+        # one with the fewest.
+        batch_head = program % (tl.num_programs(0) // PARTS // blocks)
+        rank = program // (tl.num_programs(0) // PARTS // blocks)
+        rank = tl.where(rank * 2 < blocks, rank, blocks - 1 - (rank - (blocks + 1) // 2))
+    else:
+        # The blocks of one head run at about the same time, and its keys stay in the L2 cache.
+        batch_head = program // blocks
+        rank = program % blocks
+    row = (blocks - 1 - rank) * BLOCK_M  # last queries first: under causality they see the most keys
     batch = tl.cast(batch_head // heads, tl.int64)
     head = tl.cast(batch_head % heads, tl.int64)
     q += batch * stride_qb + head * stride_qh
@@ -256,7 +287,7 @@ def attention_kernel(
         full_stop = lk // BLOCK_N * BLOCK_N
         edges = tl.cdiv(lk - full_stop, BLOCK_N)
 
-    query = _load_rows(q, row, lq, stride_qm, BLOCK_M, D, BLOCK_D, True)
+    query = _load_rows(q, row, lq, stride_qm, D, BLOCK_M, BLOCK_D, True, BLOCK_D == D)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     row_max = tl.full((BLOCK_M,), _LOWEST, tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -279,6 +310,7 @@ def attention_kernel(
                     padding,
                     tl.cast(batch, tl.int32),
                     tl.cast(key_head, tl.int32),
+                    part,
                     block,
                     row,
                     lq,
@@ -307,7 +339,7 @@ def attention_kernel(
     # A query that reached no key has a sum of zero and gives zeros.
     acc *= (1.0 / tl.where(row_sum == 0, 1.0, row_sum))[:, None]
     rows = row + tl.arange(0, BLOCK_M)[:, None]
-    columns = tl.arange(0, BLOCK_DV)[None, :]
+    columns = part + tl.arange(0, BLOCK_DV)[None, :]
     pointers = out + ((batch * lq + rows) * heads + head) * DV + columns
     tl.store(pointers, acc.to(out.dtype.element_ty), mask=(rows < lq) & (columns < DV))
 
@@ -326,7 +358,7 @@ def attention_forward(
     """`softmax(q @ k.T * scale + bias, over the keys allowed) @ v`, arguments as of the Op `attention`.
 
     q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv), of float16, bfloat16 or float32; nothing empty, and head
-    dimensions up to 256. Any strides; where the last one is not 1 the tensor is copied. The result is (B, Hq, Lq, Dv),
+    dimensions up to 512 (float32: 256). Any strides; where the last one is not 1 the tensor is copied. The result is (B, Hq, Lq, Dv),
     stored as (B, Lq, Hq, Dv).
     """
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
@@ -341,11 +373,12 @@ def attention_forward(
         padding, padding_strides = _as_bytes(key_padding_mask), [*key_padding_mask.stride()]
     scale_late = scale > 0 and "added" not in kind
     near = is_causal or window is not None
-    widths = _padded(d), _padded(dv)
-    tma = bool(config["TMA"])
+    tma, parts = bool(config["TMA"]), dict(config.blocks).get("PARTS", 1)
+    widths = padded(d), padded(dv) // parts
+    blocks = triton.cdiv(lq, config["BLOCK_M"])
     launch(
         attention_kernel,
-        (triton.cdiv(lq, config["BLOCK_M"]) * batch * heads,),
+        (blocks * batch * heads * parts,),
         q,
         _described(k, config["BLOCK_N"], widths[0]) if tma else k,
         _described(v, config["BLOCK_N"], widths[1]) if tma else v,
@@ -376,39 +409,9 @@ def attention_forward(
         REACH="all" if not near else "causal" if window is None else "window",
         INSIDE=lk >= config["BLOCK_N"],
         EDGES=near or lk % config["BLOCK_N"] != 0,
+        SPREAD=is_causal and blocks * batch * heads <= 3 * target_of(q).num_sms,
     )
     return out.transpose(1, 2)
-
-
-def configs_for(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_padding_mask: Tensor | None) -> list[Config]:
-    """How `attention_forward` may be run on these inputs, the most promising first."""
-    target = target_of(q)
-    kind = "plain" if bias is None and key_padding_mask is None else "row" if _is_row(bias) else "tile"
-    return attention_configs(
-        q.shape[0] * q.shape[1],
-        q.shape[2],
-        k.shape[2],
-        max(_padded(q.shape[3]), _padded(v.shape[3])),
-        q.dtype,
-        kind,
-        target.tma and _is_describable(k) and _is_describable(v),
-        target,
-    )
-
-
-def _padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
-
-
-def _is_row(bias: Tensor | None) -> bool:
-    """Whether all queries share one row of the bias (there may be none)."""
-    return bias is None or bias.dim() < 2 or bias.shape[-2] == 1 or bias.stride(-2) == 0
-
-
-def _is_describable(t: Tensor) -> bool:
-    """Whether the tensor memory accelerator can read it: 16-byte steps, and no dimension that stands still."""
-    steps = [stride * t.element_size() for stride in t.stride()[:3]]
-    return t.stride(3) == 1 and t.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
 
 
 def _described(t: Tensor, rows: int, columns: int) -> Any:
@@ -421,7 +424,7 @@ def _prepared_bias(bias: Tensor | None, q: Tensor, full: tuple[int, ...]) -> tup
     if bias is None:
         return "", q, (0, 0, 0, 0)
     kind = "allowed" if bias.dtype == torch.bool else "added"
-    if _is_row(bias):
+    if is_by_key(bias):
         kind += " by key"
     return kind, _as_bytes(bias), bias.expand(full).stride()
 

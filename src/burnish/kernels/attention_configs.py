@@ -7,8 +7,10 @@ table is for (bfloat16; for sm_100 ptxas puts up to 16 bytes of six of them on t
 from __future__ import annotations
 
 import torch
+import triton
+from torch import Tensor
 
-from burnish.kernels.launch import Config, Target
+from burnish.kernels.launch import Config, Target, target_of
 
 _Blocks = tuple[int, int, int, int]  # BLOCK_M queries, BLOCK_N keys, warps, stages
 
@@ -47,7 +49,38 @@ _FLOAT32: dict[int, list[_Blocks]] = {
 }
 
 
-def attention_configs(
+def configs_for(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_padding_mask: Tensor | None) -> list[Config]:
+    """How `attention_forward` may be run on these inputs, the most promising first."""
+    target = target_of(q)
+    kind = "plain" if bias is None and key_padding_mask is None else "row" if is_by_key(bias) else "tile"
+    return _configs(
+        q.shape[0] * q.shape[1],
+        q.shape[2],
+        k.shape[2],
+        max(padded(q.shape[3]), padded(v.shape[3])),
+        q.dtype,
+        kind,
+        target.tma and _is_describable(k) and _is_describable(v),
+        target,
+    )
+
+
+def padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def is_by_key(bias: Tensor | None) -> bool:
+    """Whether all queries share one row of the bias (there may be none)."""
+    return bias is None or bias.dim() < 2 or bias.shape[-2] == 1 or bias.stride(-2) == 0
+
+
+def _is_describable(t: Tensor) -> bool:
+    """Whether the tensor memory accelerator can read it: 16-byte steps, and no dimension that stands still."""
+    steps = [stride * t.element_size() for stride in t.stride()[:3]]
+    return t.stride(3) == 1 and t.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+
+
+def _configs(
     heads: int, lq: int, lk: int, width: int, dtype: torch.dtype, kind: str, tma: bool, target: Target
 ) -> list[Config]:
     """Configs for `heads` heads in all of lq queries and lk keys, `width` a head's padded dimension.

@@ -12,6 +12,7 @@ from burnish.kernels.gemv import gemv, gemv_configs
 from burnish.kernels.launch import Config
 from burnish.kernels.matmul import Product, matmul, matmul_configs
 from burnish.kernels.matmul_tma import matmul_tma, matmul_tma_configs
+from burnish.kernels.skinny import skinny, skinny_configs
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Family:
 FAMILIES = {
     "matmul": Family(matmul, matmul_configs),
     "gemv": Family(gemv, gemv_configs),
+    "skinny": Family(skinny, skinny_configs),
     "tma": Family(matmul_tma, matmul_tma_configs),
 }
 

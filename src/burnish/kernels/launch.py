@@ -134,6 +134,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, like:
     recorder = _recorder.get()
     if recorder is not None:
         recorder[0](Launch(kernel, grid, args, constants, options))
+    elif like.is_cuda and like.device.index != torch.cuda.current_device():  # Triton launches on the current device
+        with torch.cuda.device(like.device):
+            kernel[grid](*args, **constants, **options)
     else:
         kernel[grid](*args, **constants, **options)
 

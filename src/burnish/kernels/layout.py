@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 MAX_GEMV_ROWS = 8  # with more, the products of ordinary cores would be slower than the memory
+MAX_SKINNY_ROWS = 64
 MIN_TMA_ROWS = 128
 
 
@@ -55,6 +56,18 @@ def gemv_reasons(x: Tensor, weights: tuple[Tensor, ...]) -> list[str]:
     return reasons
 
 
+def skinny_reasons(x: Tensor, weights: tuple[Tensor, ...]) -> list[str]:
+    """Further reasons against the kernels that have the weight as the left operand."""
+    rows, reasons = x.numel() // max(1, x.shape[-1]), []
+    if x.element_size() != 2:
+        reasons.append(f"the inputs are {x.dtype}; the kernel takes float16 and bfloat16")
+    if not 2 <= rows <= MAX_SKINNY_ROWS:
+        reasons.append(f"x has {rows} rows; the kernel takes 2 to {MAX_SKINNY_ROWS}")
+    if any(weight.stride(1) != 1 and weight.shape[1] > 1 for weight in weights):
+        reasons.append("a weight is not contiguous along K")
+    return reasons
+
+
 def tma_reasons(x: Tensor, weights: tuple[Tensor, ...]) -> list[str]:
     """Further reasons against the kernels that copy tiles by tensor memory access."""
     rows, reasons = x.numel() // max(1, x.shape[-1]), []
@@ -65,18 +78,19 @@ def tma_reasons(x: Tensor, weights: tuple[Tensor, ...]) -> list[str]:
     lying = rows_of(x)
     if lying is not None and lying.inner != lying.count:
         reasons.append(f"x has strides {x.stride()}; one has to be enough for its rows")
-    elif lying is not None and not _copyable(x, lying.stride_inner, x.stride(-1)):
+    elif lying is not None and not copyable(x, lying.stride_inner, x.stride(-1)):
         reasons.append(f"x has strides {x.stride()}; its rows must be contiguous and start at multiples of 16 bytes")
     for weight in weights:
         if weight.shape[0] * weight.element_size() % 16:
             reasons.append(f"a weight has {weight.shape[0]} rows; a row of the result must be a multiple of 16 bytes")
-        if not any(_copyable(weight, *strides) for strides in (weight.stride(), weight.stride()[::-1])):
+        if not any(copyable(weight, *strides) for strides in (weight.stride(), weight.stride()[::-1])):
             reasons.append(
                 f"a weight has strides {weight.stride()}; one must be 1 and the other a multiple of 16 bytes"
             )
     return reasons
 
 
-def _copyable(x: Tensor, stride_row: int, stride_column: int) -> bool:
+def copyable(x: Tensor, stride_row: int, stride_column: int) -> bool:
+    """Whether tensor memory access can copy boxes of a matrix with these strides that begins where x does."""
     aligned = all(count * x.element_size() % 16 == 0 for count in (stride_row, x.storage_offset()))
     return stride_column == 1 and stride_row > 0 and aligned

@@ -91,6 +91,80 @@ def epilogue(
 
 
 @triton.jit
+def finish(
+    acc,
+    up,
+    m,
+    n,
+    tile,
+    split,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    partial_ptr,
+    counter_ptr,
+    M,
+    N,
+    stride_bias,
+    residual_inner,
+    stride_residual_outer,
+    stride_residual_inner,
+    stride_residual_n,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):
+    """The way of a tile's sums (BLOCK_M, BLOCK_N) into the result, through memory if K is split among programs."""
+    done = True
+    if SPLIT_K > 1:
+        # Every program leaves its part in memory; the last to arrive adds them in their order, whoever it is.
+        SIZE: tl.constexpr = BLOCK_M * BLOCK_N
+        STRIDE: tl.constexpr = SIZE * 2 if GATED else SIZE
+        within = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        parts = partial_ptr + tile.to(tl.int64) * (STRIDE * SPLIT_K) + within
+        tl.store(parts + split * STRIDE, acc)
+        if GATED:
+            tl.store(parts + split * STRIDE + SIZE, up)
+        tl.debug_barrier()  # one thread counts for all of them: their stores have to come before
+        done = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
+    if done:
+        if SPLIT_K > 1:
+            tl.store(counter_ptr + tile, 0)  # as the next launch wants it
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            # Four loads in flight hide most of the latency; with all 16 of a split in flight registers spilled, and
+            # with two of a large tile.
+            AT_ONCE: tl.constexpr = 1 if STRIDE > 4096 else (4 if SPLIT_K % 4 == 0 else SPLIT_K)
+            for start in range(0, SPLIT_K, AT_ONCE):
+                for part in tl.static_range(AT_ONCE):
+                    acc += tl.load(parts + (start + part) * STRIDE, cache_modifier=".cg")
+                    if GATED:
+                        up += tl.load(parts + (start + part) * STRIDE + SIZE, cache_modifier=".cg")
+        result = epilogue(
+            acc,
+            up,
+            m,
+            n,
+            bias_ptr,
+            stride_bias,
+            residual_ptr,
+            residual_inner,
+            stride_residual_outer,
+            stride_residual_inner,
+            stride_residual_n,
+            M,
+            N,
+            ACTIVATION,
+            GATED,
+        )
+        offsets = m.to(tl.int64)[:, None] * N + n[None, :]
+        mask = (m < M)[:, None] & (n < N)[None, :]
+        tl.store(out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def matmul_kernel(
     x_ptr,
     weight_ptr,
@@ -171,50 +245,11 @@ def matmul_kernel(
         x_ptrs += BLOCK_K * stride_x_k
         weight_ptrs += BLOCK_K * stride_weight_k
 
-    done = True
-    if SPLIT_K > 1:
-        # Every program leaves its part in memory; the last to arrive adds them in their order, whoever it is.
-        SIZE: tl.constexpr = BLOCK_M * BLOCK_N
-        STRIDE: tl.constexpr = SIZE * 2 if GATED else SIZE
-        within = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        parts = partial_ptr + tile.to(tl.int64) * (STRIDE * SPLIT_K) + within
-        tl.store(parts + split * STRIDE, acc)
-        if GATED:
-            tl.store(parts + split * STRIDE + SIZE, up)
-        tl.debug_barrier()  # one thread counts for all of them: their stores have to come before
-        done = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
-    if done:
-        if SPLIT_K > 1:
-            tl.store(counter_ptr + tile, 0)  # as the next launch wants it
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            # Four loads in flight hide most of the latency; with all 16 of a split in flight registers spilled.
-            AT_ONCE: tl.constexpr = 4 if SPLIT_K % 4 == 0 else SPLIT_K
-            for start in range(0, SPLIT_K, AT_ONCE):
-                for part in tl.static_range(AT_ONCE):
-                    acc += tl.load(parts + (start + part) * STRIDE, cache_modifier=".cg")
-                    if GATED:
-                        up += tl.load(parts + (start + part) * STRIDE + SIZE, cache_modifier=".cg")
-        result = epilogue(
-            acc,
-            up,
-            m,
-            n,
-            bias_ptr,
-            stride_bias,
-            residual_ptr,
-            residual_inner,
-            stride_residual_outer,
-            stride_residual_inner,
-            stride_residual_n,
-            M,
-            N,
-            ACTIVATION,
-            GATED,
-        )
-        offsets = m.to(tl.int64)[:, None] * N + n[None, :]
-        mask = (m < M)[:, None] & (n < N)[None, :]
-        tl.store(out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=mask)
+    finish(
+        acc, up, m, n, tile, split, bias_ptr, residual_ptr, out_ptr, partial_ptr, counter_ptr, M, N, stride_bias,
+        residual_inner, stride_residual_outer, stride_residual_inner, stride_residual_n, ACTIVATION, GATED, BLOCK_M,
+        BLOCK_N, SPLIT_K,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -249,15 +284,16 @@ def shared_memory(target: Target) -> int:
     return 166_912 if target.capability in ((8, 0), (8, 7)) else 101_376
 
 
+def stage_bytes(config: Config, product: Product) -> int:
+    """Shared memory for one block of each operand."""
+    return (config["BLOCK_M"] + product.halves * config["BLOCK_N"]) * config["BLOCK_K"] * product.dtype.itemsize
+
+
 def fitting(configs: list[Config], product: Product) -> list[Config]:
     """Those whose pipeline fits the device's shared memory, each once."""
-
-    def nbytes(config: Config) -> int:
-        tile = (config["BLOCK_M"] + product.halves * config["BLOCK_N"]) * config["BLOCK_K"]
-        return tile * product.dtype.itemsize * config.num_stages
-
     most = shared_memory(product.target) - 2048  # barriers and the split's count want some too
-    return list(dict.fromkeys(config for config in configs if nbytes(config) <= most))
+    fit = (config for config in configs if stage_bytes(config, product) * config.num_stages <= most)
+    return list(dict.fromkeys(fit))
 
 
 def matmul_configs(product: Product) -> list[Config]:

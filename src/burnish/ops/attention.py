@@ -239,7 +239,7 @@ def _triton_configs(
     window: int | None,
     scale: float | None,
 ) -> Sequence[Any]:
-    from burnish.kernels.attention import configs_for
+    from burnish.kernels.attention_configs import configs_for
 
     return configs_for(q, k, v, bias, key_padding_mask)
 

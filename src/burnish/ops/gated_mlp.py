@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from burnish.kernels.layout import gemv_reasons, layout_reasons, tma_reasons
+from burnish.kernels.layout import gemv_reasons, layout_reasons, skinny_reasons, tma_reasons
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._activations import GATES, activate, check_activation
@@ -178,6 +178,48 @@ def _torch(
     return F.linear(activate(gate, activation).mul_(up), down_weight, down_bias).contiguous()
 
 
+def _torch_triton_why_not(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> list[str]:
+    empty = gate_up_weight.numel() == 0 or down_weight.numel() == 0
+    return triton_why_not(x) + (["a weight is empty"] if empty else [])
+
+
+def _torch_triton_configs(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Sequence[Any]:
+    from burnish.kernels.gate import gate_configs
+
+    return gate_configs(down_weight.shape[1])
+
+
+@gated_mlp.impl("torch_triton", why_not=_torch_triton_why_not, configs=_torch_triton_configs)
+def _torch_triton(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+    config: Any = None,
+) -> Tensor:
+    """F.linear for both products, a Triton kernel for what lies between them."""
+    from burnish.kernels.gate import gate
+
+    hidden = gate(F.linear(x, gate_up_weight, gate_up_bias), activation, config=config)
+    return F.linear(hidden, down_weight, down_bias).contiguous()
+
+
 def _register_triton(
     name: str,
     description: str,
@@ -237,6 +279,9 @@ _register_triton(
 )
 _register_triton(
     "triton_gemv", "Two Triton kernels for a few rows of x, which stream the weights.", "gemv", True, gemv_reasons
+)
+_register_triton(
+    "triton_skinny", "Two Triton kernels for up to 64 rows of x, which stream the weights.", "skinny", True, skinny_reasons
 )
 _register_triton(
     "triton_tma", "Two persistent Triton kernels for many rows, which copy tiles by TMA.", "tma", True, tma_reasons

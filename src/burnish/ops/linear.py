@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from burnish.kernels.layout import gemv_reasons, layout_reasons, tma_reasons
+from burnish.kernels.layout import gemv_reasons, layout_reasons, skinny_reasons, tma_reasons
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._activations import ACTIVATIONS, activate, activate_, check_activation
@@ -183,6 +183,36 @@ def _triton_gemv(
     from burnish.kernels.gemv import gemv
 
     return gemv(x, weight, bias, activation, residual, config=config)
+
+
+def _triton_skinny_why_not(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+) -> list[str]:
+    return _triton_why_not(x, weight, bias, activation, residual) + skinny_reasons(x, (weight,))
+
+
+def _triton_skinny_configs(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+) -> Sequence[Any]:
+    from burnish.kernels.matmul import Product
+    from burnish.kernels.skinny import skinny_configs
+
+    return skinny_configs(Product.of(x, weight))
+
+
+@linear.impl("triton_skinny", why_not=_triton_skinny_why_not, configs=_triton_skinny_configs)
+def _triton_skinny(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    config: Any = None,
+) -> Tensor:
+    """A Triton kernel for up to 64 rows of x, which streams the weight through tensor cores as their left operand."""
+    from burnish.kernels.skinny import skinny
+
+    return skinny(x, weight, bias, activation, residual, config=config)
 
 
 def _triton_tma_why_not(

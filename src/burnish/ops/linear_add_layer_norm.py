@@ -13,7 +13,7 @@ from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._linear_norms import check_product, cost_of, product, triton_configs, triton_why_not
 from burnish.ops._norms import check_norm, layer_norm_reference, not_mixed_layer_norm
-from burnish.ops._triton_norms import triton_norm_why_not
+from burnish.ops._triton_norms import triton_norm_configs, triton_norm_why_not
 from burnish.ops.add_layer_norm import add_layer_norm
 
 
@@ -132,7 +132,19 @@ def _torch_triton_why_not(
     return triton_norm_why_not(residual, norm_weight, norm_bias)
 
 
-@linear_add_layer_norm.impl("torch_triton", why_not=_torch_triton_why_not)
+def _torch_triton_configs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> list[Any]:
+    return triton_norm_configs(residual, added=True)
+
+
+@linear_add_layer_norm.impl("torch_triton", why_not=_torch_triton_why_not, configs=_torch_triton_configs)
 def _torch_triton(
     x: Tensor,
     weight: Tensor,
@@ -141,11 +153,13 @@ def _torch_triton(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    config: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """F.linear, then addition and normalization in one Triton kernel."""
     from burnish.kernels.norms import add_layer_norm as kernel
 
-    return kernel(product(x, weight, bias), residual, norm_weight, norm_bias, eps)
+    return kernel(product(x, weight, bias), residual, norm_weight, norm_bias, eps, config)
 
 
 def _triton_why_not(

@@ -14,7 +14,7 @@ from burnish.op import Cost, Sample, op
 from burnish.ops._common import not_same_dtype
 from burnish.ops._linear_norms import check_product, cost_of, product, triton_configs, triton_why_not
 from burnish.ops._norms import check_norm, rms_norm_reference
-from burnish.ops._triton_norms import triton_norm_why_not
+from burnish.ops._triton_norms import triton_norm_configs, triton_norm_why_not
 from burnish.ops.add_rms_norm import add_rms_norm
 
 
@@ -127,7 +127,18 @@ def _torch_triton_why_not(
     return triton_norm_why_not(residual, norm_weight)
 
 
-@linear_add_rms_norm.impl("torch_triton", why_not=_torch_triton_why_not)
+def _torch_triton_configs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+) -> list[Any]:
+    return triton_norm_configs(residual, added=True)
+
+
+@linear_add_rms_norm.impl("torch_triton", why_not=_torch_triton_why_not, configs=_torch_triton_configs)
 def _torch_triton(
     x: Tensor,
     weight: Tensor,
@@ -135,11 +146,13 @@ def _torch_triton(
     residual: Tensor,
     norm_weight: Tensor | None = None,
     eps: float = 1e-6,
+    *,
+    config: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """F.linear, then addition and normalization in one Triton kernel."""
     from burnish.kernels.norms import add_rms_norm as kernel
 
-    return kernel(product(x, weight, bias), residual, norm_weight, eps)
+    return kernel(product(x, weight, bias), residual, norm_weight, eps, config)
 
 
 def _triton_why_not(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -125,17 +126,17 @@ class Report:
         groups: Counter[tuple[str, str]] = Counter()
         example: dict[tuple[str, str], Choice] = {}
         for slot, choice in served.choices.items():
-            key = (slot.rpartition("_")[0], f"{choice.impl}|{sorted(choice.times_us.items())}")
+            key = (slot.rpartition("_")[0], f"{choice.candidate}|{sorted(choice.times_us.items())}")
             groups[key] += 1
             example[key] = choice
         for key, count in groups.items():
             choice = example[key]
-            time = choice.times_us.get(choice.impl)
+            time = choice.times_us.get(choice.candidate)
             _add_row(
                 table,
                 key[0],
                 str(count),
-                choice.impl + ("" if choice.source in ("measured", "cached") else f" ({choice.source})"),
+                choice.candidate + ("" if choice.source in ("measured", "cached") else f" ({choice.source})"),
                 human_us(time) if time else "",
                 "\n".join(_passed_over(choice)) or "no other",
             )
@@ -152,7 +153,7 @@ class Report:
                 human_us(after) if after else "",
                 f"{before / after:.2f}x" if before and after else "",
                 human_us(served.seconds * 1e6),
-                served.kept_original or "",
+                served.kept_original or served.not_captured or ("CUDA graph" if served.cuda_graph else ""),
             )
         return table
 
@@ -182,8 +183,15 @@ def _add_row(table: Table, *cells: str) -> None:
 
 
 def _passed_over(choice: Choice) -> list[str]:
-    slower = sorted((us, name) for name, us in choice.times_us.items() if name != choice.impl)
-    return [f"{name}: {human_us(us)}" for us, name in slower] + [
+    # Of an Impl that was tried in several ways, the best.
+    best: dict[str, tuple[float, int]] = {}
+    for name, us in choice.times_us.items():
+        impl = name.split(" ")[0]
+        before, tried = best.get(impl, (us, 0))
+        best[impl] = (min(us, before), tried + 1)
+    slower = sorted((us, impl, tried) for impl, (us, tried) in best.items() if impl != choice.impl)
+    ways = {impl: f" (best of {tried})" if tried > 1 else "" for _, impl, tried in slower}
+    return [f"{impl}{ways[impl]}: {human_us(us) if math.isfinite(us) else 'failed'}" for us, impl, _ in slower] + [
         f"{name}: {'; '.join(reasons)}" for name, reasons in choice.rejected.items()
     ]
 

@@ -1,0 +1,47 @@
+"""`python -m benchmarks.ship FILE`: make a tuning cache the table that comes with the package for that GPU.
+
+FILE is the `tuning-....json` that the cache folder holds after the benchmark groups ran on the GPU. Only what the
+kernels as they are now were measured with is kept, and of each size the fastest candidates and the best of each Impl.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from burnish.tuning import kernels_hash
+from burnish.tuning_store import FORMAT, TABLES, Families
+
+_FASTEST = 6
+
+
+def table_of(families: Families) -> Families:
+    """The entries worth shipping."""
+    table: Families = {}
+    for family, entries in families.items():
+        if kernels_hash() in family.split("|"):
+            table[family] = {sizes: _best(times) for sizes, times in entries.items()}
+    return table
+
+
+def _best(times: dict[str, float]) -> dict[str, float]:
+    ordered = sorted(times, key=times.__getitem__)
+    of_each = {name.split(" ")[0]: name for name in reversed(ordered)}
+    kept = {*ordered[:_FASTEST], *of_each.values()}
+    return {name: us for name, us in times.items() if name in kept}
+
+
+def main(path: str) -> None:
+    data = json.loads(Path(path).read_text())
+    name = str(data["device"]).split(" | ")[0]
+    table = table_of(data["families"])
+    target = TABLES / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps({"format": FORMAT, "device": name, "families": table}, indent=1) + "\n")
+    print(f"{sum(map(len, table.values()))} sizes of {len(table)} families in {target}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

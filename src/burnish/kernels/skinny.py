@@ -1,0 +1,209 @@
+"""`act(x @ weight.T + bias) + residual` for up to 64 rows of x: bound by reading the weight, on tensor cores.
+
+The operands change sides: the rows of weight are the left one's, of which a tensor core takes 64 at a time, and the few
+rows of x are the right one's columns. With `GATED` the weight has two halves of rows, gate and up, and the result is
+`act(gate) * up`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from burnish.kernels.activations import in_half
+from burnish.kernels.launch import Config, launch, launch_dependents, wait_for_inputs
+from burnish.kernels.layout import copyable, rows_of
+from burnish.kernels.matmul import (
+    Product,
+    counters,
+    dot,
+    finish,
+    fitting,
+    prefetch_weight,
+    row_offsets,
+    shared_memory,
+    stage_bytes,
+)
+
+_AHEAD = 128 << 10  # bytes of weight that a program asks for before its wait; at two programs an SM, half of H200's L2
+
+
+@triton.jit
+def skinny_kernel(
+    x_ptr,
+    weight_ptr,
+    weight_desc,  # (N, K), or (2 * N, K) if GATED; None unless TMA
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    partial_ptr,  # (tiles, SPLIT_K, 2 if GATED else 1, BLOCK_M, BLOCK_N) float32
+    counter_ptr,  # (tiles,) int32, zero before and after
+    M,
+    N,
+    K,
+    x_inner,
+    stride_x_outer,
+    stride_x_inner,
+    stride_x_k,
+    stride_weight_n,
+    to_up,  # from a gate's row to the same row of up
+    stride_bias,
+    residual_inner,
+    stride_residual_outer,
+    stride_residual_inner,
+    stride_residual_n,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    AHEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    TMA: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    launch_dependents(PDL)
+    tile = tl.program_id(0)
+    m = tl.arange(0, BLOCK_M)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+
+    steps = tl.cdiv(K, BLOCK_K)
+    split = tl.program_id(1)
+    first = split * steps // SPLIT_K
+    last = (split + 1) * steps // SPLIT_K
+    if PDL:
+        ahead = min(last, first + AHEAD)
+        prefetch_weight(weight_ptr, n, N, stride_weight_n, first, ahead, BLOCK_K)
+        if GATED:
+            prefetch_weight(weight_ptr + to_up, n, N, stride_weight_n, first, ahead, BLOCK_K)
+
+    x_ptrs = x_ptr + row_offsets(m, x_inner, stride_x_outer, stride_x_inner)[:, None]
+    x_ptrs += (first * BLOCK_K + k).to(tl.int64)[None, :] * stride_x_k
+    x_mask = (m < M)[:, None]
+    # Rows past the last one are the last one again, and never stored: so whole blocks need no mask.
+    weight_ptrs = weight_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * stride_weight_n
+    weight_ptrs += (first * BLOCK_K + k)[None, :]
+    wait_for_inputs(PDL)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for step in range(first, last):
+        if EVEN_K:
+            x = tl.load(x_ptrs, mask=x_mask, other=0.0)
+        else:
+            inside = (step * BLOCK_K + k < K)[None, :]
+            x = tl.load(x_ptrs, mask=x_mask & inside, other=0.0)
+        if TMA:
+            weight = weight_desc.load([tile * BLOCK_N, step * BLOCK_K])
+        elif EVEN_K:
+            weight = tl.load(weight_ptrs)
+        else:
+            weight = tl.load(weight_ptrs, mask=inside, other=0.0)
+        acc = dot(weight, x.T, acc)
+        if GATED:
+            if TMA:
+                weight = weight_desc.load([N + tile * BLOCK_N, step * BLOCK_K])
+            elif EVEN_K:
+                weight = tl.load(weight_ptrs + to_up)
+            else:
+                weight = tl.load(weight_ptrs + to_up, mask=inside, other=0.0)
+            up = dot(weight, x.T, up)
+        x_ptrs += BLOCK_K * stride_x_k
+        weight_ptrs += BLOCK_K
+    finish(
+        acc.T, up.T, m, n, tile, split, bias_ptr, residual_ptr, out_ptr, partial_ptr, counter_ptr, M, N, stride_bias,
+        residual_inner, stride_residual_outer, stride_residual_inner, stride_residual_n, ACTIVATION, GATED, BLOCK_M,
+        BLOCK_N, SPLIT_K,
+    )  # fmt: skip
+
+
+def skinny_configs(product: Product) -> list[Config]:
+    """Configs of `skinny`, the most promising first."""
+    block_m = max(16, triton.next_power_of_2(product.rows))
+    # (BLOCK_N, BLOCK_K, TMA, warps, stages), BLOCK_N of each half if gated. What counts is the memory in flight: two
+    # programs an SM, or one with deep blocks, whose loads are long runs of each row.
+    if product.gated:
+        shapes = [(64, 128, 0, 4, 3), (64, 128, 1, 4, 3), (32, 256, 0, 4, 3), (32, 128, 0, 4, 4), (64, 256, 0, 4, 2)]
+        shapes += [(64, 64, 1, 4, 5)]
+    else:
+        shapes = [(64, 128, 0, 4, 5), (64, 128, 1, 4, 5), (64, 256, 0, 4, 3), (32, 256, 0, 4, 4), (128, 128, 0, 4, 3)]
+        shapes += [(32, 128, 0, 4, 5)]
+    configs = []
+    for block_n, k, tma, warps, stages in shapes:
+        if tma and not product.target.tma:
+            continue
+        block_k = max(64 if tma else 16, min(k, triton.next_power_of_2(product.depth)))
+        blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT_K": 1, "TMA": tma}
+        whole = Config.of(num_warps=warps, num_stages=stages, **blocks)
+        for split in _splits(product, whole):
+            configs.append(Config.of(num_warps=warps, num_stages=stages, **{**blocks, "SPLIT_K": split}))
+    return fitting(configs, product)[:10]
+
+
+def _splits(product: Product, config: Config) -> list[int]:
+    """In how many parts to sum over K: 1 where each SM has a tile, else as many as run at once, or one for each SM."""
+    tiles = triton.cdiv(product.columns, config["BLOCK_N"])
+    if tiles >= product.target.num_sms:
+        return [1]
+    most = triton.cdiv(product.depth, config["BLOCK_K"]) // 3  # a shorter part does nothing but fill its pipeline
+    per_sm = shared_memory(product.target) // (stage_bytes(config, product) * config.num_stages + 1024)
+    slots = [product.target.num_sms * programs for programs in ((2, 1) if per_sm > 1 else (1,))]
+    return list(dict.fromkeys(max(s for s in (1, 2, 3, 4, 8) if s == 1 or s <= min(most, n // tiles)) for n in slots))
+
+
+def skinny(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    gated: bool = False,
+    config: Config | None = None,
+) -> Tensor:
+    """`act(x @ weight.T + bias) + residual`, or `act(gate) * up` of the two halves of `x @ weight.T + bias` if gated.
+
+    Shapes: x (..., K) of at most BLOCK_M rows, weight (N, K), or (2*N, K) if gated, contiguous along K, bias its rows'
+    number, residual and the contiguous result (..., N). All of one dtype: float16 or bfloat16; sums are float32, and
+    the result is rounded once. The order of summation depends on the config alone. A config's tensor memory access is
+    left out where the weight's rows do not start at multiples of 16 bytes.
+    """
+    columns = weight.shape[0] // 2 if gated else weight.shape[0]
+    product = Product.of(x, weight, gated)
+    config = config or skinny_configs(product)[0]
+    if config["TMA"] and not copyable(weight, *weight.stride()):
+        config = Config.of(config.num_warps, config.num_stages, **{**dict(config.blocks), "TMA": 0})
+    out = x.new_empty((*x.shape[:-1], columns))
+    rows, residual_rows = rows_of(x), out if residual is None else residual
+    extra = rows_of(residual_rows)
+    assert rows is not None
+    assert extra is not None
+    block_m, block_n, block_k, split = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
+    tiles = triton.cdiv(columns, block_n)
+    partial, counter = None, None
+    if split > 1:
+        size = tiles * split * block_m * block_n * product.halves
+        partial, counter = x.new_empty(size, dtype=torch.float32), counters(x, tiles)
+    box = None
+    if config["TMA"]:
+        box = TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [block_n, block_k])
+    arguments: tuple[Any, ...] = (
+        *(x, weight, box, bias, residual, out, partial, counter),
+        *(rows.count, columns, x.shape[-1]),
+        *(rows.inner, rows.stride_outer, rows.stride_inner, x.stride(-1)),
+        *(weight.stride(0), columns * weight.stride(0), 1 if bias is None else bias.stride(0)),
+        *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1)),
+    )
+    constants = {
+        "ACTIVATION": in_half(activation, x.dtype),
+        "GATED": gated,
+        "EVEN_K": x.shape[-1] % block_k == 0,
+        "AHEAD": max(1, _AHEAD // (product.halves * block_n * block_k * x.element_size())),
+    }
+    launch(skinny_kernel, (tiles, split), *arguments, config=config, like=x, **constants)
+    return out
