@@ -8,13 +8,14 @@ STAMP  := .venv/.installed
 OFFLINE  := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 TEST_ENV := $(OFFLINE) OMP_NUM_THREADS=1
 
-.PHONY: help venv demo test test-slow test-gpu check format bench docs-tables clean
+.PHONY: help venv demo test test-slow test-gpu sanitize check format bench docs-tables clean
 
 help:
 	@echo "make demo         the demo: a real sentence encoder, before and after"
 	@echo "make test         the fast tests"
 	@echo "make test-slow    the long matrices"
 	@echo "make test-gpu     the tests that need a CUDA device"
+	@echo "make sanitize     every kernel under compute-sanitizer's memcheck and racecheck (needs a CUDA device)"
 	@echo "make check        ruff, its formatter and mypy"
 	@echo "make format       let ruff mend what it can"
 	@echo "make bench        every benchmark group into benchmarks/results/ (long: keep the machine quiet)"
@@ -41,6 +42,10 @@ test-slow: $(STAMP)
 
 test-gpu: $(STAMP)
 	@$(OFFLINE) $(BIN)/python -m pytest -m gpu
+
+sanitize: $(STAMP)
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m tests.gpu.touch_kernels
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m tests.gpu.touch_kernels
 
 check: $(STAMP)
 	@$(BIN)/ruff check .

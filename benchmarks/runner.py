@@ -38,7 +38,8 @@ class Session:
         return not any(fnmatchcase(variant, pattern) for pattern in self.without)
 
     def command(self, case: str) -> str:
-        return f"python -m benchmarks {self.group} --case {shlex.quote(case)}"
+        without = "".join(f" --without {shlex.quote(pattern)}" for pattern in self.without)
+        return f"python -m benchmarks {self.group} --case {shlex.quote(case)}{without}"
 
     def time(
         self, variants: Mapping[str, Callable[..., object]], args: Sequence[Any] = (), cold_l2: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +35,8 @@ def served(
     rows: int = 2, original: float | None = 300.0, optimized: float | None = 100.0, kept: str | None = None
 ) -> Served:
     choices = {"linear_0": MEASURED, "linear_1": MEASURED, "rope_2": Choice("torch", source="only")}
-    return Served({"args[0]": (rows, 8), "scale": ()}, choices, original, optimized, kept, 0.75)
+    shapes: dict[str, tuple[int, ...]] = {"args[0]": (rows, 8), "scale": ()}
+    return Served(shapes, choices, original, optimized, kept, seconds=0.75)
 
 
 def verification(*passed: bool) -> Verification:
@@ -177,3 +179,18 @@ def test_of_a_model_that_cannot_be_captured() -> None:
     assert "test_report.py" in report.summary()
     assert report.to_dict()["steps"] == []
     assert "test_report.py" in "".join(str(report).split())
+
+
+def test_configs_and_graphs_are_told() -> None:
+    times = {"torch": 5.0, "triton BLOCK=64 w4 s3": 2.0, "triton BLOCK=32 w4 s3": 3.0, "triton_tma w8 s3": math.inf}
+    entry = served()
+    entry.choices = {"linear_0": Choice("triton", times, config="BLOCK=64 w4 s3")}
+    entry.cuda_graph = True
+    text = " ".join(str(report_of(entry)).split())
+    assert "linear 1 triton BLOCK=64 w4 s3 2 us torch: 5 us triton_tma: failed" in text
+    assert "CUDA graph" in text
+    entry.choices = {"linear_0": Choice("torch", times)}
+    entry.cuda_graph, entry.not_captured = False, "the inputs are on cpu, cuda:0"
+    text = " ".join(str(report_of(entry)).split())
+    assert "triton (best of 2): 2 us" in text
+    assert "the inputs are on cpu, cuda:0" in text
