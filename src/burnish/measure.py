@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from burnish.runtime.cuda_graph import capture_graph
+
 ENOUGH_US = 30_000.0  # per function: beyond this one more sample says nothing that the cache could keep
 FEWEST_SAMPLES = 4
 _SAMPLES = 15
@@ -84,13 +86,14 @@ def measure_captured(
 
 
 def _captured_us(function: Callable[..., Any], arguments: Sequence[Sequence[Any]]) -> float:
+    def chain() -> None:
+        for args in arguments:
+            function(*args)
+
     with torch.no_grad():
         function(*arguments[0])  # compiles, and sets libraries up
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for args in arguments:
-                function(*args)
+        graph, _ = capture_graph(chain)
     graph.replay()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(_REPLAYS + 1)]
     marks[0].record()

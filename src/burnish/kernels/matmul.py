@@ -289,6 +289,12 @@ def stage_bytes(config: Config, product: Product) -> int:
     return (config["BLOCK_M"] + product.halves * config["BLOCK_N"]) * config["BLOCK_K"] * product.dtype.itemsize
 
 
+def programs_per_sm(config: Config, product: Product) -> int:
+    """How many programs an SM has shared memory for, 1 or 2."""
+    nbytes = stage_bytes(config, product) * config.num_stages + 1024  # which the system takes of each
+    return 2 if 2 * nbytes <= shared_memory(product.target) else 1
+
+
 def fitting(configs: list[Config], product: Product) -> list[Config]:
     """Those whose pipeline fits the device's shared memory, each once."""
     most = shared_memory(product.target) - 2048  # barriers and the split's count want some too
@@ -308,18 +314,28 @@ def matmul_configs(product: Product) -> list[Config]:
         m = 16 if product.rows <= 16 else 32
         shapes = [(m, 64, 64, 4, 5), (m, 128, 64, 4, 4)]
         shapes += [(m, 32, 64, 4, 6)] if product.gated else [(m, 32, 128, 4, 5), (m, 64, 128, 8, 4)]
-    elif product.rows <= 512:
+    elif product.rows <= 128:
         # 64x64x128 and 64x32x64, 5 stages, 4 warps were a sweep's best on H200 at 128 rows and BERT-base's weights.
         shapes = [(64, 64, 128, 4, 4), (64, 32, 128, 4, 4), (64, 32, 64, 4, 5), (64, 64, 64, 4, 5), (128, 64, 64, 8, 4)]
         shapes += [(32, 64, 64, 4, 5)] if product.gated else [(32, 64, 128, 4, 4)]
+    elif product.rows <= 1024:
+        # Bound by latency: all tiles at once, so two or three programs to an SM.
+        wide = 8 if product.target.capability[0] == 8 else 4
+        shapes = [(64, 128, 64, wide, 4), (64, 64, 128, 4, 3), (64, 64, 64, 4, 4), (128, 64, 64, wide, 4)]
+        shapes += [(128, 128, 64, 8, 3), (128, 64, 128, 8, 3), (64, 64, 128, 4, 4)]
     else:
         shapes = [(128, 128, 64, 8, 3), (128, 64, 64, 8, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 5)]
     configs = []
     for m, n, k, warps, stages in shapes:
         block_n, block_k = n // product.halves, max(16, min(k, triton.next_power_of_2(product.depth)))
-        for split in _splits(product, m, block_n, block_k):
-            blocks = {"BLOCK_M": m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8, "SPLIT_K": split}
-            configs.append(Config.of(num_warps=warps, num_stages=stages, **blocks))
+        blocks = {"BLOCK_M": m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8, "SPLIT_K": 1}
+        whole = Config.of(num_warps=warps, num_stages=stages, **blocks)
+        if 128 < product.rows <= 1024 and product.dtype != torch.float32:
+            splits = _few_splits(product, whole)
+        else:
+            splits = _splits(product, m, block_n, block_k)
+        configs += [Config.of(warps, stages, **{**blocks, "SPLIT_K": split}) for split in splits]
+    configs = configs[:10]
     # A weight this small is a launch's latency whatever the blocks.
     return fitting(configs, product)[: 1 if product.columns * product.depth < 1 << 16 else None]
 
@@ -337,6 +353,14 @@ def _splits(product: Product, block_m: int, block_n: int, block_k: int) -> list[
         ideal = min(most, product.target.num_sms * per_sm / tiles)
         splits.append(min((1, 2, 3, 4, 8, 12, 16), key=lambda split: abs(split - ideal)))
     return list(dict.fromkeys(splits))
+
+
+def _few_splits(product: Product, config: Config) -> list[int]:
+    """1, and where the tiles leave half of what runs at once idle, 2 or 3."""
+    tiles = triton.cdiv(product.rows, config["BLOCK_M"]) * triton.cdiv(product.columns, config["BLOCK_N"])
+    most = min(3, triton.cdiv(product.depth, config["BLOCK_K"]) // 3)
+    at_once = product.target.num_sms * programs_per_sm(config, product)
+    return list(dict.fromkeys((1, max(1, min(most, at_once // tiles)))))
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}

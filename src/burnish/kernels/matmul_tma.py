@@ -14,9 +14,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from burnish.kernels.activations import in_half
-from burnish.kernels.launch import Config, launch, launch_dependents, target_of, wait_for_inputs
+from burnish.kernels.launch import Config, launch, launch_dependents, wait_for_inputs
 from burnish.kernels.layout import rows_of
-from burnish.kernels.matmul import Product, dot, epilogue, fitting, tile_of
+from burnish.kernels.matmul import Product, dot, epilogue, fitting, prefetch_weight, programs_per_sm, tile_of
 
 
 @triton.jit
@@ -30,11 +30,13 @@ def matmul_tma_kernel(
     x_desc,  # (M, K)
     weight_desc,  # (N, K), or (K, N) if K_MAJOR; 2 * N if GATED
     out_desc,  # (M, N), in blocks of half a tile's columns if HALVES
+    weight_ptr,
     bias_ptr,
     residual_ptr,
     M,
     N,
     K,
+    stride_weight_n,
     stride_bias,
     residual_inner,
     stride_residual_outer,
@@ -43,6 +45,7 @@ def matmul_tma_kernel(
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     K_MAJOR: tl.constexpr,
+    AHEAD: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -50,12 +53,21 @@ def matmul_tma_kernel(
     GROUP_M: tl.constexpr,
     HALVES: tl.constexpr,
     FLATTEN: tl.constexpr,
+    WS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     launch_dependents(PDL)
     rows, columns, steps = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
+    if PDL and not K_MAJOR:
+        _, column = tile_of(tl.program_id(0), rows, columns, GROUP_M)
+        soon = column * BLOCK_N + tl.arange(0, BLOCK_N)
+        prefetch_weight(weight_ptr, soon, N, stride_weight_n, 0, min(steps, AHEAD), BLOCK_K)
+        if GATED:
+            prefetch_weight(weight_ptr, N + soon, 2 * N, stride_weight_n, 0, min(steps, AHEAD), BLOCK_K)
     wait_for_inputs(PDL)
-    for tile in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(
+        tl.program_id(0), rows * columns, tl.num_programs(0), flatten=FLATTEN, warp_specialize=WS
+    ):
         tile_m, tile_n = tile_of(tile, rows, columns, GROUP_M)
         first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -124,25 +136,38 @@ _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 def matmul_tma_configs(product: Product) -> list[Config]:
     """Configs of `matmul_tma`, the most promising first; none where the device has no tensor memory access."""
-    # (BLOCK_M, BLOCK_N, BLOCK_K, HALVES, FLATTEN, warps, stages), BLOCK_N of both halves together if gated.
+    # (BLOCK_M, BLOCK_N, BLOCK_K, HALVES, FLATTEN, WS, warps, stages), BLOCK_N of both halves together if gated.
     # Four warps have no registers for 128x128 on sm_90, nor for 64x256 on sm_100.
-    shapes = [
-        (128, 256, 64, 1, 1, 8, 3),
-        (128, 256, 64, 1, 0, 8, 3),
-        (128, 128, 64, 0, 1, 8, 4),
-        (128, 128, 64, 0, 0, 8, 4),
-    ]
-    if product.target.capability[0] == 9:
-        shapes.append((64, 256, 64, 1, 0, 4, 4))
+    if product.rows <= 1024:
+        shapes = [
+            (64, 128, 64, 0, 0, 0, 4, 4),
+            (128, 128, 64, 0, 0, 0, 8, 4),
+            (64, 64, 128, 0, 0, 0, 4, 3),
+            (128, 64, 64, 0, 0, 0, 4, 4),
+            (128, 128, 64, 0, 1, 0, 8, 4),
+            (128, 256, 64, 1, 0, 0, 8, 3),
+        ]
+    else:
+        shapes = [
+            (128, 256, 64, 1, 1, 0, 8, 3),
+            (256, 128, 64, 1, 1, 0, 8, 3),
+            (128, 256, 64, 1, 0, 0, 8, 3),
+            (128, 128, 64, 0, 1, 0, 8, 4),
+            (128, 256, 64, 1, 0, 1, 8, 3),
+            (128, 128, 64, 0, 0, 1, 8, 4),
+        ]
     configs = []
-    for m, n, k, half, flatten, warps, stages in shapes:
+    for m, n, k, half, flatten, ws, warps, stages in shapes:
         blocks = {"BLOCK_M": m, "BLOCK_N": n // product.halves, "BLOCK_K": k, "GROUP_M": 8}
-        blocks |= {"HALVES": half, "FLATTEN": flatten}
+        blocks |= {"HALVES": half, "FLATTEN": flatten, "WS": ws}
         configs.append(Config.of(num_warps=warps, num_stages=stages, **blocks))
     return fitting(configs, product) if product.target.tma else []
 
 
-_PORTABLE = Config.of(num_warps=8, num_stages=3, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, HALVES=0, FLATTEN=0)
+_PORTABLE = Config.of(
+    num_warps=8, num_stages=3, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, HALVES=0, FLATTEN=0, WS=0
+)
+_AHEAD = 128 << 10  # bytes of weight that a program asks for before its wait
 
 
 def matmul_tma(
@@ -162,8 +187,8 @@ def matmul_tma(
     once. Source: Triton's tutorial "Persistent Matmul".
     """
     columns = weight.shape[0] // 2 if gated else weight.shape[0]
-    if config is None:
-        config = next(iter(matmul_tma_configs(Product.of(x, weight, gated))), _PORTABLE)
+    product = Product.of(x, weight, gated)
+    config = config or next(iter(matmul_tma_configs(product)), _PORTABLE)
     block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     out = x.new_empty((*x.shape[:-1], columns))
     rows, residual_rows = rows_of(x), out if residual is None else residual
@@ -172,7 +197,7 @@ def matmul_tma(
     assert extra is not None
     k_major = weight.stride(1) != 1
     memory = weight.t() if k_major else weight
-    depth, target = x.shape[-1], target_of(x)
+    depth = x.shape[-1]
     arguments: tuple[Any, ...] = (
         TensorDescriptor(x, [rows.count, depth], [rows.stride_inner, 1], [block_m, block_k]),
         TensorDescriptor(
@@ -181,7 +206,8 @@ def matmul_tma(
         TensorDescriptor(
             out, [rows.count, columns], [columns, 1], [block_m, block_n // 2 if config["HALVES"] else block_n]
         ),
-        *(bias, residual, rows.count, columns, depth, 1 if bias is None else bias.stride(0)),
+        *(weight, bias, residual, rows.count, columns, depth),
+        *(weight.stride(0), 1 if bias is None else bias.stride(0)),
         *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1)),
     )
     constants = {
@@ -189,7 +215,9 @@ def matmul_tma(
         "GATED": gated,
         "K_MAJOR": k_major,
         "DTYPE": _DTYPES[x.dtype],
+        "AHEAD": max(1, _AHEAD // (product.halves * block_n * block_k * x.element_size())),
     }
     tiles = triton.cdiv(rows.count, block_m) * triton.cdiv(columns, block_n)
-    launch(matmul_tma_kernel, (min(tiles, target.num_sms),), *arguments, config=config, like=x, **constants)
+    programs = product.target.num_sms * programs_per_sm(config, product)
+    launch(matmul_tma_kernel, (min(tiles, programs),), *arguments, config=config, like=x, **constants)
     return out

@@ -25,9 +25,8 @@ from burnish.kernels.matmul import (
     finish,
     fitting,
     prefetch_weight,
+    programs_per_sm,
     row_offsets,
-    shared_memory,
-    stage_bytes,
 )
 
 _AHEAD = 128 << 10  # bytes of weight that a program asks for before its wait; at two programs an SM, half of H200's L2
@@ -129,10 +128,13 @@ def skinny_configs(product: Product) -> list[Config]:
     # (BLOCK_N, BLOCK_K, TMA, warps, stages), BLOCK_N of each half if gated. What counts is the memory in flight: two
     # programs an SM, or one with deep blocks, whose loads are long runs of each row.
     if product.gated:
-        shapes = [(64, 128, 0, 4, 3), (64, 128, 1, 4, 3), (32, 256, 0, 4, 3), (32, 128, 0, 4, 4), (64, 256, 0, 4, 2)]
-        shapes += [(64, 64, 1, 4, 5)]
-    else:
-        shapes = [(64, 128, 0, 4, 5), (64, 128, 1, 4, 5), (64, 256, 0, 4, 3), (32, 256, 0, 4, 4), (128, 128, 0, 4, 3)]
+        shapes = [(64, 128, 0, 4, 3), (64, 128, 1, 4, 3), (32, 128, 0, 4, 4), (64, 256, 0, 4, 2), (64, 64, 1, 4, 5)]
+        shapes += [(32, 256, 0, 4, 3)] if block_m < 64 else []  # with 64 it spills
+    elif block_m < 64:
+        shapes = [(64, 128, 0, 4, 5), (64, 128, 1, 4, 5), (64, 256, 0, 4, 3), (32, 256, 0, 4, 4), (128, 128, 0, 8, 3)]
+        shapes += [(32, 128, 0, 4, 5)]
+    else:  # x is read as often as there are tiles, so they are larger
+        shapes = [(128, 128, 1, 8, 4), (128, 128, 0, 8, 4), (64, 128, 1, 4, 4), (64, 128, 0, 4, 4), (64, 256, 0, 4, 3)]
         shapes += [(32, 128, 0, 4, 5)]
     configs = []
     for block_n, k, tma, warps, stages in shapes:
@@ -152,9 +154,9 @@ def _splits(product: Product, config: Config) -> list[int]:
     if tiles >= product.target.num_sms:
         return [1]
     most = triton.cdiv(product.depth, config["BLOCK_K"]) // 3  # a shorter part does nothing but fill its pipeline
-    per_sm = shared_memory(product.target) // (stage_bytes(config, product) * config.num_stages + 1024)
-    slots = [product.target.num_sms * programs for programs in ((2, 1) if per_sm > 1 else (1,))]
-    return list(dict.fromkeys(max(s for s in (1, 2, 3, 4, 8) if s == 1 or s <= min(most, n // tiles)) for n in slots))
+    slots = [product.target.num_sms * programs for programs in range(programs_per_sm(config, product), 0, -1)]
+    best = (max(s for s in (1, 2, 3, 4, 8) if s == 1 or s <= min(most, slot // tiles)) for slot in slots)
+    return list(dict.fromkeys(best))
 
 
 def skinny(
