@@ -163,10 +163,11 @@ def _pack_tensors(
         # The other way round is good enough: moving them would unsettle whoever packed them.
         packed = _existing(present, members, sum(rows), not transposed)
     if packed is None and taken.isdisjoint(member.path for member in members):
-        packed = _allocate(present[0], sum(rows), transposed)
-        if len(present) < len(parts):
-            packed.zero_()
-        with torch.no_grad():
+        # Made in inference mode, the parameters would be of no use to autograd ever after.
+        with torch.inference_mode(False), torch.no_grad():
+            packed = _allocate(present[0], sum(rows), transposed)
+            if len(present) < len(parts):
+                packed.zero_()
             for tensor, member in zip(present, members, strict=True):
                 packed[member.start : member.stop].copy_(tensor)
                 tensor.data = packed[member.start : member.stop]

@@ -703,3 +703,13 @@ def test_a_model_that_cannot_be_captured_is_compiled_in_parts() -> None:
     x = x_of()
     with torch.no_grad():
         assert_close(compiled(x), model(x), outputs_in_float64(model, (x,))[0])
+
+
+def test_weights_packed_in_inference_mode_still_train() -> None:
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)).eval()
+    fast = burnish.optimize(model, cache="off")
+    x = torch.randn(4, 32)
+    with torch.inference_mode():
+        fast(x)
+    fast(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

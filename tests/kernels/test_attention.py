@@ -73,6 +73,46 @@ def test_head_dims(d: int) -> None:
         check(*qkv(lq=9, lk=40, d=d, dtype=dtype))
 
 
+PARTS = [
+    Config.of(4, 2, BLOCK_M=32, BLOCK_N=32, TMA=0, PARTS=2),
+    Config.of(4, 2, BLOCK_M=64, BLOCK_N=32, TMA=1, PARTS=2),
+]
+
+
+@pytest.mark.parametrize("config", [*PARTS, None], ids=str)
+@pytest.mark.parametrize("d", [320, 512])
+def test_wide_heads(d: int, config: Config | None) -> None:
+    q, k, v = qkv(1, 2, 1, 21, 37, d, torch.bfloat16)
+    check(q, k, v, config=config)
+    check(q, k, v, randn(21, 37, seed=4) > 0, padding(1, 37), True, config=config)
+    if config is None:
+        check(q, k, v[..., :24])  # a single part, where v is not wide
+        check(q[..., :16], k[..., :16], v)
+
+
+def test_wide_heads_of_float32_are_refused() -> None:
+    q, k, v = qkv(d=320, dtype=torch.float32)
+    reasons = attention.impls["triton"].why_not(*attention.bind(q, k, v))
+    assert [reason for reason in reasons if "head_dim 320 is above 256" in reason] == reasons[-2:]
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("lq", "lk"), [(96, 64), (70, 70), (33, 128)])  # whole blocks, and parts of them
+def test_boolean_biases(lq: int, lk: int, is_causal: bool) -> None:
+    q, k, v = qkv(2, 2, 1, lq, lk, 16)
+    for shape, tma in (((lq, lk), 0), ((lq, lk), 1), ((2, lq, lk), 0), ((2, 1, lq, lk), 1), ((lq, 1), 0)):
+        config = Config.of(4, 2, BLOCK_M=64, BLOCK_N=32, TMA=tma)
+        check(q, k, v, randn(*shape, seed=5) > 0, is_causal=is_causal, config=config)
+    check(q, k, v, (randn(lk, lq, seed=5) > 0).t(), is_causal=is_causal)
+
+
+@pytest.mark.parametrize("lq", [64, 100, 150])
+def test_every_block_of_queries_is_computed_once_in_any_order(lq: int) -> None:
+    config = Config.of(4, 2, BLOCK_M=32, BLOCK_N=32, TMA=0)
+    for batch in (1, 3):  # few programs at once, and more than that
+        check(*qkv(batch, 2, 1, lq, lq, 16), is_causal=True, config=config)
+
+
 @pytest.mark.parametrize("lk", [130, 257])
 @pytest.mark.parametrize("lq", [1, 33])
 def test_it_never_attends_beyond_the_last_key(lq: int, lk: int) -> None:
@@ -173,12 +213,13 @@ def test_keys_by_descriptor(dtype: torch.dtype) -> None:
 
 def test_configs_are_distinct_and_fit() -> None:
     for capability in ((8, 0), (8, 6), (9, 0), (10, 0), (12, 0)):
-        for d in (16, 32, 64, 80, 128, 256):
+        for d in (16, 32, 64, 80, 128, 256, 512):
             for length in (1, 16, 128, 4096):
-                for dtype in (torch.float16, torch.float32):
+                for dtype in (torch.float16, torch.float32) if d <= 256 else (torch.float16,):
                     q = torch.empty(1, length, 8, d, dtype=dtype, device="meta").transpose(1, 2)
                     with recording(lambda launch: None, Target(capability, 132)):
-                        for bias in (None, torch.empty(8, length, length, device="meta")):
+                        pairs = torch.empty(8, length, length, device="meta")
+                        for bias in (None, pairs, pairs.bool()):
                             configs = configs_for(q, q, q, bias, None)
                             assert configs, (capability, d, length, dtype)
                             assert len({str(config) for config in configs}) == len(configs)

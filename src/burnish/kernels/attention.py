@@ -135,8 +135,8 @@ def _attend(
     if not SCALE_LATE:
         scores *= scale
     if BIAS == "added" or BIAS == "allowed":
-        # Rows past the last read the last one's: a bound on them, or on keys that are all there, would keep the loads
-        # from being wide (lk may be anything), and bytes of booleans were read one by one: 4 times the time of all else.
+        # No bounds where none are needed (rows past the last read the last one's): the compiler knows nothing of lk,
+        # and under a bound by it loads entry by entry (8x8x512x64, boolean, H200: 57 us, and 12 without a mask).
         tile_rows = tl.minimum(tl.arange(0, BLOCK_M), lq - 1 - row)
         offsets = tl.cast(row, tl.int64) * stride_bm + tl.cast(start, tl.int64) * stride_bn
         pointers = bias + offsets + tile_rows[:, None] * stride_bm + tl.arange(0, BLOCK_N)[None, :] * stride_bn
@@ -358,8 +358,8 @@ def attention_forward(
     """`softmax(q @ k.T * scale + bias, over the keys allowed) @ v`, arguments as of the Op `attention`.
 
     q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv), of float16, bfloat16 or float32; nothing empty, and head
-    dimensions up to 512 (float32: 256). Any strides; where the last one is not 1 the tensor is copied. The result is (B, Hq, Lq, Dv),
-    stored as (B, Lq, Hq, Dv).
+    dimensions up to 512 (float32: 256). Any strides; where the last one is not 1 the tensor is copied. The result is
+    (B, Hq, Lq, Dv), stored as (B, Lq, Hq, Dv).
     """
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     (batch, heads, lq, d), (_, key_heads, lk, dv) = q.shape, v.shape

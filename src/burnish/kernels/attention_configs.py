@@ -12,35 +12,57 @@ from torch import Tensor
 
 from burnish.kernels.launch import Config, Target, target_of
 
-_Blocks = tuple[int, int, int, int]  # BLOCK_M queries, BLOCK_N keys, warps, stages
+_Blocks = tuple[int, ...]  # BLOCK_M queries, BLOCK_N keys, warps, stages, and of a head of 512 columns the PARTS
 
 _SHARED_MEMORY = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}  # KiB of a block; else 99
 
 # All by the width of a head. Where the queries make few blocks, multiprocessors stand idle: SHORT has smaller ones.
 _SHORT: dict[int, list[_Blocks]] = {
-    64: [(16, 64, 4, 2), (32, 64, 4, 2), (64, 64, 4, 2), (16, 128, 4, 2)],
+    64: [(16, 128, 4, 2), (16, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 3)],
     128: [(16, 64, 4, 2), (32, 64, 4, 2), (64, 64, 4, 2)],
     256: [(16, 32, 4, 2), (32, 32, 4, 2)],
+    512: [(32, 32, 4, 2, 2), (16, 32, 4, 2, 2)],
 }
 _LONG: dict[int, list[_Blocks]] = {
     32: [(64, 128, 4, 3), (128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 3)],
     64: [(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3)],
     128: [(128, 64, 8, 3), (64, 64, 4, 2)],
     256: [(32, 32, 4, 2), (64, 32, 8, 2)],
+    512: [(64, 32, 8, 2, 2), (32, 32, 4, 2, 2), (16, 32, 4, 2, 2)],
 }
 # With descriptors for k and v no registers hold addresses: 204 where pointers take 254 and spill (128 x 64, width 64,
-# 4 warps).
+# 4 warps). Where there are few blocks, more stages ask for all keys of a few hundred at once.
+_SHORT_DESCRIBED: dict[int, list[_Blocks]] = {
+    64: [(64, 128, 4, 3), (32, 128, 4, 2), (64, 64, 4, 4), (32, 64, 4, 4)],
+    128: [(64, 64, 4, 3), (128, 64, 8, 3), (32, 64, 4, 3)],
+    256: [(64, 32, 4, 2), (128, 64, 8, 2)],
+    512: [(64, 32, 4, 3, 2), (64, 32, 4, 2, 2)],
+}
 _DESCRIBED: dict[int, list[_Blocks]] = {
     32: [(64, 128, 4, 3), (128, 64, 4, 3), (128, 128, 8, 3), (64, 64, 4, 3), (128, 64, 8, 3)],
     64: [(128, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 2), (128, 128, 8, 3), (128, 64, 8, 3)],
     128: [(128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)],
     256: [(128, 64, 8, 2), (64, 32, 4, 2)],
+    512: [(64, 32, 4, 3, 2), (64, 32, 4, 2, 2)],
 }
-# A bias with an entry for each pair takes as many registers as the scores do.
+# A bias with an entry for each pair takes registers and shared memory for a tile.
+_SHORT_BIASED: dict[int, list[_Blocks]] = {
+    64: [(16, 64, 4, 2), (32, 64, 4, 2), (64, 64, 4, 2)],
+    128: [(16, 64, 4, 2), (32, 64, 4, 2), (64, 32, 4, 2)],
+    256: [(16, 32, 4, 2), (32, 32, 4, 2)],
+    512: [(32, 32, 8, 2, 2), (16, 32, 4, 2, 2), (64, 32, 8, 2, 2)],
+}
 _BIASED: dict[int, list[_Blocks]] = {
-    64: [(64, 32, 4, 2), (128, 64, 8, 2), (32, 64, 4, 2), (128, 32, 8, 2)],
-    128: [(64, 32, 4, 2), (128, 32, 8, 2), (16, 32, 4, 2)],
-    256: [(32, 32, 4, 2), (16, 32, 4, 2)],
+    64: [(64, 64, 4, 2), (128, 64, 8, 2)],
+    128: [(128, 64, 8, 2), (64, 32, 4, 2)],
+    256: [(32, 32, 4, 2), (64, 32, 8, 2)],
+    512: [(64, 32, 8, 2, 2), (32, 32, 8, 2, 2), (16, 32, 4, 2, 2)],
+}
+_BIASED_DESCRIBED: dict[int, list[_Blocks]] = {
+    64: [(64, 64, 4, 3), (128, 64, 8, 2), (64, 128, 4, 2), (128, 128, 8, 2), (64, 64, 4, 2)],
+    128: [(128, 64, 8, 2), (64, 64, 4, 2)],
+    256: [(64, 64, 8, 2), (64, 32, 4, 2)],
+    512: [(64, 32, 4, 3, 2), (64, 32, 4, 2, 2)],
 }
 _FLOAT32: dict[int, list[_Blocks]] = {
     64: [(32, 32, 8, 1), (64, 32, 8, 1), (16, 32, 4, 1)],
@@ -52,14 +74,14 @@ _FLOAT32: dict[int, list[_Blocks]] = {
 def configs_for(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_padding_mask: Tensor | None) -> list[Config]:
     """How `attention_forward` may be run on these inputs, the most promising first."""
     target = target_of(q)
-    kind = "plain" if bias is None and key_padding_mask is None else "row" if is_by_key(bias) else "tile"
     return _configs(
         q.shape[0] * q.shape[1],
         q.shape[2],
         k.shape[2],
-        max(padded(q.shape[3]), padded(v.shape[3])),
+        padded(q.shape[3]),
+        padded(v.shape[3]),
         q.dtype,
-        kind,
+        None if bias is None or is_by_key(bias) else bias.dtype,
         target.tma and _is_describable(k) and _is_describable(v),
         target,
     )
@@ -81,49 +103,66 @@ def _is_describable(t: Tensor) -> bool:
 
 
 def _configs(
-    heads: int, lq: int, lk: int, width: int, dtype: torch.dtype, kind: str, tma: bool, target: Target
+    heads: int,
+    lq: int,
+    lk: int,
+    d: int,
+    dv: int,
+    dtype: torch.dtype,
+    bias: torch.dtype | None,
+    tma: bool,
+    target: Target,
 ) -> list[Config]:
-    """Configs for `heads` heads in all of lq queries and lk keys, `width` a head's padded dimension.
+    """Configs for `heads` heads in all of lq queries and lk keys; d and dv are a head's padded dimensions.
 
-    `kind` is "plain", "row" (padding, or a bias for each key) or "tile" (a bias for each pair). With `tma` k and v may
-    be read through descriptors: TMA=1.
+    `bias` is the dtype of a bias with an entry for each pair. With `tma` k and v may be read by descriptors: TMA=1.
     """
     few = heads * -(-lq // 64) < 2 * target.num_sms
-    described: list[_Blocks] = []
-    if dtype == torch.float32:
-        pointed = _of_width(_FLOAT32, width)
-    elif kind == "tile":
-        pointed = _of_width(_BIASED, width)
-    elif few or lq <= 16:
-        pointed = _of_width(_SHORT, width)
-        described = _of_width(_DESCRIBED, width)[:2] if tma and lq > 16 else []
+    short = few or lq <= 16
+    if bias is None:
+        pointers, descriptors = (_SHORT, _SHORT_DESCRIBED) if short else (_LONG, _DESCRIBED)
     else:
-        pointed = _of_width(_LONG, width)
-        described = _of_width(_DESCRIBED, width) if tma else []
-    limit = _SHARED_MEMORY.get(target.capability, 99) * 1024
+        pointers, descriptors = (_SHORT_BIASED if short else _BIASED), _BIASED_DESCRIBED
+    if dtype == torch.float32:
+        pointers, tma = _FLOAT32, False
+    width = max(d, dv)
+    pointed = _of_width(pointers, width)
+    if bias == torch.bool and short and width <= 64:
+        pointed = [(16, 128, 4, 2), *pointed]  # 8 bytes spill where a bias is added
+    described = _of_width(descriptors, width) if tma and lq > 16 else []
     by_descriptor, by_pointer = [(b, 1) for b in described], [(b, 0) for b in pointed]
-    blocks = by_pointer + by_descriptor if few else by_descriptor + by_pointer
+    blocks = by_pointer + by_descriptor if short and lq <= 128 and width < 512 else by_descriptor + by_pointer
+    limit = _SHARED_MEMORY.get(target.capability, 99) * 1024
+    bias_size = bias.itemsize if bias is not None else 0
     # Blocks that are larger than there are queries and keys do nothing for them.
     found = [
-        _config(b, tma)
+        _config(b, tma, dv)
         for b, tma in blocks
-        if b[0] < 2 * max(lq, 16) and b[1] < 2 * max(lk, 64) and _shared_memory(b, width, dtype.itemsize) <= limit
+        if b[0] < 2 * max(lq, 16)
+        and b[1] < 2 * max(lk, 64)
+        and _shared_memory(b, d, dv, dtype.itemsize, bias_size) <= limit
     ]
     if max(lq, lk) <= 64:
         found = found[:1]  # a few microseconds, whichever it is
-    return found or [_config((16, 32, 4, 1), 0)]
+    return list(dict.fromkeys(found)) or [_config((16, 32, 4, 1, 2), 0, dv)]
 
 
 def _of_width(table: dict[int, list[_Blocks]], width: int) -> list[_Blocks]:
     return table[next(w for w in table if w >= width)]
 
 
-def _config(blocks: _Blocks, tma: int) -> Config:
-    block_m, block_n, warps, stages = blocks
-    return Config.of(warps, stages, BLOCK_M=block_m, BLOCK_N=block_n, TMA=tma)
+def _parts(blocks: _Blocks, dv: int) -> int:
+    return blocks[4] if len(blocks) > 4 and dv > 256 else 1
 
 
-def _shared_memory(blocks: _Blocks, width: int, size: int) -> int:
-    """Bytes of q, and of each stage's k and v, and a few more for barriers."""
-    block_m, block_n, _, stages = blocks
-    return width * size * (block_m + 2 * block_n * stages) + 2048
+def _config(blocks: _Blocks, tma: int, dv: int) -> Config:
+    parts = _parts(blocks, dv)
+    sizes = {"BLOCK_M": blocks[0], "BLOCK_N": blocks[1], "TMA": tma} | ({"PARTS": parts} if parts > 1 else {})
+    return Config.of(blocks[2], blocks[3], **sizes)
+
+
+def _shared_memory(blocks: _Blocks, d: int, dv: int, size: int, bias_size: int) -> int:
+    """Bytes of q, of each stage's k and v and of the bias where there is one, and a few more for barriers."""
+    block_m, block_n, _, stages = blocks[:4]
+    block_dv = dv // _parts(blocks, dv)
+    return size * (block_m * d + block_n * stages * (d + block_dv)) + block_m * block_n * stages * bias_size + 2048

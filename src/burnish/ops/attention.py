@@ -16,7 +16,7 @@ from burnish.ops._common import check_floating, check_same_dtype, nbytes, not_on
 from burnish.ops._masks import additive_mask, allowed_pairs, attended_pairs
 from burnish.ops._triton import triton_why_not
 
-_MAX_HEAD_DIM = 256  # of the Triton kernel
+_MAX_HEAD_DIM = 512  # of the Triton kernel; in float32 half of it
 
 
 def _check(
@@ -223,9 +223,10 @@ def _triton_why_not(
     reasons = triton_why_not(q)
     if k.numel() == 0 or v.numel() == 0:
         reasons.append("k or v is empty")
+    limit = _MAX_HEAD_DIM // 2 if q.dtype == torch.float32 else _MAX_HEAD_DIM
     for name, tensor in (("q", q), ("v", v)):
-        if tensor.shape[3] > _MAX_HEAD_DIM:
-            reasons.append(f"{name}'s head_dim {tensor.shape[3]} is above {_MAX_HEAD_DIM}")
+        if tensor.shape[3] > limit:
+            reasons.append(f"{name}'s head_dim {tensor.shape[3]} is above {limit}, the kernel's for {q.dtype}")
     return reasons
 
 
