@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -62,14 +63,15 @@ def captured(run: Variant) -> Variant:
     return replay
 
 
-def count_kernels(run: Variant) -> int:
-    """Kernels (and memory copies and fills) that one call launches."""
+def kernels_of(run: Variant) -> list[str]:
+    """Names of the kernels (and memory copies and fills) that one call launches, in order."""
     run()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
         run()
         torch.cuda.synchronize()
-    return sum(str(event.device_type) == "DeviceType.CUDA" for event in trace.events())
+    on_device = [event for event in trace.events() if str(event.device_type) == "DeviceType.CUDA"]
+    return [event.name for event in sorted(on_device, key=lambda event: event.time_range.start)]
 
 
 def model_floor_us(model: nn.Module, tokens: int, dtype: torch.dtype) -> float:
@@ -100,7 +102,10 @@ def run_model(session: Session, name: str, model: nn.Module, inputs: Inputs, *, 
         reason = verdicts({"burnish": variants["burnish"]()}, eager_output, truth)["burnish"]
         if reason:
             raise CheckError(f"burnish: {reason}")
-    kernels = {variant: count_kernels(run) for variant, run in variants.items()}
+    launched = {variant: kernels_of(run) for variant, run in variants.items()}
+    kernels = {variant: len(names) for variant, names in launched.items()}
+    for name_of, times in Counter(launched["burnish"]).most_common():
+        session.console.print(f"  {times:4} x {name_of[:100]}", style="dim")
     result = session.time(variants, cold_l2=True)
     session.console.print(result)
     served = fast.schedule.served[0]  # type: ignore[attr-defined]

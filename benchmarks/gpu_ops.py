@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu import captured, count_kernels, peers
+from benchmarks.gpu import captured, kernels_of, peers
 from benchmarks.runner import Case, CheckError, Record, Session, verdicts
 from burnish import numerics
 from burnish.hardware import device
@@ -133,7 +133,7 @@ def _run(
     if model is not None:
         variants |= peers(model, inputs, session.wants)
     variants |= more | {f"impl {n}": captured(run) for n, run in impls.items() if n != choice.impl}
-    kernels = {variant: count_kernels(run) for variant, run in variants.items()}
+    kernels = {variant: len(kernels_of(run)) for variant, run in variants.items()}
     result = session.time(variants, cold_l2=True)
     cost = op.cost(*bound)
     floor = device().floor_us(cost.flops, cost.bytes, args[0].dtype)

@@ -19,6 +19,7 @@ from burnish.kernels.gemv import gemv, gemv_configs
 from burnish.kernels.launch import Config, Target
 from burnish.kernels.matmul import Product, matmul, matmul_configs
 from burnish.kernels.matmul_tma import matmul_tma, matmul_tma_configs
+from burnish.kernels.skinny import skinny_configs
 
 ON_CPU = "not on a CUDA device"
 
@@ -128,12 +129,13 @@ def test_rows() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("target", [Target((8, 0), 108), Target((8, 6), 84), Target((9, 0), 132), Target((10, 0), 148)])
 def test_configs_are_few_and_distinct(target: Target, dtype: torch.dtype) -> None:
-    for rows in (1, 8, 16, 17, 128, 512, 4096):
+    for rows in (1, 8, 16, 17, 64, 128, 384, 1024, 4096):
         for columns, depth in ((1, 1), (768, 3072), (4096, 14336), (33, 130)):
             for gated in (False, True):
                 product = Product(rows, columns, depth, dtype, target, gated)
                 kinds = [matmul_configs(product)]
                 kinds += [gemv_configs(product)] if rows <= 8 else []
+                kinds += [skinny_configs(product)] if rows <= 64 and dtype == torch.float16 else []
                 kinds += [matmul_tma_configs(product)] if target.tma and dtype == torch.float16 else []
                 for configs in kinds:
                     assert 1 <= len(configs) <= 10

@@ -53,7 +53,6 @@ def matmul_tma_kernel(
     GROUP_M: tl.constexpr,
     HALVES: tl.constexpr,
     FLATTEN: tl.constexpr,
-    WS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     launch_dependents(PDL)
@@ -65,9 +64,7 @@ def matmul_tma_kernel(
         if GATED:
             prefetch_weight(weight_ptr, N + soon, 2 * N, stride_weight_n, 0, min(steps, AHEAD), BLOCK_K)
     wait_for_inputs(PDL)
-    for tile in tl.range(
-        tl.program_id(0), rows * columns, tl.num_programs(0), flatten=FLATTEN, warp_specialize=WS
-    ):
+    for tile in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = tile_of(tile, rows, columns, GROUP_M)
         first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -136,37 +133,36 @@ _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 def matmul_tma_configs(product: Product) -> list[Config]:
     """Configs of `matmul_tma`, the most promising first; none where the device has no tensor memory access."""
-    # (BLOCK_M, BLOCK_N, BLOCK_K, HALVES, FLATTEN, WS, warps, stages), BLOCK_N of both halves together if gated.
-    # Four warps have no registers for 128x128 on sm_90, nor for 64x256 on sm_100.
+    # (BLOCK_M, BLOCK_N, BLOCK_K, HALVES, FLATTEN, warps, stages), BLOCK_N of both halves together if gated.
+    # Four warps have no registers for 128x128 on sm_90, nor for 64x256 on sm_100. Warp specialization of Triton 3.9 on
+    # sm_90 leaves the code of 8 warps as it is and fails in the compiler with 4.
     if product.rows <= 1024:
         shapes = [
-            (64, 128, 64, 0, 0, 0, 4, 4),
-            (128, 128, 64, 0, 0, 0, 8, 4),
-            (64, 64, 128, 0, 0, 0, 4, 3),
-            (128, 64, 64, 0, 0, 0, 4, 4),
-            (128, 128, 64, 0, 1, 0, 8, 4),
-            (128, 256, 64, 1, 0, 0, 8, 3),
+            (64, 128, 64, 0, 0, 4, 4),
+            (128, 128, 64, 0, 0, 8, 4),
+            (64, 64, 128, 0, 0, 4, 3),
+            (128, 64, 64, 0, 0, 4, 4),
+            (128, 128, 64, 0, 1, 8, 4),
+            (128, 256, 64, 1, 0, 8, 3),
         ]
     else:
         shapes = [
-            (128, 256, 64, 1, 1, 0, 8, 3),
-            (256, 128, 64, 1, 1, 0, 8, 3),
-            (128, 256, 64, 1, 0, 0, 8, 3),
-            (128, 128, 64, 0, 1, 0, 8, 4),
-            (128, 256, 64, 1, 0, 1, 8, 3),
-            (128, 128, 64, 0, 0, 1, 8, 4),
+            (128, 256, 64, 1, 1, 8, 3),
+            (256, 128, 64, 1, 1, 8, 3),
+            (128, 256, 64, 1, 0, 8, 3),
+            (128, 128, 64, 0, 1, 8, 4),
+            (128, 128, 64, 0, 0, 8, 4),
         ]
+        shapes += [(64, 256, 64, 1, 0, 4, 4)] if product.target.capability[0] == 9 else []
     configs = []
-    for m, n, k, half, flatten, ws, warps, stages in shapes:
+    for m, n, k, half, flatten, warps, stages in shapes:
         blocks = {"BLOCK_M": m, "BLOCK_N": n // product.halves, "BLOCK_K": k, "GROUP_M": 8}
-        blocks |= {"HALVES": half, "FLATTEN": flatten, "WS": ws}
+        blocks |= {"HALVES": half, "FLATTEN": flatten}
         configs.append(Config.of(num_warps=warps, num_stages=stages, **blocks))
     return fitting(configs, product) if product.target.tma else []
 
 
-_PORTABLE = Config.of(
-    num_warps=8, num_stages=3, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, HALVES=0, FLATTEN=0, WS=0
-)
+_PORTABLE = Config.of(num_warps=8, num_stages=3, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, HALVES=0, FLATTEN=0)
 _AHEAD = 128 << 10  # bytes of weight that a program asks for before its wait
 
 

@@ -281,7 +281,11 @@ _register_triton(
     "triton_gemv", "Two Triton kernels for a few rows of x, which stream the weights.", "gemv", True, gemv_reasons
 )
 _register_triton(
-    "triton_skinny", "Two Triton kernels for up to 64 rows of x, which stream the weights.", "skinny", True, skinny_reasons
+    "triton_skinny",
+    "Two Triton kernels for up to 64 rows of x, which stream the weights.",
+    "skinny",
+    True,
+    skinny_reasons,
 )
 _register_triton(
     "triton_tma", "Two persistent Triton kernels for many rows, which copy tiles by TMA.", "tma", True, tma_reasons
