@@ -75,6 +75,8 @@ def test_configs_are_few_and_distinct() -> None:
         weights = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((22016, 1024), (1024, 11008))]
         args = (torch.empty(rows, 1024, dtype=torch.bfloat16, device="meta"), *weights, None, None, "silu")
         for name in ("triton", "triton_gate", "triton_gemv", "triton_skinny"):
+            if name == "triton_skinny" and rows > 64:
+                continue  # it does not claim the case
             configs = gated_mlp.impls[name].configs(*args)  # type: ignore[misc]
             assert 1 <= len(configs) <= 16
             assert len({str(config) for config in configs}) == len(configs)

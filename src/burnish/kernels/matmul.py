@@ -135,8 +135,9 @@ def finish(
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             # Four loads in flight hide most of the latency; with all 16 of a split in flight registers spilled, and
-            # with two of a large tile.
-            AT_ONCE: tl.constexpr = 1 if STRIDE > 4096 else (4 if SPLIT_K % 4 == 0 else SPLIT_K)
+            # with two of a large tile, and three of 64x64 on sm_100.
+            LARGE: tl.constexpr = STRIDE > 4096 or (STRIDE == 4096 and SPLIT_K == 3)
+            AT_ONCE: tl.constexpr = 1 if LARGE else (4 if SPLIT_K % 4 == 0 else SPLIT_K)
             for start in range(0, SPLIT_K, AT_ONCE):
                 for part in tl.static_range(AT_ONCE):
                     acc += tl.load(parts + (start + part) * STRIDE, cache_modifier=".cg")

@@ -27,6 +27,7 @@ from burnish.kernels.matmul import (
     prefetch_weight,
     programs_per_sm,
     row_offsets,
+    shared_memory,
 )
 
 _AHEAD = 128 << 10  # bytes of weight that a program asks for before its wait; at two programs an SM, half of H200's L2
@@ -136,6 +137,8 @@ def skinny_configs(product: Product) -> list[Config]:
     else:  # x is read as often as there are tiles, so they are larger
         shapes = [(128, 128, 1, 8, 4), (128, 128, 0, 8, 4), (64, 128, 1, 4, 4), (64, 128, 0, 4, 4), (64, 256, 0, 4, 3)]
         shapes += [(32, 128, 0, 4, 5)]
+    if shared_memory(product.target) < 128 << 10:  # consumer devices: none of these fits with 64 rows
+        shapes.append((32, 64, 0, 4, 4))
     configs = []
     for block_n, k, tma, warps, stages in shapes:
         if tma and not product.target.tma:
