@@ -266,11 +266,13 @@ class Product:
     dtype: torch.dtype
     target: Target
     gated: bool = False
+    plain: bool = True  # x and weight are contiguous along K, as 16-byte loads need
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor, gated: bool = False) -> Product:
         columns = weight.shape[0] // 2 if gated else weight.shape[0]
-        return cls(x.numel() // x.shape[-1], columns, x.shape[-1], x.dtype, target_of(x), gated)
+        plain = x.stride(-1) == weight.stride(1) == 1
+        return cls(x.numel() // x.shape[-1], columns, x.shape[-1], x.dtype, target_of(x), gated, plain)
 
     @property
     def halves(self) -> int:
@@ -315,9 +317,12 @@ def matmul_configs(product: Product) -> list[Config]:
         m = 16 if product.rows <= 16 else 32
         shapes = [(m, 64, 64, 4, 5), (m, 128, 64, 4, 4)]
         shapes += [(m, 32, 64, 4, 6)] if product.gated else [(m, 32, 128, 4, 5), (m, 64, 128, 8, 4)]
+    elif not product.plain:  # loads entry by entry keep so many pointers that deeper tiles spill registers
+        shapes = [(64, 32, 64, 4, 5), *([] if product.gated else [(64, 64, 32, 4, 4)])]
     elif product.rows <= 128:
         # 64x64x128 and 64x32x64, 5 stages, 4 warps were a sweep's best on H200 at 128 rows and BERT-base's weights.
-        shapes = [(64, 64, 128, 4, 4), (64, 32, 128, 4, 4), (64, 32, 64, 4, 5), (64, 64, 64, 4, 5), (128, 64, 64, 8, 4)]
+        deep = [] if product.target.capability[0] == 8 else [(64, 64, 128, 4, 4), (64, 32, 128, 4, 4)]
+        shapes = [*deep, (64, 32, 64, 4, 5), (64, 64, 64, 4, 5), (128, 64, 64, 8, 4)]
         shapes += [(32, 64, 64, 4, 5)] if product.gated else [(32, 64, 128, 4, 4)]
     elif product.rows <= 1024:
         # Bound by latency: all tiles at once, so two or three programs to an SM.

@@ -7,7 +7,7 @@ from burnish.rewrites.raise_linear import LINEAR
 from burnish.rewrites.raise_norm import NORM
 from burnish.rewrites.raise_rope import ROPE
 from burnish.rewrites.rewrite import GraphPass, Outcome, Rewrite, apply
-from burnish.rewrites.share_masks import read_integer_masks, share_padding_masks
+from burnish.rewrites.share_masks import read_boolean_masks, read_integer_masks, share_padding_masks
 
 # Ops lay their results out so that copies made after them are none: a second cleaning finds those.
 _CLEAN = GraphPass("no-ops removed", lambda graph_module: Outcome(clean(graph_module)))
@@ -15,6 +15,7 @@ _CLEAN = GraphPass("no-ops removed", lambda graph_module: Outcome(clean(graph_mo
 RAISE: list[Rewrite | GraphPass] = [*LINEAR, *NORM, *ROPE, *ATTENTION, _CLEAN]
 FUSE: list[Rewrite | GraphPass] = [
     *_FUSE,
+    GraphPass("boolean masks", read_boolean_masks),
     GraphPass("integer padding masks", read_integer_masks),
     GraphPass("padding masks shared", share_padding_masks),
 ]

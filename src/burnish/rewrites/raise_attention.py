@@ -115,7 +115,7 @@ def _spelling(scale_with: str, mask: str, softmax: str) -> tuple[Callable[..., A
 
     def replacement(**given: Any) -> Any:
         scale = given.get("scale", 1.0)
-        bias = _allowed(given["mask"]) if mask == "filled" else given.get("bias")
+        bias = aten.logical_not.default(given["mask"]) if mask == "filled" else given.get("bias")
         scale = 1 / scale if scale_with == "over" else scale
         return _attend(given["q"], given["k"], given["v"], bias, False, scale)
 
@@ -124,15 +124,6 @@ def _spelling(scale_with: str, mask: str, softmax: str) -> tuple[Callable[..., A
         function.__name__ = f"{softmax.replace(' ', '_')}_{scale_with}_{mask}"
         setattr(function, "__signature__", inspect.Signature(parameters))  # noqa: B010
     return pattern, replacement
-
-
-def _allowed(hidden: fx.Proxy) -> fx.Proxy:
-    """Where `hidden` is False: of `mask == 0`, the usual spelling, the mask itself, without another pass over it."""
-    node = hidden.node
-    if node.target is aten.eq.Scalar and isinstance(node.args[0], fx.Node) and node.args[1] == 0:
-        mask = fx.Proxy(node.args[0], hidden.tracer)
-        return mask if value(mask.node).dtype == torch.bool else aten.ne.Scalar(mask, 0)
-    return aten.logical_not.default(hidden)
 
 
 def _refuse_manual(match: Match) -> str | None:
