@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# The same examples each time: a run must not fail by the luck of a draw. `HYPOTHESIS_PROFILE=explore` looks for new ones.
+# The same examples each time: no run fails by the luck of a draw. `HYPOTHESIS_PROFILE=explore` looks for new ones.
 settings.register_profile("same", derandomize=True)
 settings.register_profile("explore", derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))

@@ -46,8 +46,8 @@ def read_integer_masks(graph_module: fx.GraphModule) -> Outcome:
 
 
 def read_boolean_masks(graph_module: fx.GraphModule) -> Outcome:
-    """attention(bias=not (mask == 0)), as many spell it -> attention(bias=mask), or mask != 0 where it is not boolean: one
-    or two passes over the mask less."""
+    """attention(bias=not (mask == 0)), as many spell it -> attention(bias=mask), or mask != 0 where it is not boolean:
+    one or two passes over the mask less."""
     count = 0
     for node in list(graph_module.graph.nodes):
         if node.target is not ops.attention.overload:
