@@ -91,11 +91,15 @@ def _device_table(records: list[Record]) -> Iterator[str]:
     cases: dict[str, dict[str, Record]] = {}
     for record in records:
         cases.setdefault(record["case"], {})[record["variant"]] = record
-    variants = list(dict.fromkeys(record["variant"] for record in records))
+    variants = list(dict.fromkeys(record["variant"] for record in records if not record["variant"].startswith("impl ")))
     if "burnish" in variants:
-        yield from _rows(["case", *variants, "burnish", "against"])
+        floors = any(record["floor_us"] for record in records)
+        yield from _rows(["case", *variants, "burnish", "against", *(["floor / time"] if floors else [])])
         for case, found in cases.items():
-            yield from _rows([case, *(_measured(found.get(v)) for v in variants), *_comparison(found, "burnish")])[:1]
+            cells = [case, *(_measured(found.get(v)) for v in variants)]
+            against = {name: record for name, record in found.items() if name in variants}
+            share = [_floor(found["burnish"])] if floors and "burnish" in found else []
+            yield from _rows([*cells, *_comparison(against, "burnish"), *share])[:1]
         return
     # Op by Op there is no variant called burnish: the fastest Impl stands for it, by its name.
     yield from _rows(["case", *_PEERS, "best Impl", "its time", "it is", "against", "floor / time"])

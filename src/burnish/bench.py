@@ -273,7 +273,8 @@ def _cuda_timer(target: torch.device, cold_l2: bool) -> Callable[[Callable[[], o
     """A block timer for one GPU. Each call starts on an idle GPU, so host time counts, unless the L2 flush hides it."""
     flush = None
     if cold_l2:
-        size = 2 * torch.cuda.get_device_properties(target).L2_cache_size
+        # Several times the cache, so that the device is busy with it until the host has launched the call.
+        size = 8 * torch.cuda.get_device_properties(target).L2_cache_size
         flush = torch.empty(size, dtype=torch.int8, device=target)
 
     def time_block(call: Callable[[], object], seconds: float) -> tuple[float, ...]:

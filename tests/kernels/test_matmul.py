@@ -17,7 +17,8 @@ pytest.importorskip("triton")
 from burnish.kernels import matmul as kernels
 from burnish.kernels.gemv import gemv, gemv_configs
 from burnish.kernels.launch import Config, Target
-from burnish.kernels.matmul import Product, matmul, matmul_configs
+from burnish.kernels.matmul import matmul
+from burnish.kernels.matmul_configs import Product, matmul_configs
 from burnish.kernels.matmul_tma import matmul_tma, matmul_tma_configs
 from burnish.kernels.skinny import skinny_configs
 

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from burnish.kernels import matmul as kernels
 from burnish.kernels.launch import INTERPRETED, Config, Target
-from burnish.kernels.matmul import Product
+from burnish.kernels.matmul_configs import Product
 from burnish.kernels.skinny import skinny, skinny_configs
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from burnish.kernels.gemv import gemv, gemv_configs
 from burnish.kernels.launch import Config
-from burnish.kernels.matmul import Product, matmul, matmul_configs
+from burnish.kernels.matmul import matmul
+from burnish.kernels.matmul_configs import Product, matmul_configs
 from burnish.kernels.matmul_tma import matmul_tma, matmul_tma_configs
 from burnish.kernels.skinny import skinny, skinny_configs
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from burnish.kernels.launch import Config, launch, launch_dependents, wait_for_inputs
 from burnish.kernels.layout import rows_of
-from burnish.kernels.matmul import Product, epilogue, row_offsets
+from burnish.kernels.matmul import epilogue, row_offsets
+from burnish.kernels.matmul_configs import Product
 
 
 @triton.jit

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from burnish.kernels.launch import Config, launch, launch_dependents, wait_for_inputs
-from burnish.kernels.matmul import Product, dot, fitting, prefetch_weight
+from burnish.kernels.matmul import dot, prefetch_weight
+from burnish.kernels.matmul_configs import Product, fitting
 from burnish.kernels.norms import load_vector, norm_configs, normalize
 
 

@@ -16,7 +16,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from burnish.kernels.activations import in_half
 from burnish.kernels.launch import Config, launch, launch_dependents, wait_for_inputs
 from burnish.kernels.layout import rows_of
-from burnish.kernels.matmul import Product, dot, epilogue, fitting, prefetch_weight, programs_per_sm, tile_of
+from burnish.kernels.matmul import dot, epilogue, prefetch_weight, tile_of
+from burnish.kernels.matmul_configs import Product, fitting, programs_per_sm
 
 
 @triton.jit

@@ -16,19 +16,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from burnish.kernels.activations import in_half
+from burnish.kernels.counters import counters
 from burnish.kernels.launch import Config, launch, launch_dependents, wait_for_inputs
 from burnish.kernels.layout import copyable, rows_of
-from burnish.kernels.matmul import (
-    Product,
-    counters,
-    dot,
-    finish,
-    fitting,
-    prefetch_weight,
-    programs_per_sm,
-    row_offsets,
-    shared_memory,
-)
+from burnish.kernels.matmul import dot, finish, prefetch_weight, row_offsets
+from burnish.kernels.matmul_configs import Product, fitting, programs_per_sm, shared_memory
 
 _AHEAD = 128 << 10  # bytes of weight that a program asks for before its wait; at two programs an SM, half of H200's L2
 

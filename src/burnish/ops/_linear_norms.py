@@ -52,6 +52,6 @@ def triton_why_not(
 
 def triton_configs(x: Tensor, weight: Tensor) -> list[Any]:
     from burnish.kernels.linear_norm import linear_norm_configs
-    from burnish.kernels.matmul import Product
+    from burnish.kernels.matmul_configs import Product
 
     return linear_norm_configs(Product.of(x, weight))
