@@ -14,7 +14,7 @@ from burnish.ops import linear
 
 pytest.importorskip("triton")
 
-from burnish.kernels import matmul as kernels
+from burnish.kernels import counters
 from burnish.kernels.gemv import gemv, gemv_configs
 from burnish.kernels.launch import Config, Target
 from burnish.kernels.matmul import matmul
@@ -75,7 +75,7 @@ def test_split_sums_are_the_same_each_time_and_leave_no_trace(parts: int) -> Non
     first = matmul(*args, config=_split(parts))
     _assert_right(first, *args)
     assert torch.equal(first, matmul(*args, config=_split(parts)))
-    assert all(not counter.any() for counter in kernels._counters.values())
+    assert all(not counter.any() for counter in counters._counters.values())
 
 
 def test_a_split_may_have_more_parts_than_there_are_blocks() -> None:

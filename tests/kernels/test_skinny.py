@@ -14,7 +14,7 @@ from burnish.ops._activations import activate
 
 pytest.importorskip("triton")
 
-from burnish.kernels import matmul as kernels
+from burnish.kernels import counters
 from burnish.kernels.launch import INTERPRETED, Config, Target
 from burnish.kernels.matmul_configs import Product
 from burnish.kernels.skinny import skinny, skinny_configs
@@ -73,7 +73,7 @@ def test_split_sums_are_the_same_each_time_and_leave_no_trace(parts: int, tma: i
     first = skinny(*args, config=_config(33, parts, tma))
     _assert_right(first, *args)
     assert torch.equal(first, skinny(*args, config=_config(33, parts, tma)))
-    assert all(not counter.any() for counter in kernels._counters.values())
+    assert all(not counter.any() for counter in counters._counters.values())
 
 
 def test_a_split_may_have_more_parts_than_there_are_blocks() -> None:
