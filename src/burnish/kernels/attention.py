@@ -7,15 +7,14 @@ Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from burnish.kernels.attention_configs import configs_for, is_by_key, padded
+from burnish.kernels.attention_configs import configs_for, padded
+from burnish.kernels.attention_inputs import as_bytes, described, prepared_bias
 from burnish.kernels.launch import Config, launch, launch_dependents, target_of, wait_for_inputs
 
 _FAR = 1 << 29  # more than any distance between positions, and small enough to be added to one in int32
@@ -367,10 +366,10 @@ def attention_forward(
         config = configs_for(q, k, v, bias, key_padding_mask)[0]
     out = torch.empty((batch, lq, heads, dv), dtype=q.dtype, device=q.device)
     scale = d**-0.5 if scale is None else scale
-    kind, bias, bias_strides = _prepared_bias(bias, q, (batch, heads, lq, lk))
+    kind, bias, bias_strides = prepared_bias(bias, q, (batch, heads, lq, lk))
     padding, padding_strides = q, [0, 0]
     if key_padding_mask is not None:
-        padding, padding_strides = _as_bytes(key_padding_mask), [*key_padding_mask.stride()]
+        padding, padding_strides = as_bytes(key_padding_mask), [*key_padding_mask.stride()]
     scale_late = scale > 0 and "added" not in kind
     near = is_causal or window is not None
     tma, parts = bool(config["TMA"]), dict(config.blocks).get("PARTS", 1)
@@ -380,8 +379,8 @@ def attention_forward(
         attention_kernel,
         (blocks * batch * heads * parts,),
         q,
-        _described(k, config["BLOCK_N"], widths[0]) if tma else k,
-        _described(v, config["BLOCK_N"], widths[1]) if tma else v,
+        described(k, config["BLOCK_N"], widths[0]) if tma else k,
+        described(v, config["BLOCK_N"], widths[1]) if tma else v,
         out,
         bias,
         padding,
@@ -412,22 +411,3 @@ def attention_forward(
         SPREAD=is_causal and blocks * batch * heads <= 3 * target_of(q).num_sms,
     )
     return out.transpose(1, 2)
-
-
-def _described(t: Tensor, rows: int, columns: int) -> Any:
-    """k or v as a descriptor for the tensor memory accelerator, which copies blocks and pads them with zeros."""
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, rows, columns])
-
-
-def _prepared_bias(bias: Tensor | None, q: Tensor, full: tuple[int, ...]) -> tuple[str, Tensor, tuple[int, ...]]:
-    """How the kernel is to use the bias, the bias (any tensor where there is none), and its strides in four dims."""
-    if bias is None:
-        return "", q, (0, 0, 0, 0)
-    kind = "allowed" if bias.dtype == torch.bool else "added"
-    if is_by_key(bias):
-        kind += " by key"
-    return kind, _as_bytes(bias), bias.expand(full).stride()
-
-
-def _as_bytes(mask: Tensor) -> Tensor:
-    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
