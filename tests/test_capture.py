@@ -146,6 +146,19 @@ def test_first_rows_are_some_samples_of_every_input(model: nn.Module) -> None:
     assert torch.equal(program.first_rows(leaves, 40)[0], leaves[0][:5])
 
 
+class Masked(nn.Module):
+    """A mask of (sequence, sequence) comes before the batch, by name and by position."""
+
+    def forward(self, mask: Tensor, x: Tensor) -> Tensor:
+        return (x @ x.transpose(1, 2)).masked_fill(mask == 0, 0.0) @ x
+
+
+def test_a_mask_of_the_sequence_is_not_cut() -> None:
+    program = capture(Masked(), (torch.ones(6, 6), x_of(4, 6)))
+    mask, x = program.first_rows([torch.ones(100, 100), x_of(16, 100)], 300)
+    assert [len(mask), len(x)] == [100, 3]
+
+
 # --- the program ---
 
 

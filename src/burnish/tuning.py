@@ -138,11 +138,11 @@ class Tuner:
         key = key_of(op, args)
         known = self.choices.get(key)
         if known is None:
-            known = self._explicit(op, args, budget_us) or self._choose(op, key, args, budget_us, thorough, variants)
+            known = self._explicit(op, args) or self._choose(op, key, args, budget_us, thorough, variants)
             self.choices[key] = known
         return _callable(op, args, known), known
 
-    def _explicit(self, op: Op, args: Sequence[Any], budget_us: float) -> Choice | None:
+    def _explicit(self, op: Op, args: Sequence[Any]) -> Choice | None:
         name = self.explicit.get(op.name)
         if name is None:
             return None

@@ -43,6 +43,8 @@ NO_OPS = {
     "dropout in eval": lambda m, x: F.dropout(x.relu(), 0.1, False),
     "dropout of nothing": lambda m, x: F.dropout(x.relu(), 0.0, True),
     "feature dropout": lambda m, x: torch.feature_dropout(x.relu(), 0.1, False),
+    "times one": lambda m, x: (x * 1.0 * 1).relu(),
+    "over one": lambda m, x: (x / 1.0).relu(),
     "to the same dtype": lambda m, x: x.relu().to(torch.float32),
     "to the same device": lambda m, x: x.relu().to("cpu"),
     "contiguous": lambda m, x: x.relu().contiguous(),
@@ -250,3 +252,15 @@ def test_a_model_with_hugging_face_spelling_keeps_its_result():
     ]  # fmt: skip
     other = randn(3, 7, 8)
     assert torch.equal(gm(other), model(Function(model), other))
+
+
+def test_zero_is_dropped_from_sums_of_integers_only() -> None:
+    gm = exported(lambda m, x: ((torch.arange(8) + 0).neg(), (x + 0.0).neg()))
+    clean(gm)
+    assert operations(gm) == ["arange", "neg", "add", "neg"]
+
+
+def test_a_product_with_one_that_is_returned_keeps_its_storage() -> None:
+    gm = exported(lambda m, x: x * 1.0)
+    clean(gm)
+    assert operations(gm) == ["mul"]

@@ -16,6 +16,8 @@ from burnish.rewrites.share_masks import padding_bias, share_padding_masks
 
 from .conftest import Function, normal
 
+aten = torch.ops.aten
+
 LENGTH = 6
 PADDED = torch.tensor([[1] * LENGTH, [1] * 4 + [0] * 2])
 
@@ -77,3 +79,29 @@ def test_other_devices_take_padding_as_such(device: str, count: int) -> None:
     x = next(node for node in program.graph_module.graph.nodes if node.op == "placeholder")
     x.meta["val"] = x.meta["val"].to(device)
     assert share_padding_masks(program.graph_module).count == count
+
+
+@pytest.mark.parametrize(("dtype", "passes"), [(torch.bool, 0), (torch.float32, 1), (torch.int64, 1)], ids=str)
+def test_a_mask_compared_with_zero_is_read_in_place(
+    dtype: torch.dtype, passes: int, rewrite: Callable[..., Any]
+) -> None:
+    def layer(x: Tensor, mask: Tensor) -> Tensor:
+        scores = (x @ x.transpose(-2, -1) * 0.3).masked_fill(mask == 0, -1e4)
+        return scores.softmax(-1) @ x
+
+    found = rewrite(layer, heads(), torch.ones(LENGTH, LENGTH, dtype=dtype).tril())
+    assert found.fused.matches["boolean masks"] == 1
+    made = [
+        node for node in found.graph.nodes if node.op == "call_function" and node.target is not ops.attention.overload
+    ]
+    assert [node.target for node in made] == [torch.ops.aten.ne.Scalar] * passes
+
+
+def test_an_integer_padding_mask_is_read_as_it_is(rewrite: Callable[..., Any]) -> None:
+    def layer(x: Tensor, padding: Tensor) -> Tensor:
+        return ops.attention(x, x, x, None, padding.to(torch.bool), True, 3)
+
+    found = rewrite(layer, heads(), PADDED)
+    assert found.fused.matches["integer padding masks"] == 1
+    (mask,) = masks(found)
+    assert mask.args[2].op == "placeholder"

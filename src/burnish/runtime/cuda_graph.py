@@ -1,9 +1,9 @@
-"""CUDA graphs: one per input signature, all in one memory pool, replayed on copies of the inputs.
+"""CUDA graphs: one per input signature, all in one memory pool.
 
 A graph replays the kernels of one call at fixed addresses. It reads the inputs where the first call had them; once a
 call has them elsewhere, it is captured again on buffers of its own, to which inputs are copied. Outputs are cloned from
-where it writes them, unless the caller wants them where they are (`static_outputs`). Graphs of one pool
-reuse each other's intermediate memory, so no two of them may run at once: whoever comes from another stream waits.
+where it writes them, unless the caller wants them where they are (`static_outputs`). Graphs of one pool reuse each
+other's intermediate memory, so no two of them may run at once: whoever comes from another stream waits.
 """
 
 from __future__ import annotations
