@@ -6,6 +6,7 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,15 +64,34 @@ def captured(run: Variant) -> Variant:
     return replay
 
 
-def kernels_of(run: Variant) -> list[str]:
-    """Names of the kernels (and memory copies and fills) that one call launches, in order."""
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel, memory copy or fill that a call launched, and how long it ran."""
+
+    name: str
+    us: float
+
+
+def kernels_of(run: Variant) -> list[Kernel]:
+    """What one call launches on the device, in order."""
     run()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
         run()
         torch.cuda.synchronize()
     on_device = [event for event in trace.events() if str(event.device_type) == "DeviceType.CUDA"]
-    return [event.name for event in sorted(on_device, key=lambda event: event.time_range.start)]
+    on_device.sort(key=lambda event: event.time_range.start)
+    return [Kernel(event.name, event.time_range.elapsed_us()) for event in on_device]
+
+
+def print_kernels(session: Session, kernels: list[Kernel]) -> None:
+    """How often each kernel ran, and for how long together: the longest first."""
+    us: Counter[str] = Counter()
+    for kernel in kernels:
+        us[kernel.name] += kernel.us  # type: ignore[assignment]  # a Counter adds up floats as well
+    times = Counter(kernel.name for kernel in kernels)
+    for name, total in us.most_common():
+        session.console.print(f"  {times[name]:4} x {total:8.1f} us  {name[:100]}", style="dim")
 
 
 def model_floor_us(model: nn.Module, tokens: int, dtype: torch.dtype) -> float:
@@ -104,8 +124,7 @@ def run_model(session: Session, name: str, model: nn.Module, inputs: Inputs, *, 
             raise CheckError(f"burnish: {reason}")
     launched = {variant: kernels_of(run) for variant, run in variants.items()}
     kernels = {variant: len(names) for variant, names in launched.items()}
-    for name_of, times in Counter(launched["burnish"]).most_common():
-        session.console.print(f"  {times:4} x {name_of[:100]}", style="dim")
+    print_kernels(session, launched["burnish"])
     result = session.time(variants, cold_l2=True)
     session.console.print(result)
     served = fast.schedule.served[0]  # type: ignore[attr-defined]

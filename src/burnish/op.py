@@ -66,8 +66,7 @@ class Impl:
     `fn` takes inputs that `why_not` found nothing against, never writes to them, and returns fresh memory laid out like
     the reference's result. `differentiable` says that autograd can go through `fn` itself. `configs`, where an Impl has
     them, lists ways to run `fn` on given inputs (its keyword `config`), the most promising first; each has a distinct
-    str(). Without the keyword `fn` uses the first. `margin` is how many times as slow it may be in a model as measured
-    alone: it is chosen only where it wins in spite of that.
+    str(). Without the keyword `fn` uses the first.
     """
 
     name: str
@@ -77,7 +76,6 @@ class Impl:
     reasons: Callable[..., list[str]]  # takes every argument of the Op positionally, as Op.bind gives them
     bind: Callable[..., tuple[Any, ...]]
     configs: Callable[..., Sequence[Any]] | None = None
-    margin: float = 1.0
 
     def why_not(self, *args: Any, **kwargs: Any) -> list[str]:
         """Every reason why this Impl cannot take these inputs; empty when it can."""
@@ -164,7 +162,6 @@ class Op:
         why_not: Callable[..., list[str]] | None = None,
         differentiable: bool = False,
         configs: Callable[..., Sequence[Any]] | None = None,
-        margin: float = 1.0,
     ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
         """Register the decorated function as an Impl, preferred after those registered before it.
 
@@ -176,7 +173,7 @@ class Op:
 
         def register(fn: Callable[..., Result]) -> Callable[..., Result]:
             description = (inspect.getdoc(fn) or "").split("\n")[0]
-            impl = Impl(name, fn, differentiable, description, why_not or _always_available, self.bind, configs, margin)
+            impl = Impl(name, fn, differentiable, description, why_not or _always_available, self.bind, configs)
             reference = self.impls.pop("reference", None)
             self.impls[name] = impl
             if reference is not None:  # the fallback stays last

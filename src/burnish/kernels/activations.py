@@ -9,8 +9,10 @@ import triton.language as tl
 
 @triton.jit
 def sigmoid(x):
-    """`1 / (1 + exp(-x))`; exp overflows to infinity for x < -88, which gives the 0 that it should."""
-    return 1.0 / (1.0 + tl.exp(-x))
+    """`1 / (1 + exp(-x))` in 5 instructions, where `exp` and a division take 13; exp2 overflows to infinity for
+    x < -88, which gives the 0 that it should."""
+    root = tl.math.rsqrt(1.0 + tl.math.exp2(-1.4426950408889634 * x))
+    return root * root
 
 
 @triton.jit
@@ -26,16 +28,15 @@ def tanh(x):
 
 @triton.jit
 def erf_gelu(x):
-    """`x * (1 + erf(x / sqrt(2))) / 2` with 14 operations where erf alone has 30.
+    """`x * (1 + erf(x / sqrt(2))) / 2` for results in half precision, in 10 instructions where erf alone has 25.
 
-    The normal distribution's tail by formula 7.1.26 of Abramowitz and Stegun, whose error of 1.5e-7 is far below the
-    rounding of half types; the tail is multiplied, not subtracted, so that large negative x keep their digits.
+    As `max(x, 0) - |x| * tail(|x|)`, where log2 of the normal distribution's tail is a polynomial: the minimax of
+    degree 6 on [0, 7], with a relative error below 5e-5 up to 4 (float16 rounds by 5e-4) and below 1e-3 up to 6.5.
     """
-    magnitude = tl.abs(x) * 0.7071067811865476
-    t = 1.0 / (1.0 + 0.3275911 * magnitude)
-    series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    tail = 0.5 * series * tl.exp(-magnitude * magnitude)
-    return x * tl.where(x < 0, tail, 1.0 - tail)
+    size = tl.minimum(tl.abs(x), 7.0)
+    log = -0.051381639345 + size * (0.0072335605262 + size * (-0.00061272920729 + size * 2.2828220759e-05))
+    log = -1.0 + size * (-1.1504871110812 + size * (-0.46087266846196 + size * log))
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - size * tl.math.exp2(log)
 
 
 def in_half(activation: str, dtype: torch.dtype) -> str:

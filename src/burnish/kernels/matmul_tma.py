@@ -29,7 +29,7 @@ def halves(block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def matmul_tma_kernel(
     x_desc,  # (M, K)
-    weight_desc,  # (N, K), or (K, N) if K_MAJOR; 2 * N if GATED
+    weight_desc,  # (N, K), or (K, N) if K_MAJOR; (2, N, K) or (K, 2, N) if GATED
     out_desc,  # (M, N), in blocks of half a tile's columns if HALVES
     weight_ptr,
     bias_ptr,
@@ -68,19 +68,20 @@ def matmul_tma_kernel(
     for tile in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = tile_of(tile, rows, columns, GROUP_M)
         first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        # Gated, one block holds rows of both halves: one product of twice the columns instead of two.
+        WIDTH: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
+        acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
         for step in range(steps):
             k = step * BLOCK_K
             x = x_desc.load([first_m, k])
             if K_MAJOR:
-                acc = dot(x, weight_desc.load([k, first_n]), acc)
-                if GATED:
-                    up = dot(x, weight_desc.load([k, N + first_n]), up)
+                weight = weight_desc.load([k, 0, first_n] if GATED else [k, first_n]).reshape(BLOCK_K, WIDTH)
             else:
-                acc = dot(x, weight_desc.load([first_n, k]).T, acc)
-                if GATED:
-                    up = dot(x, weight_desc.load([N + first_n, k]).T, up)
+                weight = weight_desc.load([0, first_n, k] if GATED else [first_n, k]).reshape(WIDTH, BLOCK_K).T
+            acc = dot(x, weight, acc)
+        up = acc
+        if GATED:
+            acc, up = halves(acc, BLOCK_M, WIDTH)
         m = first_m + tl.arange(0, BLOCK_M)
         if HALVES:  # half the registers and half the shared memory for what the epilogue reads and writes
             HALF: tl.constexpr = BLOCK_N // 2
@@ -136,22 +137,24 @@ def matmul_tma_configs(product: Product) -> list[Config]:
     """Configs of `matmul_tma`, the most promising first; none where the device has no tensor memory access."""
     # (BLOCK_M, BLOCK_N, BLOCK_K, HALVES, FLATTEN, warps, stages), BLOCK_N of both halves together if gated.
     # Four warps have no registers for 128x128 on sm_90, nor for 64x256 on sm_100. Warp specialization of Triton 3.9 on
-    # sm_90 leaves the code of 8 warps as it is and fails in the compiler with 4.
+    # sm_90 leaves the code of 8 warps as it is and fails in the compiler with 4. 128x256 loses to smaller tiles where
+    # they are less than a wave.
+    spread = int(product.target.capability[0] == 10)  # there 128x128 in one piece spills
     if product.rows <= 1024:
         shapes = [
             (64, 128, 64, 0, 0, 4, 4),
             (128, 128, 64, 0, 0, 8, 4),
             (64, 64, 128, 0, 0, 4, 3),
             (128, 64, 64, 0, 0, 4, 4),
-            (128, 128, 64, 0, 1, 8, 4),
-            (128, 256, 64, 1, 0, 8, 3),
+            (128, 128, 64, spread, 1, 8, 4),
         ]
+        shapes += [(128, 256, 64, 1, 1, 8, 3)] if product.columns * product.halves >= 4096 else []
     else:
         shapes = [
             (128, 256, 64, 1, 1, 8, 3),
             (256, 128, 64, 1, 1, 8, 3),
             (128, 256, 64, 1, 0, 8, 3),
-            (128, 128, 64, 0, 1, 8, 4),
+            (128, 128, 64, spread, 1, 8, 4),
             (128, 128, 64, 0, 0, 8, 4),
         ]
         shapes += [(64, 256, 64, 1, 0, 4, 4)] if product.target.capability[0] == 9 else []
@@ -194,12 +197,17 @@ def matmul_tma(
     assert extra is not None
     k_major = weight.stride(1) != 1
     memory = weight.t() if k_major else weight
+    shape, strides = list(memory.shape), list(memory.stride())
+    blocks = [block_k, block_n] if k_major else [block_n, block_k]
+    if gated:
+        half = 1 if k_major else 0
+        shape[half : half + 1] = [2, columns]
+        strides.insert(half, columns * strides[half])
+        blocks.insert(half, 2)
     depth = x.shape[-1]
     arguments: tuple[Any, ...] = (
         TensorDescriptor(x, [rows.count, depth], [rows.stride_inner, 1], [block_m, block_k]),
-        TensorDescriptor(
-            memory, list(memory.shape), list(memory.stride()), [block_k, block_n] if k_major else [block_n, block_k]
-        ),
+        TensorDescriptor(memory, shape, strides, blocks),
         TensorDescriptor(
             out, [rows.count, columns], [columns, 1], [block_m, block_n // 2 if config["HALVES"] else block_n]
         ),

@@ -237,7 +237,8 @@ def _register_triton(
         down_bias: Tensor | None,
         activation: str,
     ) -> list[str]:
-        weights = (gate_up_weight, down_weight) if down else (gate_up_weight,)
+        gate_weight = gate_up_weight[: gate_up_weight.shape[0] // 2]
+        weights = (gate_weight, down_weight) if down else (gate_weight,)
         reasons = triton_why_not(x) + layout_reasons(x, (gate_up_weight, down_weight))
         return reasons + further_reasons(x, weights) if further_reasons is not None else reasons
 
