@@ -1,6 +1,6 @@
 """Group `ops` on a GPU: every Impl of an Op, in bfloat16 unless the name says otherwise, against its best peers.
 
-Each is timed as a CUDA graph on an L2 cache that was overwritten before.
+Each is timed as a CUDA graph on an L2 cache that holds other data.
 """
 
 from __future__ import annotations

@@ -160,8 +160,9 @@ def benchmark(
     before a block (compiling, capturing) happens in its warm-up and is not counted.
 
     Grad mode, autocast and the number of threads are the caller's: what holds around `benchmark` holds in the calls.
-    On CUDA (where an argument or a result is a CUDA tensor) calls are timed with events; `cold_l2` overwrites the L2
-    cache before each call, as the layers around it would in a model; this also hides the host's time to launch.
+    On CUDA (where an argument or a result is a CUDA tensor) calls are timed with events; `cold_l2` fills the L2
+    cache with other data before each call, as the layers around it would in a model; this also hides the host's time to
+    launch.
     `on_progress(variant, block, blocks)` is called before each block, `block` counting from 1.
 
     Raises ValueError or TypeError for arguments that cannot work, BenchmarkError naming the variant that raised.
@@ -273,9 +274,10 @@ def _cuda_timer(target: torch.device, cold_l2: bool) -> Callable[[Callable[[], o
     """A block timer for one GPU. Each call starts on an idle GPU, so host time counts, unless the L2 flush hides it."""
     flush = None
     if cold_l2:
-        # Several times the cache, so that the device is busy with it until the host has launched the call.
+        # Several times the cache, so that the device is busy with it until the host has launched the call. It is read:
+        # had it been written, the call would pay for the cache's writing it back.
         size = 8 * torch.cuda.get_device_properties(target).L2_cache_size
-        flush = torch.empty(size, dtype=torch.int8, device=target)
+        flush = torch.zeros(size // 4, dtype=torch.float32, device=target)
 
     def time_block(call: Callable[[], object], seconds: float) -> tuple[float, ...]:
         times: list[float] = []
@@ -286,7 +288,7 @@ def _cuda_timer(target: torch.device, cold_l2: bool) -> Callable[[Callable[[], o
             while len(times) < _MIN_CALLS or time.perf_counter() < end:
                 began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 if flush is not None:
-                    flush.zero_()
+                    flush.sum()
                 began.record()
                 call()
                 ended.record()

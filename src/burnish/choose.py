@@ -1,10 +1,11 @@
-"""Which Impl stands in which slot: measured on the first call's activations, looked up on the way for a new size."""
+"""Which Impl stands in which slot: measured on the first call's activations, looked up for a new size."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,33 +34,42 @@ class Chosen:
 
 def choose_by_measuring(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
     """Runs once, keeping one set of activations for each distinct signature, and measures the Impls on them."""
-    executable = prepared.executable
-    weights = set(map(id, executable.read_weights()))
-    seen: dict[Key, list[tuple[Any, ...]]] = {}
-    keys: dict[str, Key] = {}
-
-    def recording(slot: Slot) -> Callable[..., Any]:
-        def record(*args: Any) -> Any:
-            key = keys[slot.name] = key_of(slot.op, args)
-            instances = seen.setdefault(key, [])
-            # Other layers' weights on the first layer's activations: little is kept, and weights come from memory.
-            instances.append(args if not instances else _with_activations_of(instances[0], args, weights))
-            return slot.op.select(*args).fn(*args)
-
-        return record
-
-    _run(executable, recording, call)
+    seen = _Seen(prepared.executable, call)
     chosen = Chosen()
-    for slot in executable.slots:
-        args, *others = seen[keys[slot.name]]
+    for slot in prepared.executable.slots:
+        args, *others = seen.arguments[seen.keys[slot.name]]
         chosen.functions[slot.name], chosen.choices[slot.name] = tuner.choose(
             slot.op, args, budget_us=tuner.FIRST_BUDGET_US, thorough=True, variants=others
         )
+    seen.compile(chosen)
     return chosen
 
 
-def choose_on_the_way(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
-    """Runs once and chooses each Impl as its turn comes: remembered or nearby, with a small budget for the unknown."""
+def choose_for_new_size(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
+    """Runs once and chooses each Impl: remembered or nearby, with a small budget for the unknown."""
+    if any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in call.leaves):
+        return _choose_on_cuda(prepared, call, tuner)
+    return _choose_on_the_way(prepared, call, tuner)
+
+
+def _choose_on_cuda(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
+    """After a run with Impls that need no compiler, so that all kernels of the choices can be compiled at once."""
+    seen = _Seen(prepared.executable, call)
+    chosen = Chosen(outputs=seen.outputs)
+    ends = time.perf_counter() + tuner.NEW_SIZE_BUDGET_US / 1e6
+    for slot in prepared.executable.slots:
+        if slot.name in prepared.rejected:
+            chosen.reject(slot)
+        else:
+            args = seen.arguments[seen.keys[slot.name]][0]
+            left_us = max(0.0, (ends - time.perf_counter()) * 1e6)
+            chosen.functions[slot.name], chosen.choices[slot.name] = tuner.choose(slot.op, args, budget_us=left_us)
+    seen.compile(chosen)
+    return chosen
+
+
+def _choose_on_the_way(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
+    """As each one's turn comes: no activation is kept."""
     chosen = Chosen()
     budget = tuner.NEW_SIZE_BUDGET_US
 
@@ -80,6 +90,41 @@ def choose_on_the_way(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
 
     chosen.outputs = _run(prepared.executable, choosing, call)
     return chosen
+
+
+class _Seen:
+    """One run of the code with each Op's first able Impl.
+
+    Attributes:
+        keys: the signature of each slot's call, by slot name.
+        arguments: of each signature the arguments of its calls, all with the first one's activations.
+        outputs: the flat outputs.
+    """
+
+    def __init__(self, executable: Executable, call: Call) -> None:
+        self.keys: dict[str, Key] = {}
+        self.arguments: dict[Key, list[tuple[Any, ...]]] = {}
+        weights = set(map(id, executable.read_weights()))
+
+        def recording(slot: Slot) -> Callable[..., Any]:
+            def record(*args: Any) -> Any:
+                key = self.keys[slot.name] = key_of(slot.op, args)
+                instances = self.arguments.setdefault(key, [])
+                # Other layers' weights on the first layer's activations: little is kept, and weights come from memory.
+                instances.append(args if not instances else _with_activations_of(instances[0], args, weights))
+                return slot.op.select(*args).fn(*args)
+
+            return record
+
+        self.outputs = _run(executable, recording, call)
+
+    def compile(self, chosen: Chosen) -> None:
+        """Compiles the chosen Impls' kernels all at once; one after the other, at their first calls, takes seconds."""
+        calls = {self.keys[name]: chosen.functions[name] for name, c in chosen.choices.items() if c.config is not None}
+        if calls:
+            from burnish.kernels.warm_up import warm_up
+
+            warm_up(partial(function, *self.arguments[key][0]) for key, function in calls.items())
 
 
 def choose_differentiable(prepared: Prepared, model: nn.Module, call: Call, tuner: Tuner) -> tuple[Executable, Chosen]:

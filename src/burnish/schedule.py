@@ -19,7 +19,7 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from burnish._memory import return_freed_memory
 from burnish.capture import CaptureError, Program, capture
 from burnish.checks import Checks
-from burnish.choose import choose_by_measuring, choose_differentiable, choose_on_the_way
+from burnish.choose import choose_by_measuring, choose_differentiable, choose_for_new_size
 from burnish.op import find_impl
 from burnish.prepare import GraphEntry, PlainEntry, Prepared, Preparer
 from burnish.program_cache import ProgramCache
@@ -222,7 +222,7 @@ class Schedule:
         return entry
 
     def _entry_for_new_size(self, prepared: Prepared, call: Call, checks: Checks, served: Served) -> tuple[Entry, Any]:
-        chosen = choose_on_the_way(prepared, call, self.tuner)
+        chosen = choose_for_new_size(prepared, call, self.tuner)
         served.choices = chosen.choices
         plain = prepared.bind(chosen.functions, self.model)
         entry = self._unless_wrong(prepared, plain, checks, served, "inference")

@@ -16,9 +16,12 @@ from burnish.runtime.module import OptimizedModule
 
 
 class _Float64(TorchDispatchMode):
-    """Casts that a model writes down ("compute this in float32") go to float64 too."""
+    """Casts that a model writes down ("compute this in float32") go to float64 too. A view may have to copy: on CUDA
+    attention lays its result out otherwise in float64 than in half precision."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.view.default:
+            func = torch.ops.aten.reshape.default
         args, kwargs = pytree.tree_map_only(torch.dtype, _widened, (args, kwargs or {}))
         return func(*args, **kwargs)
 

@@ -23,4 +23,5 @@ CASES = [
 @pytest.mark.parametrize(("op", "dtype", "sample"), CASES)
 def test_samples(op: Op, dtype: torch.dtype, sample: Sample) -> None:
     on_device = next(s for s in op.samples("cuda", dtype) if s.label == sample.label)
-    assert_impls(op, *on_device.args, **on_device.kwargs)
+    # In float32 products are exact and slow, and have few configs.
+    assert_impls(op, *on_device.args, every_config=dtype != torch.float32, **on_device.kwargs)

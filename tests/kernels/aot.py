@@ -1,7 +1,7 @@
 """Compiles the launches of Triton Impls ahead of time, without a GPU, and reads what the compiler says of each.
 
 Run as `python -m tests.kernels.aot [--everything] OP...` in a process of its own: the kernels must not be decorated for
-the interpreter. Prints one JSON list of what was compiled.
+the interpreter. Prints one JSON list of what was compiled; `--rows N...` instead what `kernels_for_rows` finds.
 """
 
 from __future__ import annotations
@@ -23,24 +23,29 @@ CAPABILITIES = (80, 90, 100)
 SMS = {80: 108, 90: 132, 100: 148}
 
 
+def specialized(launch: Any, capability: int) -> tuple[Any, ...]:
+    """What Triton makes of a launch's arguments: backend, options, signature, constants and what it knows of each."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", capability, 32))
+    kernel = launch.kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, _ = bind(*launch.args, **launch.constants)
+    return kernel._pack_args(backend, dict(launch.options), bound, specialization, None)  # type: ignore[no-any-return]
+
+
 def compile_launch(launch: Any, capability: int) -> dict[str, Any]:
     """Registers, stack and local memory (spills), and shared memory, in bytes, of one launch's kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import create_function_from_signature
+    from triton.compiler import ASTSource
 
-    target = GPUTarget("cuda", capability, 32)
-    backend = make_backend(target)
-    kernel = launch.kernel
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, _ = bind(*launch.args, **launch.constants)
-    options, signature, constants, attributes = kernel._pack_args(
-        backend, dict(launch.options), bound, specialization, None
-    )
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=target, options=options.__dict__)
-    return {"kernel": kernel.__name__, "shared": compiled.metadata.shared, **_resources(compiled.asm["cubin"])}
+    options, signature, constants, attributes = specialized(launch, capability)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options.__dict__)
+    return {"kernel": launch.kernel.__name__, "shared": compiled.metadata.shared, **_resources(compiled.asm["cubin"])}
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
@@ -100,23 +105,49 @@ def _compiled(job: tuple[str, Any, int]) -> dict[str, Any]:
         return {"label": label, "capability": capability, "error": f"{type(error).__name__}: {error}"}
 
 
-def _key(launch: Any, capability: int) -> Any:
-    """What makes a kernel a different one to the compiler: types, constants, options."""
+def _key(launch: Any, capability: int) -> str:
+    """The same for launches that share a compiled kernel."""
+    return repr((launch.kernel.__name__, capability, *specialized(launch, capability)))
 
-    def kind(arg: Any) -> Any:
-        if isinstance(arg, torch.Tensor):
-            return arg.dtype
-        if type(arg).__name__ == "TensorDescriptor":
-            return arg.base.dtype, tuple(arg.block_shape)
-        if isinstance(arg, int) and not isinstance(arg, bool):
-            return "1" if arg == 1 else ("aligned" if arg % 16 == 0 else "int")
-        return (type(arg).__name__, arg if isinstance(arg, (str, bool)) else None)
 
-    constants = tuple(sorted((name, repr(value)) for name, value in launch.constants.items()))
-    options = tuple(sorted(launch.options.items()))
-    return launch.kernel.__name__, tuple(map(kind, launch.args)), constants, options, capability
+def kernels_for_rows(rows: list[int]) -> list[list[str]]:
+    """For each kind of call the kernels, by their keys, that these numbers of tokens need with one config."""
+    from burnish.kernels.launch import Launch, Target, recording
+    from burnish.numerics import randn
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return randn(*shape, dtype=torch.bfloat16)
+
+    weight, vector = tensor(192, 64), tensor(192)
+    calls: dict[tuple[str, str], Any] = {
+        ("linear", "triton"): lambda n: (tensor(1, n, 64), weight, vector, "gelu", tensor(1, n, 192)),
+        ("linear", "triton_tma"): lambda n: (tensor(1, n, 64), weight, vector, "none", tensor(1, n, 192)),
+        ("gated_mlp", "triton_tma_gate"): lambda n: (tensor(1, n, 64), weight, tensor(64, 96)),
+        ("linear_add_layer_norm", "triton"): lambda n: (tensor(1, n, 64), weight, vector, tensor(1, n, 192), vector),
+        ("add_rms_norm", "triton"): lambda n: (tensor(1, n, 64), tensor(1, n, 64), None),
+        ("attention", "triton"): lambda n: (*[tensor(1, 4, n, 64)] * 3, None, torch.ones(1, n, dtype=torch.int64)),
+        ("rope", "triton"): lambda n: (tensor(1, 4, n, 64), tensor(1, n, 64), tensor(1, n, 64)),
+        ("embedding_layer_norm", "triton"): lambda n: (
+            *(torch.zeros(1, n, dtype=torch.int64), weight) * 2, *(torch.zeros(1, n, dtype=torch.int64), weight)
+        ),
+    }  # fmt: skip
+    needed = []
+    for (op_name, impl_name), arguments in calls.items():
+        op = find_op(op_name)
+        impl = op.impls[impl_name]
+        launches: list[Launch] = []
+        with recording(launches.append, Target((9, 0), SMS[90])):
+            assert impl.configs is not None
+            config = impl.configs(*op.bind(*arguments(rows[0])))[0]
+            for n in rows:
+                impl.fn(*op.bind(*arguments(n)), config=config)
+        needed.append(sorted({f"{op_name} {impl_name}: {_key(launch, 90)}" for launch in launches}))
+    return needed
 
 
 if __name__ == "__main__":
     wanted = sys.argv[1:]
+    if wanted[0] == "--rows":
+        json.dump(kernels_for_rows([int(n) for n in wanted[1:]]), sys.stdout)
+        sys.exit()
     json.dump(compile_all([name for name in wanted if name != "--everything"], "--everything" in wanted), sys.stdout)

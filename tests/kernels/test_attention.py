@@ -155,6 +155,16 @@ def test_biases_of_other_dtypes() -> None:
         check(q, k, v, randn(9, 9, seed=3).to(dtype))
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("shown", [range(0), range(1), range(512), range(513), range(600), range(37, 600)], ids=str)
+def test_padding_of_more_keys_than_are_looked_at_at_once(shown: range, is_causal: bool) -> None:
+    mask = torch.zeros(2, 600, dtype=torch.int64)
+    mask[0, list(shown)] = 1
+    mask[1, [0, 3, 64, 511, 512, 590]] = 7
+    for config in (None, TMA):
+        check(*qkv(2, 1, 1, 33, 600, 64, torch.bfloat16), None, mask, is_causal, config=config)
+
+
 @HALF
 @pytest.mark.parametrize(("hq", "hkv"), [(8, 2), (4, 1), (6, 3)])
 def test_grouped_heads(hq: int, hkv: int, dtype: torch.dtype) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -29,11 +30,13 @@ def test_every_config_compiles_on_every_sample(name: str) -> None:
     _assert_compiles("--everything", name)
 
 
+def test_a_new_number_of_tokens_compiles_nothing() -> None:
+    one, several = (_aot("--rows", *map(str, rows)) for rows in ([128], [128, 130, 200, 144, 190]))
+    assert several == one
+
+
 def _assert_compiles(*arguments: str) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-m", "tests.kernels.aot", *arguments], env=environment, capture_output=True)
-    assert run.returncode == 0, run.stderr.decode()
-    compiled = json.loads(run.stdout)
+    compiled = _aot(*arguments)
     assert {entry["capability"] for entry in compiled} == set(CAPABILITIES)
     faults = [
         entry
@@ -41,3 +44,10 @@ def _assert_compiles(*arguments: str) -> None:
         if "error" in entry or entry["spills"] or entry["shared"] > SHARED_MEMORY[entry["capability"]]
     ]
     assert not faults
+
+
+def _aot(*arguments: str) -> Any:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-m", "tests.kernels.aot", *arguments], env=environment, capture_output=True)
+    assert run.returncode == 0, run.stderr.decode()
+    return json.loads(run.stdout)

@@ -22,7 +22,7 @@ def _gather(table, entries, stride, ids, batch, position, ids_batch, ids_step, c
     return tl.load(table + index * stride + column, column < found, other=float("nan"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "ids_batch", "position_ids_batch", "type_ids_batch"])
 def _embedding_layer_norm_kernel(
     ids, word, position_ids, position, type_ids, type, weight, bias, out, length,
     ids_batch, ids_step, position_ids_batch, position_ids_step, type_ids_batch, type_ids_step,

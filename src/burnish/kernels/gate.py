@@ -29,8 +29,8 @@ def gate_kernel(
     gates = gate_up_ptr + row * (2 * columns) + column
     wait_for_inputs(PDL)
     # Both halves are dead after this: they leave the cache before anything else does.
-    gate = tl.load(gates, mask, eviction_policy="evict_first").to(tl.float32)
-    up = tl.load(gates + columns, mask, eviction_policy="evict_first").to(tl.float32)
+    gate = tl.load(gates, mask).to(tl.float32)
+    up = tl.load(gates + columns, mask).to(tl.float32)
     result = activate(gate, ACTIVATION) * up
     tl.store(out_ptr + row * columns + column, result.to(out_ptr.dtype.element_ty), mask)
 

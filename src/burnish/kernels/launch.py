@@ -3,7 +3,8 @@
 Kernels use programmatic dependent launch (PDL) where the device has it (sm_90 and up): a kernel may start while the one
 before it still runs. Each kernel therefore
 
-1. calls `launch_dependents(PDL)` first, so that the kernel after it can be placed as soon as there is room,
+1. calls `launch_dependents(PDL)`: first, so that the kernel after it can be placed as soon as there is room, or last
+   if its programs need all of a multiprocessor,
 2. may then read, or prefetch into the L2 cache, what no kernel of this package writes (weights), to hide that latency,
 3. calls `wait_for_inputs(PDL)` before it reads anything else *and before it writes anything*. Every kernel does,
    whether it needs to or not: only then does a kernel that has waited know that all kernels before it are done.
@@ -29,7 +30,7 @@ from triton.language.extra import cuda as tl_cuda
 
 @triton.jit
 def launch_dependents(PDL: tl.constexpr):
-    """Lets the next kernel of the stream start: first statement of a kernel."""
+    """Lets the next kernel of the stream start, once every program has come here or ended."""
     if PDL:
         tl_cuda.gdc_launch_dependents()
 

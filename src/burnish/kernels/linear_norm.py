@@ -18,9 +18,9 @@ from burnish.kernels.matmul_configs import Product, fitting
 from burnish.kernels.norms import load_vector, norm_configs, normalize
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _parts_kernel(
-    x, weight, parts, M, N, K, x_row, weight_row, EVEN_K: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
+    x, weight, parts, M, N, K, x_row, weight_row, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Part `program_id(2)` of `x @ weight.T` as float32; parts is (SPLIT_K, M, N)."""
@@ -30,7 +30,8 @@ def _parts_kernel(
     k = tl.arange(0, BLOCK_K)
     split = tl.program_id(2)
     steps = tl.cdiv(K, BLOCK_K)
-    x_block = x + m.to(tl.int64)[:, None] * x_row + k[None, :]
+    # Rows past the last are the last again, and never stored.
+    x_block = x + tl.minimum(m, M - 1).to(tl.int64)[:, None] * x_row + k[None, :]
     weight_block = weight + n.to(tl.int64)[None, :] * weight_row + k[:, None]
     first, last = split * steps // SPLIT_K, (split + 1) * steps // SPLIT_K
     if PDL:
@@ -39,12 +40,11 @@ def _parts_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(first, last):
         left = K if EVEN_K else K - step * BLOCK_K
-        x_mask = k[None, :] < left if EVEN_M else (m[:, None] < M) & (k[None, :] < left)
         weight_mask = k[:, None] < left if EVEN_N else (n[None, :] < N) & (k[:, None] < left)
-        if EVEN_K and EVEN_M:
+        if EVEN_K:
             x_tile = tl.load(x_block + step * BLOCK_K)
         else:
-            x_tile = tl.load(x_block + step * BLOCK_K, mask=x_mask, other=0.0)
+            x_tile = tl.load(x_block + step * BLOCK_K, mask=k[None, :] < left, other=0.0)
         if EVEN_K and EVEN_N:
             weight_tile = tl.load(weight_block + step * BLOCK_K)
         else:
@@ -54,7 +54,7 @@ def _parts_kernel(
     tl.store(parts + to, acc, mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _norm_of_parts_kernel(
     parts, bias, residual, weight, shift, out, total, M, residual_row, bias_step, weight_step, shift_step, eps,
     N: tl.constexpr, BLOCK_N: tl.constexpr, RMS: tl.constexpr, SPLIT_K: tl.constexpr, PDL: tl.constexpr,
@@ -110,7 +110,7 @@ def linear_add_norm(
     config = config or linear_norm_configs(product)[0]
     block_m, block_n, block_k, split = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
     parts = x.new_empty((split, rows, N), dtype=torch.float32)
-    evenness = {"EVEN_K": K % block_k == 0, "EVEN_M": rows % block_m == 0, "EVEN_N": N % block_n == 0}
+    evenness = {"EVEN_K": K % block_k == 0, "EVEN_N": N % block_n == 0}
     x_row, residual_row = (tensor.reshape(rows, -1).stride(0) for tensor in (x, residual))
     launch(
         _parts_kernel, (triton.cdiv(N, block_n), triton.cdiv(rows, block_m), split), x, weight, parts, rows, N, K,

@@ -166,7 +166,7 @@ def finish(
         tl.store(out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "x_inner", "residual_inner"])
 def matmul_kernel(
     x_ptr,
     weight_ptr,
@@ -214,10 +214,11 @@ def matmul_kernel(
     last = (split + 1) * steps // SPLIT_K
     k = first * BLOCK_K + tl.arange(0, BLOCK_K)
 
+    inside_m = tl.minimum(m, M - 1)  # rows past the last are the last again, and never stored
     if X_PLAIN:  # a division less for each row
-        x_rows = m.to(tl.int64) * stride_x_inner
+        x_rows = inside_m.to(tl.int64) * stride_x_inner
     else:
-        x_rows = row_offsets(m, x_inner, stride_x_outer, stride_x_inner)
+        x_rows = row_offsets(inside_m, x_inner, stride_x_outer, stride_x_inner)
     x_ptrs = x_ptr + x_rows[:, None] + k.to(tl.int64)[None, :] * stride_x_k
     weight_ptrs = weight_ptr + k.to(tl.int64)[:, None] * stride_weight_k + n.to(tl.int64)[None, :] * stride_weight_n
 
@@ -229,13 +230,13 @@ def matmul_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(first, last):
-        if EVEN:  # whole blocks in all three dimensions
+        if EVEN:  # whole blocks of the weight
             x = tl.load(x_ptrs)
             weight = tl.load(weight_ptrs)
         else:
             inside = step * BLOCK_K + tl.arange(0, BLOCK_K) < K
             weight_mask = (n < N)[None, :] & inside[:, None]
-            x = tl.load(x_ptrs, mask=(m < M)[:, None] & inside[None, :], other=0.0)
+            x = tl.load(x_ptrs, mask=inside[None, :], other=0.0)
             weight = tl.load(weight_ptrs, mask=weight_mask, other=0.0)
         acc = dot(x, weight, acc)
         if GATED:
@@ -291,11 +292,10 @@ def matmul(
         *(weight.stride(0), weight.stride(1), columns * weight.stride(0), 1 if bias is None else bias.stride(0)),
         *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1)),
     )
-    sizes = zip((rows.count, columns, x.shape[-1]), ("BLOCK_M", "BLOCK_N", "BLOCK_K"), strict=True)
     constants = {
         "ACTIVATION": in_half(activation, x.dtype),
         "GATED": gated,
-        "EVEN": all(size % config[block] == 0 for size, block in sizes),
+        "EVEN": columns % config["BLOCK_N"] == 0 and x.shape[-1] % config["BLOCK_K"] == 0,
         "X_PLAIN": rows.inner == rows.count,
         "PREFETCH": weight.stride(1) == 1,
     }

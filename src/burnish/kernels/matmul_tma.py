@@ -26,7 +26,7 @@ def halves(block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(block, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "residual_inner"])
 def matmul_tma_kernel(
     x_desc,  # (M, K)
     weight_desc,  # (N, K), or (K, N) if K_MAJOR; (2, N, K) or (K, 2, N) if GATED
@@ -56,7 +56,6 @@ def matmul_tma_kernel(
     FLATTEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    launch_dependents(PDL)
     rows, columns, steps = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
     if PDL and not K_MAJOR:
         _, column = tile_of(tl.program_id(0), rows, columns, GROUP_M)
@@ -128,6 +127,9 @@ def matmul_tma_kernel(
                 GATED,
             )
             out_desc.store([first_m, first_n], result.to(DTYPE))
+    # Late: a tile takes nearly all of a multiprocessor's shared memory, and programs of the next kernel that crowd in
+    # where one ends first run two to a multiprocessor while others stand idle (BERT-base 1 x 384, H200: 494 -> 481 us).
+    launch_dependents(PDL)
 
 
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

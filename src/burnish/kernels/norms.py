@@ -57,8 +57,8 @@ def _normalize_tile(
         values = tl.load(x + offset + column, mask, other=0.0).to(tl.float32)
     else:  # both are dead after the addition, the sum takes their place
         r_offset = _row_offsets(row, size1, size2, r_stride0, r_stride1, r_stride2)
-        values = tl.load(x + offset + column, mask, other=0.0, eviction_policy="evict_first")
-        added = tl.load(residual + r_offset + column, mask, other=0.0, eviction_policy="evict_first")
+        values = tl.load(x + offset + column, mask, other=0.0)
+        added = tl.load(residual + r_offset + column, mask, other=0.0)
         values = (values.to(tl.float32) + added.to(tl.float32)).to(total.dtype.element_ty)
         tl.store(total + to, values, mask)
         values = values.to(tl.float32)
@@ -77,7 +77,7 @@ def load_vector(vector, step, N: tl.constexpr, BLOCK_N: tl.constexpr):
     return tl.load(vector + column * step, column < N, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm_kernel(
     x, residual, weight, bias, out, total, rows, size1, size2, x_stride0, x_stride1, x_stride2,
     r_stride0, r_stride1, r_stride2, weight_step, bias_step, eps, N: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -63,7 +63,7 @@ def _rotate_tile(
         tl.store(out + column * out_step, tl.load(x + column * x_step, mask), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "position_blocks"])
 def _rope_kernel(
     q, k, q_out, k_out, cos, sin, positions, position_blocks, q_heads, k_heads,
     q_batch, q_head, q_position, q_step, q_out_batch, q_out_head, q_out_position, q_out_step,

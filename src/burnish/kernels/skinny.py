@@ -25,7 +25,7 @@ from burnish.kernels.matmul_configs import Product, fitting, programs_per_sm, sh
 _AHEAD = 128 << 10  # bytes of weight that a program asks for before its wait; at two programs an SM, half of H200's L2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "x_inner", "residual_inner"])
 def skinny_kernel(
     x_ptr,
     weight_ptr,

@@ -76,6 +76,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
         yield Sample(activation, (x, gate_up, down), {"activation": activation})
     yield Sample("biases", (x, gate_up, down, tensor(320, seed=3), tensor(64, seed=4)))
     yield Sample("one row", (tensor(1, 96, seed=5), gate_up, down))
+    yield Sample("20 rows", (tensor(20, 96, seed=12), gate_up, down))
     k_major = weights(96, 320, seed=6).t(), weights(160, 64, seed=7).t()
     yield Sample("K-major weights", (x, *k_major))
     yield Sample("transposed x", (tensor(2, 96, 33, seed=8).transpose(1, 2), gate_up, down))
@@ -178,48 +179,6 @@ def _torch(
     return F.linear(activate(gate, activation).mul_(up), down_weight, down_bias).contiguous()
 
 
-def _torch_triton_why_not(
-    x: Tensor,
-    gate_up_weight: Tensor,
-    down_weight: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-) -> list[str]:
-    empty = gate_up_weight.numel() == 0 or down_weight.numel() == 0
-    return triton_why_not(x) + (["a weight is empty"] if empty else [])
-
-
-def _torch_triton_configs(
-    x: Tensor,
-    gate_up_weight: Tensor,
-    down_weight: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-) -> Sequence[Any]:
-    from burnish.kernels.gate import gate_configs
-
-    return gate_configs(down_weight.shape[1])
-
-
-@gated_mlp.impl("torch_triton", why_not=_torch_triton_why_not, configs=_torch_triton_configs)
-def _torch_triton(
-    x: Tensor,
-    gate_up_weight: Tensor,
-    down_weight: Tensor,
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    activation: str = "silu",
-    config: Any = None,
-) -> Tensor:
-    """F.linear for both products, a Triton kernel for what lies between them."""
-    from burnish.kernels.gate import gate
-
-    hidden = gate(F.linear(x, gate_up_weight, gate_up_bias), activation, config=config)
-    return F.linear(hidden, down_weight, down_bias).contiguous()
-
-
 def _register_triton(
     name: str,
     description: str,
@@ -294,3 +253,45 @@ _register_triton(
 _register_triton(
     "triton_tma_gate", "A persistent Triton kernel that copies tiles by TMA, then F.linear.", "tma", False, tma_reasons
 )
+
+
+def _torch_triton_why_not(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> list[str]:
+    empty = gate_up_weight.numel() == 0 or down_weight.numel() == 0
+    return triton_why_not(x) + (["a weight is empty"] if empty else [])
+
+
+def _torch_triton_configs(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Sequence[Any]:
+    from burnish.kernels.gate import gate_configs
+
+    return gate_configs(down_weight.shape[1])
+
+
+@gated_mlp.impl("torch_triton", why_not=_torch_triton_why_not, configs=_torch_triton_configs)
+def _torch_triton(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+    config: Any = None,
+) -> Tensor:
+    """F.linear for both products, a Triton kernel for what lies between them."""
+    from burnish.kernels.gate import gate
+
+    hidden = gate(F.linear(x, gate_up_weight, gate_up_bias), activation, config=config)
+    return F.linear(hidden, down_weight, down_bias).contiguous()

@@ -60,6 +60,9 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("transposed x", (tensor(2, 96, 33, seed=5).transpose(1, 2), weight, bias, "relu"))
     yield Sample("expanded residual", (x, weight, bias, "silu", tensor(130, seed=6).expand(2, 33, 130)))
     yield Sample("one row", (tensor(1, 96, seed=7), weight, bias, "tanh"))
+    yield Sample("5 rows", (tensor(5, 96, seed=11), weight, bias))
+    across = tensor(2, 192, 24, seed=14).transpose(1, 2)
+    yield Sample("48x64x192", (tensor(2, 24, 64, seed=12), weights(192, 64, seed=13), None, "none", across))
     yield Sample(
         "128x384x1536", (tensor(1, 128, 384, seed=8), weights(1536, 384, seed=9), tensor(1536, seed=10), "gelu")
     )

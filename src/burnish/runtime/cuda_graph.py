@@ -32,7 +32,7 @@ class GraphPool:
         self.limit = limit
         self.lock = threading.RLock()
         self._graphs: OrderedDict[int, CapturedCall] = OrderedDict()
-        self._handle: Any = None
+        self._memory: torch.cuda.MemPool | None = None
         self._stream: torch.cuda.Stream | None = None
         self._raw_stream = 0
 
@@ -41,10 +41,11 @@ class GraphPool:
 
     @property
     def handle(self) -> Any:
-        """The memory pool, made when the first graph wants it."""
-        if self._handle is None:
-            self._handle = torch.cuda.graph_pool_handle()
-        return self._handle
+        """The memory pool, made when the first graph wants it. It outlives its graphs: a mere handle could not be used
+        again once the last of them is gone."""
+        if self._memory is None:
+            self._memory = torch.cuda.MemPool()
+        return self._memory.id
 
     def used(self, call: CapturedCall) -> None:
         """Notes a use; drops the graph that was not used for longest when there are too many."""
