@@ -17,14 +17,50 @@ from burnish.runtime.module import Call
 from burnish.tuning import Choice, Key, Tuner, key_of
 
 
+class Seen:
+    """One run of the code with each Op's first able Impl.
+
+    Attributes:
+        keys: the signature of each slot's call, by slot name.
+        arguments: of each signature the arguments of its calls, all with the first one's activations.
+        outputs: the flat outputs.
+    """
+
+    def __init__(self, executable: Executable, call: Call) -> None:
+        self.keys: dict[str, Key] = {}
+        self.arguments: dict[Key, list[tuple[Any, ...]]] = {}
+        weights = set(map(id, executable.read_weights()))
+
+        def recording(slot: Slot) -> Callable[..., Any]:
+            def record(*args: Any) -> Any:
+                key = self.keys[slot.name] = key_of(slot.op, args)
+                instances = self.arguments.setdefault(key, [])
+                # Other layers' weights on the first layer's activations: little is kept, and weights come from memory.
+                instances.append(args if not instances else _with_activations_of(instances[0], args, weights))
+                return slot.op.select(*args).fn(*args)
+
+            return record
+
+        self.outputs = _run(executable, recording, call)
+
+    def compile(self, chosen: Chosen) -> None:
+        """Compiles the chosen Impls' kernels all at once; one after the other, at their first calls, takes seconds."""
+        calls = {self.keys[name]: chosen.functions[name] for name, c in chosen.choices.items() if c.config is not None}
+        if calls:
+            from burnish.kernels.warm_up import warm_up
+
+            warm_up(partial(function, *self.arguments[key][0]) for key, function in calls.items())
+
+
 @dataclass
 class Chosen:
     """A callable and the Choice behind it for each slot, by slot name; `outputs` if the model was run with them
-    (flat)."""
+    (flat); `seen` if there was a run that recorded its calls."""
 
     functions: dict[str, Callable[..., Any]] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)
     outputs: Sequence[Any] | None = None
+    seen: Seen | None = None
 
     def reject(self, slot: Slot) -> None:
         """Puts the Op's reference where an Impl failed verification."""
@@ -34,8 +70,8 @@ class Chosen:
 
 def choose_by_measuring(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
     """Runs once, keeping one set of activations for each distinct signature, and measures the Impls on them."""
-    seen = _Seen(prepared.executable, call)
-    chosen = Chosen()
+    seen = Seen(prepared.executable, call)
+    chosen = Chosen(seen=seen)
     for slot in prepared.executable.slots:
         args, *others = seen.arguments[seen.keys[slot.name]]
         chosen.functions[slot.name], chosen.choices[slot.name] = tuner.choose(
@@ -54,7 +90,7 @@ def choose_for_new_size(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
 
 def _choose_on_cuda(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
     """After a run with Impls that need no compiler, so that all kernels of the choices can be compiled at once."""
-    seen = _Seen(prepared.executable, call)
+    seen = Seen(prepared.executable, call)
     chosen = Chosen(outputs=seen.outputs)
     ends = time.perf_counter() + tuner.NEW_SIZE_BUDGET_US / 1e6
     for slot in prepared.executable.slots:
@@ -90,41 +126,6 @@ def _choose_on_the_way(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
 
     chosen.outputs = _run(prepared.executable, choosing, call)
     return chosen
-
-
-class _Seen:
-    """One run of the code with each Op's first able Impl.
-
-    Attributes:
-        keys: the signature of each slot's call, by slot name.
-        arguments: of each signature the arguments of its calls, all with the first one's activations.
-        outputs: the flat outputs.
-    """
-
-    def __init__(self, executable: Executable, call: Call) -> None:
-        self.keys: dict[str, Key] = {}
-        self.arguments: dict[Key, list[tuple[Any, ...]]] = {}
-        weights = set(map(id, executable.read_weights()))
-
-        def recording(slot: Slot) -> Callable[..., Any]:
-            def record(*args: Any) -> Any:
-                key = self.keys[slot.name] = key_of(slot.op, args)
-                instances = self.arguments.setdefault(key, [])
-                # Other layers' weights on the first layer's activations: little is kept, and weights come from memory.
-                instances.append(args if not instances else _with_activations_of(instances[0], args, weights))
-                return slot.op.select(*args).fn(*args)
-
-            return record
-
-        self.outputs = _run(executable, recording, call)
-
-    def compile(self, chosen: Chosen) -> None:
-        """Compiles the chosen Impls' kernels all at once; one after the other, at their first calls, takes seconds."""
-        calls = {self.keys[name]: chosen.functions[name] for name, c in chosen.choices.items() if c.config is not None}
-        if calls:
-            from burnish.kernels.warm_up import warm_up
-
-            warm_up(partial(function, *self.arguments[key][0]) for key, function in calls.items())
 
 
 def choose_differentiable(prepared: Prepared, model: nn.Module, call: Call, tuner: Tuner) -> tuple[Executable, Chosen]:

@@ -20,6 +20,7 @@ from burnish._memory import return_freed_memory
 from burnish.capture import CaptureError, Program, capture
 from burnish.checks import Checks
 from burnish.choose import choose_by_measuring, choose_differentiable, choose_for_new_size
+from burnish.in_model import choose_in_model, model_timer
 from burnish.op import find_impl
 from burnish.prepare import GraphEntry, PlainEntry, Prepared, Preparer
 from burnish.program_cache import ProgramCache
@@ -204,6 +205,9 @@ class Schedule:
 
     def _first_entry(self, prepared: Prepared, call: Call, checks: Checks, served: Served) -> Entry:
         chosen = choose_by_measuring(prepared, call, self.tuner)
+        if not self.model.training and self._why_not_captured(prepared, call) is None:
+            choose_in_model(prepared, chosen, self.tuner, model_timer(prepared, self.model, call))
+        chosen.seen = None  # the activations
         if self.settings.verify:
             chosen = checks.verify_values(prepared, chosen, self.tuner)
         prepared.verified = True
@@ -235,19 +239,23 @@ class Schedule:
 
     def _captured(self, prepared: Prepared, plain: PlainEntry, call: Call, served: Served) -> Entry:
         """The entry as a CUDA graph, where the device, the inputs and the settings allow one."""
-        if self.settings.cuda_graphs == "never" or not any(isinstance(t, Tensor) and t.is_cuda for t in call.leaves):
-            return plain
-        reason = why_not_captured(call.leaves)
-        if reason is None and (name := random_node(prepared.program.captured.graph)):
-            reason = f"{name} is random"
+        reason = self._why_not_captured(prepared, call)
         if reason is None:
             entry = GraphEntry(plain, self._graphs, call, self.settings.static_outputs)
             reason = entry.check(call)
             if reason is None:
                 served.cuda_graph = True
                 return entry
-        served.not_captured = reason
+        served.not_captured = reason or None
         return plain
+
+    def _why_not_captured(self, prepared: Prepared, call: Call) -> str | None:
+        """Why no CUDA graph may serve the call; empty where there is none to be expected."""
+        if self.settings.cuda_graphs == "never" or not any(isinstance(t, Tensor) and t.is_cuda for t in call.leaves):
+            return ""
+        if name := random_node(prepared.program.captured.graph):
+            return f"{name} is random"
+        return why_not_captured(call.leaves)
 
     def _differentiable_entry(self, prepared: Prepared, call: Call, checks: Checks, served: Served) -> Entry:
         executable, chosen = choose_differentiable(prepared, self.model, call, self.tuner)

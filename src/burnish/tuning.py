@@ -11,7 +11,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,8 @@ _COLD_BYTES = 4 << 20  # more than the caches of one core hold
 # One that stands earlier in its Op's order is passed over only for one that is faster than noise: 3% on a shared CPU,
 # 1% for a chain of calls in a CUDA graph.
 _PREFERENCE = {"cpu": 1.03, "cuda": 1.01}
+_IN_MODEL = "in model|"  # before a family: times of whole models
+_RIVAL = 1.4  # H200: in BERT-base a product 1.3 times as slow by itself was the faster one
 _NEIGHBOURS_BEST = 4  # of a nearby size's candidates, so many are measured for a new size
 
 
@@ -41,6 +43,7 @@ class Choice:
         config: how its kernel is to be run, for an Impl that can be run in several ways.
         times_us: microseconds of every candidate that was measured, an Impl or "impl config" (empty: none was).
         rejected: why each other Impl could not take the call, by name.
+        in_model_us: microseconds of the whole model with each candidate that was tried in it, the winner first.
         source: "measured", "cached", "nearby" (a neighbour's choice), "explicit" (asked for by the user), "only" or
             "default".
     """
@@ -50,6 +53,7 @@ class Choice:
     rejected: dict[str, list[str]] = field(default_factory=dict)
     source: str = "measured"
     config: str | None = None
+    in_model_us: dict[str, float] = field(default_factory=dict)
 
     @property
     def candidate(self) -> str:
@@ -166,22 +170,27 @@ class Tuner:
             able.remove("reference")
         candidates = _candidates(op, args, able)
 
-        def chosen(times: Mapping[str, float], source: str) -> Choice:
-            impl, config = candidates[_fastest(times, [name for name in candidates if name in times], device)]
-            return Choice(impl, dict(times), rejected, source, config)
+        def chosen(times: Mapping[str, float], source: str, sizes: str) -> Choice:
+            in_model = self._disk.get(_IN_MODEL + key.family, {}).get(sizes, {})
+            winner = next(iter(in_model), None)
+            if winner not in candidates:
+                winner = _fastest(times, [name for name in candidates if name in times], device)
+            impl, config = candidates[winner]
+            return Choice(impl, dict(times), rejected, source, config, dict(in_model))
 
         if len(candidates) == 1:
             return Choice(able[0], rejected=rejected, source="only")
         remembered = self._disk.get(key.family, {})
-        times = remembered.get(_sizes_text(key.sizes))
+        sizes = _sizes_text(key.sizes)
+        times = remembered.get(sizes)
         if times is not None and _covers(times, candidates):
-            return chosen(times, "cached")
+            return chosen(times, "cached", sizes)
         near = None if thorough else _nearest(remembered, key.sizes)
         if near is not None and _covers(near.times, candidates):
             # One call to warm up and as many as it takes not to mistake the machine's noise for a difference.
             costs_us = (1 + FEWEST_SAMPLES) * sum(filter(math.isfinite, near.times.values())) * near.ratio
             if near.distance <= 1 or costs_us > budget_us:
-                return chosen(near.times, "nearby")
+                return chosen(near.times, "nearby", near.sizes)
             if device == "cuda":  # what is compiled already, and was among the best
                 best = sorted(near.times, key=near.times.__getitem__)[:_NEIGHBOURS_BEST]
                 candidates = {name: candidates[name] for name in candidates if name in best} or candidates
@@ -190,8 +199,26 @@ class Tuner:
         if budget_us <= 0:
             return Choice(able[0], rejected=rejected, source="default")
         times = self._measure(op, candidates, [args, *variants], device, budget_us)
-        self._remember(key.family, _sizes_text(key.sizes), times)
-        return chosen(times, "measured")
+        self._remember(key.family, sizes, times)
+        return chosen(times, "measured", sizes)
+
+    def rivals(self, op: Op, args: Sequence[Any], choice: Choice) -> list[tuple[Callable[..., Any], Choice]]:
+        """What else might be fastest in a model: the best of each other Impl and the second of the chosen one, where
+        they were measured and are not far behind; the nearest first."""
+        best = choice.times_us.get(choice.candidate, 0.0)
+        candidates = _candidates(op, args, [name for name in op.impls if name not in choice.rejected])
+        found: dict[str, str] = {}
+        for name in sorted(choice.times_us, key=choice.times_us.__getitem__):
+            if name != choice.candidate and name in candidates and choice.times_us[name] <= _RIVAL * best:
+                found.setdefault(candidates[name][0], name)
+        others = [replace(choice, impl=candidates[name][0], config=candidates[name][1]) for name in found.values()]
+        return [(_callable(op, args, other), other) for other in others]
+
+    def settle(self, op: Op, args: Sequence[Any], choice: Choice) -> None:
+        """Remembers what was fastest in a model, for this signature."""
+        key = key_of(op, args)
+        self.choices[key] = choice
+        self._remember(_IN_MODEL + key.family, _sizes_text(key.sizes), choice.in_model_us)
 
     def _measure(
         self,
@@ -292,6 +319,7 @@ class _Neighbour:
     """Sizes that were measured: how far they are (the largest factor, as a power of two), and how much larger the asked
     ones are as a whole."""
 
+    sizes: str
     distance: float
     ratio: float
     times: dict[str, float]
@@ -303,7 +331,7 @@ def _nearest(entries: dict[str, dict[str, float]], sizes: Sequence[int]) -> _Nei
         other = [int(size) for size in text.split(",") if size]
         if len(other) == len(sizes):
             steps = [math.log2(max(a, 1) / max(b, 1)) for a, b in zip(sizes, other, strict=True)]
-            neighbours.append(_Neighbour(max(map(abs, steps), default=0.0), 2 ** sum(steps), times))
+            neighbours.append(_Neighbour(text, max(map(abs, steps), default=0.0), 2 ** sum(steps), times))
     return min(neighbours, key=lambda neighbour: neighbour.distance, default=None)
 
 

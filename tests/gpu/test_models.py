@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import burnish
-from burnish import numerics, tuning
+from burnish import numerics, schedule, tuning
 from burnish.checks import Checks
 from burnish.kernels import warm_up
 from burnish.runtime.module import OptimizedModule
@@ -39,6 +39,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(tuning, "measure_captured", draw)
     monkeypatch.setattr(warm_up, "warm_up", lambda calls: None)
+    monkeypatch.setattr(schedule, "choose_in_model", lambda *_: None)
     monkeypatch.setattr(Checks, "times", lambda self, entry: {"original": 2.0, "optimized": 1.0})
 
 
@@ -50,7 +51,8 @@ def test_outputs_at_every_shape(case: zoo.Case, short: str) -> None:
     fast = burnish.optimize(model, (), inputs_of(case, *case.shapes[0], dtype), cache="off")
     for shape in (*case.shapes, case.shapes[0]):
         assert_same_outputs(fast, model, inputs_of(case, *shape, dtype))
-    assert not [unit.verdict for found in fast.schedule.verifications for unit in found.failures]
+    failures = [unit for found in fast.schedule.verifications for unit in found.failures]
+    assert not [(unit.node.name, unit.ops, unit.node.meta["val"].shape, unit.verdict) for unit in failures]
     assert all(served.cuda_graph for served in fast.schedule.served), [s.not_captured for s in fast.schedule.served]
 
 
@@ -147,6 +149,18 @@ def test_memory_is_flat_over_random_shapes(bert: tuple[zoo.Case, torch.nn.Module
         reserved.append(torch.cuda.memory_reserved())
     assert len(fast.schedule._graphs) <= 8
     assert reserved[-1] <= 1.3 * reserved[30]
+
+
+def test_impls_are_tried_in_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    case = zoo.CASES["bert-sdpa-mask"]
+    model = case.build().to("cuda", torch.float16)
+    inputs = inputs_of(case, 4, 64, torch.float16)
+    fast = burnish.optimize(model, (), inputs, cache="off")
+    assert_same_outputs(fast, model, inputs)
+    tried = [choice for choice in fast.schedule.served[0].choices.values() if choice.in_model_us]
+    assert tried
+    assert all(next(iter(choice.in_model_us)) == choice.candidate for choice in tried)
 
 
 def test_numbers_of_a_replay_are_those_of_the_calls() -> None:

@@ -135,12 +135,16 @@ def linear_norm_configs(product: Product) -> list[Config]:
         shapes = [(m, 64, 128, 4, 5), (m, 32, 128, 4, 5)]
     else:
         shapes = [(64, 64, 128, 4, 4), (64, 64, 64, 4, 4), (64, 32, 128, 4, 4), (128, 64, 64, 8, 4)]
+        # Traffic from the L2 cache bounds these products: larger tiles have less, and are split more.
+        shapes += [(128, 128, 64, 8, 4)] if product.rows > 128 else []
     configs = []
     for m, n, k, warps, stages in shapes:
         tiles = triton.cdiv(product.rows, m) * triton.cdiv(product.columns, n)
         steps = triton.cdiv(product.depth, k)
         fill = product.target.num_sms / tiles
-        for split in (1, 2, 3, 4, 6, 8):
+        all_at_once = max(1, int(fill))  # a program for nearly each multiprocessor
+        splits = {all_at_once, max(1, all_at_once // 2)} if m * n > 8192 else {1, 2, 3, 4, 6, 8, min(all_at_once, 8)}
+        for split in sorted(splits):
             if split <= steps and fill / 2.5 <= split <= max(1.0, 1.6 * fill):
                 blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "SPLIT_K": split}
                 configs.append(Config.of(num_warps=warps, num_stages=stages, **blocks))

@@ -1,0 +1,90 @@
+"""Choosing inside the whole model: here with a stopwatch that the test holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from burnish import tuning
+from burnish.capture import capture
+from burnish.choose import Chosen, choose_by_measuring
+from burnish.in_model import choose_in_model
+from burnish.op import OPS
+from burnish.prepare import Prepared, Preparer
+from burnish.runtime.module import Call
+from burnish.tuning import Tuner
+from tests import zoo
+
+LINEAR = OPS["linear"]
+
+
+@pytest.fixture(autouse=True)
+def fixed_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Impls are measured as 10 % slower one after the other, in their Op's order; storage stays as it is."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuning, "measure", lambda functions, *_, **__: {n: 1.1**i for i, n in enumerate(functions)})
+    monkeypatch.setattr(Tuner, "prefers_transposed", lambda *_, **__: False)
+
+
+def measured() -> tuple[Prepared, Chosen, Tuner]:
+    case = zoo.CASES["bert-sdpa-mask"]
+    model, inputs, tuner = case.build(), case.inputs(2, 16, torch.float32), Tuner()
+    leaves, spec = pytree.tree_flatten(((), inputs))
+    call = Call((), inputs, leaves, spec)
+    prepared = Preparer(model, tuner).prepare(capture(model, (), inputs))
+    return prepared, choose_by_measuring(prepared, call, tuner), tuner
+
+
+def linear_impls(prepared: Prepared, chosen: Chosen) -> set[str]:
+    return {chosen.choices[slot.name].impl for slot in prepared.executable.slots if slot.op is LINEAR}
+
+
+def stopwatch(favourite: Callable[..., Any], asked: list[Any]) -> Callable[[Mapping[str, Callable[..., Any]]], float]:
+    def time_us(functions: Mapping[str, Callable[..., Any]]) -> float:
+        asked.append(functions)
+        return 1000.0 - 100.0 * sum(function is favourite for function in functions.values())
+
+    return time_us
+
+
+def test_what_is_faster_in_the_model_is_taken_and_remembered() -> None:
+    prepared, chosen, tuner = measured()
+    first = linear_impls(prepared, chosen)
+    rival = next(name for name in ("torch", "onednn") if name not in first)
+    choose_in_model(prepared, chosen, tuner, stopwatch(LINEAR.impls[rival].fn, []))
+    assert linear_impls(prepared, chosen) == {rival}
+    slots = [slot for slot in prepared.executable.slots if slot.op is LINEAR]
+    assert all(chosen.functions[slot.name] is LINEAR.impls[rival].fn for slot in slots)
+    choice = chosen.choices[slots[0].name]
+    assert next(iter(choice.in_model_us)) == rival
+    assert choice.in_model_us[rival] < choice.in_model_us[next(iter(first))]
+
+    tuner.save()
+    prepared, later, tuner = measured()
+    assert linear_impls(prepared, later) == {rival}
+    assert {later.choices[slot.name].source for slot in prepared.executable.slots} == {"cached"}
+    asked: list[Any] = []
+    choose_in_model(prepared, later, tuner, stopwatch(LINEAR.impls[rival].fn, asked))
+    assert not asked  # what was remembered is not tried again
+
+
+def test_noise_changes_nothing() -> None:
+    prepared, chosen, tuner = measured()
+    before = dict(chosen.functions)
+    times = iter([1000.0, *[996.0] * 1000])
+    choose_in_model(prepared, chosen, tuner, lambda functions: next(times))
+    assert chosen.functions == before
+    assert all(next(iter(c.in_model_us), c.candidate) == c.candidate for c in chosen.choices.values())
+
+
+def test_no_time_is_spent_beyond_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared, chosen, tuner = measured()
+    monkeypatch.setattr("burnish.in_model._BUDGET_SECONDS", 0.0)
+    asked: list[Any] = []
+    choose_in_model(prepared, chosen, tuner, stopwatch(LINEAR.reference, asked))
+    assert not asked
