@@ -5,6 +5,7 @@ Each is timed as a CUDA graph on an L2 cache that holds other data.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -73,6 +74,10 @@ def cases() -> Iterator[Case]:
     ):
         yield Case(name, partial(_sdpa, name=name, shape=shape, dtype=dtype, causal=causal))
 
+    for batch, length in ((32, 4096), (1, 8192)):
+        name = f"decode-attention-b{batch}-l{length}-gqa32x8-d128-bf16"
+        yield Case(name, partial(_decode_attention, name=name, batch=batch, length=length))
+
 
 def _gated_mlp(session: Session, *, name: str, width: int, inner: int, tokens: int) -> list[Record]:
     torch.manual_seed(0)
@@ -94,15 +99,35 @@ def _sdpa(session: Session, *, name: str, shape: tuple[int, ...], dtype: torch.d
         randn(shape[0], shape[2], shape[1], shape[3], dtype=dtype, device="cuda", seed=seed).transpose(1, 2)
         for seed in range(3)
     )
-    more = {}
+    more = _backends(q, k, v, is_causal=causal)
+    return _run(session, name, "attention", (q, k, v, None, None, causal), None, {}, more)
+
+
+def _decode_attention(session: Session, *, name: str, batch: int, length: int) -> list[Record]:
+    q, k, v = (
+        randn(batch, heads, tokens, 128, dtype=torch.bfloat16, device="cuda", seed=seed)
+        for seed, (heads, tokens) in enumerate(((32, 1), (8, length), (8, length)))
+    )
+    args = (q, k, v, torch.tensor(length, device="cuda"))
+    more = _backends(q, k, v, enable_gqa=True)
+    return _run(session, name, "cached_attention", args, None, {}, more)
+
+
+def _backends(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, enable_gqa: bool = False
+) -> dict[str, Callable[[], object]]:
+    """F.scaled_dot_product_attention by each backend that takes these inputs."""
+    found: dict[str, Callable[[], object]] = {}
     for variant, backend in BACKENDS.items():
 
         def run(backend: SDPBackend = backend) -> Tensor:
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+                return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=enable_gqa)
 
-        more[variant] = captured(run)
-    return _run(session, name, "attention", (q, k, v, None, None, causal), None, {}, more)
+        with contextlib.suppress(RuntimeError):  # no kernel of this backend
+            run()
+            found[variant] = captured(run)
+    return found
 
 
 @torch.no_grad()

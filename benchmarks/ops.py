@@ -163,6 +163,20 @@ def _attention(
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
 
 
+def _cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    key_padding_mask: Tensor | None,
+    window: int | None,
+    scale: float | None,
+) -> Tensor:
+    """As Hugging Face's static cache has it: a mask over the whole cache."""
+    mask = torch.arange(k.shape[2]) < lengths.reshape(-1, 1, 1, 1)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
 def _embedding_layer_norm(
     ids: Tensor,
     word: Tensor,
@@ -234,6 +248,14 @@ def _attention_arguments(
     return arguments
 
 
+def _cached_attention_arguments(batch: int, heads: int, kv_heads: int, most: int, length: int, head_dim: int) -> Maker:
+    def arguments(dtype: torch.dtype) -> Arguments:
+        cache = (batch, kv_heads, most, head_dim)
+        return *_tensors((batch, heads, 1, head_dim), cache, cache)(dtype), torch.tensor(length)
+
+    return arguments
+
+
 def _embedding_arguments(batch: int, seq: int, width: int) -> Maker:
     def arguments(dtype: torch.dtype) -> Arguments:
         ids = torch.randint(30_522, (batch, seq), generator=torch.Generator().manual_seed(0))
@@ -286,6 +308,13 @@ BENCHED: dict[str, tuple[Callable[..., object], dict[str, Maker]]] = {
             "b8 h12 s128 d32 padded": _attention_arguments(8, 12, 12, 128, 32, padded=True),
             "b1 h12 s512 d64 causal": _attention_arguments(1, 12, 12, 512, 64, causal=True),
             "b1 h16/4 s128 d64 causal": _attention_arguments(1, 16, 4, 128, 64, causal=True),
+        },
+    ),
+    "cached_attention": (
+        _cached_attention,
+        {
+            "b1 h16/4 512 of 1024 d64": _cached_attention_arguments(1, 16, 4, 1024, 512, 64),
+            "b8 h12 300 of 512 d64": _cached_attention_arguments(8, 12, 12, 512, 300, 64),
         },
     ),
     "embedding_layer_norm": (_embedding_layer_norm, {"b8 s128 n384": _embedding_arguments(8, 128, 384)}),

@@ -70,13 +70,15 @@ def model_timer(prepared: Prepared, model: nn.Module, call: Call) -> Callable[[F
     """Microseconds that a CUDA graph of `prepared` takes on this call with given functions in its slots; infinity where
     they cannot be captured."""
 
+    memory = torch.cuda.MemPool()  # the graphs', one after the other
+
     def time_us(functions: Functions) -> float:
         entry = prepared.bind(functions, model)
         with torch.no_grad():
             try:
                 entry.run(call.leaves)
                 torch.cuda.synchronize()
-                graph, _ = capture_graph(lambda: entry.run(call.leaves))
+                graph, _ = capture_graph(lambda: entry.run(call.leaves), memory.id)
             except RuntimeError:
                 return float("inf")
         graph.replay()

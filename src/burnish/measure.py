@@ -78,11 +78,12 @@ def measure_captured(
     The fastest few are measured again in turn: what ran before decides how warm the device is, and so its clock.
     """
     arguments = _cold(arguments, weights)
+    memory = torch.cuda.MemPool()  # one for all: what each graph had of its own would stay reserved after it
     times: dict[str, float] = {}
     finalists: dict[str, torch.cuda.CUDAGraph] = {}
     for name, function in functions.items():
         try:
-            finalists[name] = _chain(function, arguments)
+            finalists[name] = _chain(function, arguments, memory)
             times[name] = replay_us(finalists[name], _REPLAYS) / len(arguments)
         except RuntimeError:  # it cannot run here, or cannot be captured
             times[name] = math.inf
@@ -97,7 +98,9 @@ def measure_captured(
     return {name: round(us, 3) for name, us in times.items()}
 
 
-def _chain(function: Callable[..., Any], arguments: Sequence[Sequence[Any]]) -> torch.cuda.CUDAGraph:
+def _chain(
+    function: Callable[..., Any], arguments: Sequence[Sequence[Any]], memory: torch.cuda.MemPool
+) -> torch.cuda.CUDAGraph:
     def chain() -> None:
         for args in arguments:
             function(*args)
@@ -105,7 +108,7 @@ def _chain(function: Callable[..., Any], arguments: Sequence[Sequence[Any]]) -> 
     with torch.no_grad():
         function(*arguments[0])  # compiles, and sets libraries up
         torch.cuda.synchronize()
-        graph, _ = capture_graph(chain)
+        graph, _ = capture_graph(chain, memory.id)
     graph.replay()
     return graph
 

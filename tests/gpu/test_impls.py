@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
+from burnish.numerics import assert_close, oracle, randn
 from burnish.op import OPS, Op, Sample
+from burnish.runtime.cuda_graph import capture_graph
 from tests.ops.matrix import DTYPES, assert_impls
 
 import burnish.ops  # noqa: F401 isort: skip
@@ -25,3 +29,17 @@ def test_samples(op: Op, dtype: torch.dtype, sample: Sample) -> None:
     on_device = next(s for s in op.samples("cuda", dtype) if s.label == sample.label)
     # In float32 products are exact and slow, and have few configs.
     assert_impls(op, *on_device.args, every_config=dtype != torch.float32, **on_device.kwargs)
+
+
+def test_one_graph_serves_every_length_of_a_cache() -> None:
+    op = OPS["cached_attention"]
+    shapes = ((2, 8, 1, 64), (2, 2, 500, 64), (2, 2, 500, 64))
+    q, k, v = (randn(*shape, dtype=torch.bfloat16, device="cuda", seed=seed) for seed, shape in enumerate(shapes))
+    lengths = torch.tensor([1], device="cuda")
+    for config in op.impls["triton"].configs(*op.bind(q, k, v, lengths)):  # type: ignore[misc]
+        graph, out = capture_graph(partial(op.impls["triton"].fn, *op.bind(q, k, v, lengths), config=config))
+        for length in (1, 63, 64, 65, 499, 500, 17):
+            lengths.fill_(length)
+            graph.replay()
+            bound = op.bind(q, k, v, lengths)
+            assert_close(out, op.reference(*bound), oracle(op.reference, *bound))

@@ -17,6 +17,7 @@ ALL = [OPS[name] for name in burnish.ops.__all__]
 NAMES = burnish.ops.__all__
 FEATURES = {  # of each Op, samples that together use every argument
     "attention": ("left padding, causal", "grouped bias", "window", "scale", "grouped decode"),
+    "cached_attention": ("several tokens, window, lengths", "left padding", "scale"),
     "embedding_layer_norm": ("BERT", "no types"),
     "gated_mlp": ("gelu_tanh", "biases"),
     "linear": ("gelu", "residual", "K-major weight"),
@@ -101,6 +102,7 @@ SMALL = {  # float64 inputs small enough for numerical derivatives
         r(4),
         1e-2,
     ),
+    "cached_attention": lambda r: (r(1, 2, 2, 3), r(1, 1, 5, 3), r(1, 1, 5, 3), torch.tensor(4)),
     "gated_mlp": lambda r: (r(2, 3), r(4, 3), r(3, 2), r(4), r(3), "gelu"),
     "layer_norm": lambda r: (r(2, 5), r(5), r(5), 1e-2),
     "linear": lambda r: (r(2, 3), r(4, 3), r(4), "silu", r(2, 4)),

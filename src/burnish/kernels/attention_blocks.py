@@ -7,16 +7,9 @@ import math
 import triton
 import triton.language as tl
 
+from burnish.kernels.matmul import dot
+
 _LOG2_E = tl.constexpr(math.log2(math.e))
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def _dot(a, b, acc):
-    """`acc + a @ b`, with exact products of float32."""
-    if _INTERPRETED:  # the interpreter multiplies the bits of bfloat16 as integers
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -152,7 +145,7 @@ def attend(
     keys = start + tl.arange(0, BLOCK_N)
     rows = row + tl.arange(0, BLOCK_M)
     key = _load_keys(k, batch, key_head, start, lk, stride_kn, 0, D, BLOCK_N, BLOCK_D, EDGE, TMA)
-    scores = _dot(query, tl.trans(key), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+    scores = dot(query, tl.trans(key), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
     if not SCALE_LATE:
         scores *= scale
     if BIAS == "added" or BIAS == "allowed":
@@ -193,7 +186,7 @@ def attend(
         shrink = tl.exp2((row_max - new_max) * _LOG2_E)
     row_sum = row_sum * shrink + tl.sum(weights, 1)
     value = _load_keys(v, batch, key_head, start, lk, stride_vn, part, DV, BLOCK_N, BLOCK_DV, EDGE, TMA)
-    acc = _dot(weights.to(value.dtype), value, acc * shrink[:, None])
+    acc = dot(weights.to(value.dtype), value, acc * shrink[:, None])
     return acc, new_max, row_sum
 
 

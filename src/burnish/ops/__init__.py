@@ -5,6 +5,7 @@ from __future__ import annotations
 from burnish.ops.add_layer_norm import add_layer_norm
 from burnish.ops.add_rms_norm import add_rms_norm
 from burnish.ops.attention import attention
+from burnish.ops.cached_attention import cached_attention
 from burnish.ops.embedding_layer_norm import embedding_layer_norm
 from burnish.ops.gated_mlp import gated_mlp
 from burnish.ops.layer_norm import layer_norm
@@ -19,6 +20,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "cached_attention",
     "embedding_layer_norm",
     "gated_mlp",
     "layer_norm",
