@@ -1,5 +1,6 @@
 """The benchmarks that ship: every Op has one, cases can be told apart, tables show losses as plainly as wins."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from benchmarks import ops, startup
+from benchmarks import ops, ship, startup
 from benchmarks.runner import verdicts
 from benchmarks.tables import group_tables, registry_table, renew
 from burnish.bench import RECORD_KEYS, save_records
 from burnish.numerics import oracle
 from burnish.op import OPS
+from burnish.tuning import kernels_hash
+from burnish.tuning_store import FORMAT
 
 
 def record(case: str, variant: str, median_us: float | None, **more: object) -> dict[str, object]:
@@ -96,3 +99,20 @@ def test_markers_stay_and_only_what_is_between_changes(tmp_path: Path) -> None:
 def test_registry_table_has_every_op() -> None:
     text = "\n".join(registry_table())
     assert all(f"| `{name}(" in text for name in OPS)
+
+
+def test_a_cache_becomes_the_table_of_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family, of_older_kernels = f"linear|bf16|{kernels_hash()}", "linear|bf16|0123456789ab"
+    times = {f"triton {i}": 10.0 + i for i in range(9)} | {"torch": 99.0}
+    in_model = {"triton 3": 500.0, "triton 0": 501.0}
+    families = {family: {"1,2": times}, f"in model|{family}": {"1,2": in_model}, of_older_kernels: {"1,2": times}}
+    cache = tmp_path / "tuning.json"
+    cache.write_text(json.dumps({"format": FORMAT, "device": "NVIDIA H200 | sm_90 | 132 cores", "families": families}))
+    monkeypatch.setattr(ship, "TABLES", tmp_path / "tables")
+    ship.main(str(cache))
+    table = json.loads((tmp_path / "tables" / "nvidia-h200.json").read_text())
+    assert table["device"] == "NVIDIA H200"
+    assert set(table["families"]) == {family, f"in model|{family}"}
+    kept = table["families"][family]["1,2"]
+    assert list(kept) == [f"triton {i}" for i in range(6)] + ["torch"]  # the fastest, and the best of each Impl
+    assert list(table["families"][f"in model|{family}"]["1,2"]) == list(in_model)  # the winner first
