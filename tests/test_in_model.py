@@ -82,6 +82,19 @@ def test_noise_changes_nothing() -> None:
     assert all(next(iter(c.in_model_us), c.candidate) == c.candidate for c in chosen.choices.values())
 
 
+def test_a_model_that_cannot_be_captured_keeps_its_choices() -> None:
+    prepared, chosen, tuner = measured()
+    before, asked = dict(chosen.choices), []
+
+    def fails(functions: Mapping[str, Callable[..., Any]]) -> float:
+        asked.append(functions)
+        return float("inf")
+
+    choose_in_model(prepared, chosen, tuner, fails)
+    assert chosen.choices == before
+    assert len(asked) == 1
+
+
 def test_no_time_is_spent_beyond_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared, chosen, tuner = measured()
     monkeypatch.setattr("burnish.in_model._BUDGET_SECONDS", 0.0)

@@ -54,6 +54,8 @@ def choose_in_model(prepared: Prepared, chosen: Chosen, tuner: Tuner, time_us: C
         if not rivals or time.perf_counter() > ends:
             continue
         best = time_us(chosen.functions) if best is None else best
+        if math.isinf(best):  # the model cannot be captured: there will be no graph to be fast in
+            return
         tried = {winner.candidate: round(best, 2)}
         for function, rival in rivals:
             us = time_us({**chosen.functions, **dict.fromkeys((slot.name for slot in slots), function)})
