@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from burnish import tuning
 from burnish.capture import capture
-from burnish.choose import Chosen, choose_by_measuring
+from burnish.choose import Chosen, Seen, choose_by_measuring
 from burnish.in_model import choose_in_model
 from burnish.op import OPS
 from burnish.prepare import Prepared, Preparer
@@ -31,13 +31,13 @@ def fixed_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(Tuner, "prefers_transposed", lambda *_, **__: False)
 
 
-def measured() -> tuple[Prepared, Chosen, Tuner]:
+def measured() -> tuple[Prepared, Chosen, Seen, Tuner]:
     case = zoo.CASES["bert-sdpa-mask"]
     model, inputs, tuner = case.build(), case.inputs(2, 16, torch.float32), Tuner()
     leaves, spec = pytree.tree_flatten(((), inputs))
     call = Call((), inputs, leaves, spec)
     prepared = Preparer(model, tuner).prepare(capture(model, (), inputs))
-    return prepared, choose_by_measuring(prepared, call, tuner), tuner
+    return prepared, *choose_by_measuring(prepared, call, tuner), tuner
 
 
 def linear_impls(prepared: Prepared, chosen: Chosen) -> set[str]:
@@ -53,10 +53,10 @@ def stopwatch(favourite: Callable[..., Any], asked: list[Any]) -> Callable[[Mapp
 
 
 def test_what_is_faster_in_the_model_is_taken_and_remembered() -> None:
-    prepared, chosen, tuner = measured()
+    prepared, chosen, seen, tuner = measured()
     first = linear_impls(prepared, chosen)
     rival = next(name for name in ("torch", "onednn") if name not in first)
-    choose_in_model(prepared, chosen, tuner, stopwatch(LINEAR.impls[rival].fn, []))
+    choose_in_model(prepared, chosen, seen, tuner, stopwatch(LINEAR.impls[rival].fn, []))
     assert linear_impls(prepared, chosen) == {rival}
     slots = [slot for slot in prepared.executable.slots if slot.op is LINEAR]
     assert all(chosen.functions[slot.name] is LINEAR.impls[rival].fn for slot in slots)
@@ -65,39 +65,39 @@ def test_what_is_faster_in_the_model_is_taken_and_remembered() -> None:
     assert choice.in_model_us[rival] < choice.in_model_us[next(iter(first))]
 
     tuner.save()
-    prepared, later, tuner = measured()
+    prepared, later, seen, tuner = measured()
     assert linear_impls(prepared, later) == {rival}
     assert {later.choices[slot.name].source for slot in prepared.executable.slots} == {"cached"}
     asked: list[Any] = []
-    choose_in_model(prepared, later, tuner, stopwatch(LINEAR.impls[rival].fn, asked))
+    choose_in_model(prepared, later, seen, tuner, stopwatch(LINEAR.impls[rival].fn, asked))
     assert not asked  # what was remembered is not tried again
 
 
 def test_noise_changes_nothing() -> None:
-    prepared, chosen, tuner = measured()
+    prepared, chosen, seen, tuner = measured()
     before = dict(chosen.functions)
     times = iter([1000.0, *[996.0] * 1000])
-    choose_in_model(prepared, chosen, tuner, lambda functions: next(times))
+    choose_in_model(prepared, chosen, seen, tuner, lambda functions: next(times))
     assert chosen.functions == before
     assert all(next(iter(c.in_model_us), c.candidate) == c.candidate for c in chosen.choices.values())
 
 
 def test_a_model_that_cannot_be_captured_keeps_its_choices() -> None:
-    prepared, chosen, tuner = measured()
+    prepared, chosen, seen, tuner = measured()
     before, asked = dict(chosen.choices), []
 
     def fails(functions: Mapping[str, Callable[..., Any]]) -> float:
         asked.append(functions)
         return float("inf")
 
-    choose_in_model(prepared, chosen, tuner, fails)
+    choose_in_model(prepared, chosen, seen, tuner, fails)
     assert chosen.choices == before
     assert len(asked) == 1
 
 
 def test_no_time_is_spent_beyond_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared, chosen, tuner = measured()
+    prepared, chosen, seen, tuner = measured()
     monkeypatch.setattr("burnish.in_model._BUDGET_SECONDS", 0.0)
     asked: list[Any] = []
-    choose_in_model(prepared, chosen, tuner, stopwatch(LINEAR.reference, asked))
+    choose_in_model(prepared, chosen, seen, tuner, stopwatch(LINEAR.reference, asked))
     assert not asked

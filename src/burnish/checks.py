@@ -148,7 +148,7 @@ class Checks:
         if not still_wrong:
             return chosen
         prepared.regenerate(self.model)
-        return choose_by_measuring(prepared, self.call, tuner)
+        return choose_by_measuring(prepared, self.call, tuner)[0]
 
     def _verify(self, prepared: Prepared, functions: dict[str, Callable[..., Any]]) -> Verification:
         names = {slot.origin: slot.name for slot in prepared.executable.slots}

@@ -18,7 +18,7 @@ from burnish.tuning import Choice, Key, Tuner, key_of
 
 
 class Seen:
-    """One run of the code with each Op's first able Impl.
+    """One run of the code with each Op's first able Impl, or the reference where verification rejected the Impls.
 
     Attributes:
         keys: the signature of each slot's call, by slot name.
@@ -26,10 +26,10 @@ class Seen:
         outputs: the flat outputs.
     """
 
-    def __init__(self, executable: Executable, call: Call) -> None:
+    def __init__(self, prepared: Prepared, call: Call) -> None:
         self.keys: dict[str, Key] = {}
         self.arguments: dict[Key, list[tuple[Any, ...]]] = {}
-        weights = set(map(id, executable.read_weights()))
+        weights = set(map(id, prepared.executable.read_weights()))
 
         def recording(slot: Slot) -> Callable[..., Any]:
             def record(*args: Any) -> Any:
@@ -37,11 +37,11 @@ class Seen:
                 instances = self.arguments.setdefault(key, [])
                 # Other layers' weights on the first layer's activations: little is kept, and weights come from memory.
                 instances.append(args if not instances else _with_activations_of(instances[0], args, weights))
-                return slot.op.select(*args).fn(*args)
+                return slot.op.reference(*args) if slot.name in prepared.rejected else slot.op.select(*args).fn(*args)
 
             return record
 
-        self.outputs = _run(executable, recording, call)
+        self.outputs = _run(prepared.executable, recording, call)
 
     def compile(self, chosen: Chosen) -> None:
         """Compiles the chosen Impls' kernels all at once; one after the other, at their first calls, takes seconds."""
@@ -55,12 +55,11 @@ class Seen:
 @dataclass
 class Chosen:
     """A callable and the Choice behind it for each slot, by slot name; `outputs` if the model was run with them
-    (flat); `seen` if there was a run that recorded its calls."""
+    (flat)."""
 
     functions: dict[str, Callable[..., Any]] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)
     outputs: Sequence[Any] | None = None
-    seen: Seen | None = None
 
     def reject(self, slot: Slot) -> None:
         """Puts the Op's reference where an Impl failed verification."""
@@ -68,17 +67,16 @@ class Chosen:
         self.choices[slot.name] = Choice("reference", source="verified")
 
 
-def choose_by_measuring(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
+def choose_by_measuring(prepared: Prepared, call: Call, tuner: Tuner) -> tuple[Chosen, Seen]:
     """Runs once, keeping one set of activations for each distinct signature, and measures the Impls on them."""
-    seen = Seen(prepared.executable, call)
-    chosen = Chosen(seen=seen)
+    seen, chosen = Seen(prepared, call), Chosen()
     for slot in prepared.executable.slots:
         args, *others = seen.arguments[seen.keys[slot.name]]
         chosen.functions[slot.name], chosen.choices[slot.name] = tuner.choose(
             slot.op, args, budget_us=tuner.FIRST_BUDGET_US, thorough=True, variants=others
         )
     seen.compile(chosen)
-    return chosen
+    return chosen, seen
 
 
 def choose_for_new_size(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
@@ -90,7 +88,7 @@ def choose_for_new_size(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
 
 def _choose_on_cuda(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
     """After a run with Impls that need no compiler, so that all kernels of the choices can be compiled at once."""
-    seen = Seen(prepared.executable, call)
+    seen = Seen(prepared, call)
     chosen = Chosen(outputs=seen.outputs)
     ends = time.perf_counter() + tuner.NEW_SIZE_BUDGET_US / 1e6
     for slot in prepared.executable.slots:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from burnish.choose import Chosen
+from burnish.choose import Chosen, Seen
 from burnish.lower import Slot
 from burnish.measure import replay_us
 from burnish.prepare import Prepared
@@ -31,16 +31,18 @@ _BUDGET_SECONDS = 4.0
 _REPLAYS, _ENOUGH_US = 9, 20_000.0
 
 
-def choose_in_model(prepared: Prepared, chosen: Chosen, tuner: Tuner, time_us: Callable[[Functions], float]) -> None:
+def choose_in_model(
+    prepared: Prepared, chosen: Chosen, seen: Seen, tuner: Tuner, time_us: Callable[[Functions], float]
+) -> None:
     """Puts other Impls into `chosen` where the model is faster with them by `time_us`, and remembers what was found.
 
     Only signatures that were measured just now have their turn, those that take most of the time first.
     """
-    assert chosen.seen is not None
     groups: dict[Key, list[Slot]] = {}
     for slot in prepared.executable.slots:
-        if chosen.choices[slot.name].source == "measured":
-            groups.setdefault(chosen.seen.keys[slot.name], []).append(slot)
+        choice = chosen.choices[slot.name]
+        if choice.source == "measured" and not choice.in_model_us:
+            groups.setdefault(seen.keys[slot.name], []).append(slot)
 
     def total_us(slots: list[Slot]) -> float:
         choice = chosen.choices[slots[0].name]
@@ -49,7 +51,7 @@ def choose_in_model(prepared: Prepared, chosen: Chosen, tuner: Tuner, time_us: C
     ends = time.perf_counter() + _BUDGET_SECONDS
     best = None
     for key, slots in sorted(groups.items(), key=lambda group: -total_us(group[1])):
-        op, args, winner = slots[0].op, chosen.seen.arguments[key][0], chosen.choices[slots[0].name]
+        op, args, winner = slots[0].op, seen.arguments[key][0], chosen.choices[slots[0].name]
         rivals = tuner.rivals(op, args, winner)
         if not rivals or time.perf_counter() > ends:
             continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -132,8 +133,11 @@ class Schedule:
         started = time.perf_counter()
         served, checks, result = Served(_shapes(call)), Checks(self.model, call), STALE
         programs = len(self._prepared)
-        # A model with dropout draws what it would draw anyway; and a graph in the making needs no code.
-        with torch.random.fork_rng(_cuda_indices(call)), _use_lazy_graph_module(True):
+        devices = _cuda_indices(call)
+        # A model with dropout draws what it would draw anyway; a graph in the making needs no code; and graphs are
+        # captured, and timed, on the current device.
+        on_device = torch.cuda.device(devices[0]) if devices else nullcontext()
+        with torch.random.fork_rng(devices), _use_lazy_graph_module(True), on_device:
             prepared, served.kept_original = self._prepare(call, checks, served)
             if prepared is None:
                 entry = original_entry(self.model)
@@ -204,10 +208,10 @@ class Schedule:
         raise CaptureError(f"the captured graph computes something else: {reason}")
 
     def _first_entry(self, prepared: Prepared, call: Call, checks: Checks, served: Served) -> Entry:
-        chosen = choose_by_measuring(prepared, call, self.tuner)
+        chosen, seen = choose_by_measuring(prepared, call, self.tuner)
         if not self.model.training and self._why_not_captured(prepared, call) is None:
-            choose_in_model(prepared, chosen, self.tuner, model_timer(prepared, self.model, call))
-        chosen.seen = None  # the activations
+            choose_in_model(prepared, chosen, seen, self.tuner, model_timer(prepared, self.model, call))
+        del seen  # the activations
         if self.settings.verify:
             chosen = checks.verify_values(prepared, chosen, self.tuner)
         prepared.verified = True

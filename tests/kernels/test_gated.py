@@ -81,3 +81,10 @@ def test_configs_are_few_and_distinct() -> None:
             assert 1 <= len(configs) <= 16
             assert len({str(config) for config in configs}) == len(configs)
             assert all(str(config).endswith("F.linear") == (name == "triton_gate") for config in configs)
+
+
+def test_a_result_whose_rows_are_not_aligned_is_not_claimed() -> None:
+    x, gate_up, down = randn(1, 128, 64), randn(24, 64), randn(64, 12)
+    args = gated_mlp.bind(*(t.to(torch.bfloat16) for t in (x, gate_up, down)))
+    for name in ("triton_tma", "triton_tma_gate"):
+        assert any("12 rows" in reason for reason in gated_mlp.impls[name].why_not(*args))
