@@ -40,14 +40,14 @@ class Device:
                 device.now += self.early if self.replays < device.FIRST else self.late
                 self.replays += 1
 
-        def capture(run: Callable[[], Any], pool: Any) -> tuple[Graph, Any]:
-            run()
-            return Graph(), None
+        class Memory:
+            def capture(self, run: Callable[[], Any]) -> tuple[Graph, Any]:
+                run()
+                return Graph(), None
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-        monkeypatch.setattr(torch.cuda, "MemPool", type("MemPool", (), {"id": (0, 1)}))
-        monkeypatch.setattr(measure, "capture_graph", capture)
+        monkeypatch.setattr(measure, "GraphMemory", Memory)
 
     def function(self, early: float, late: float) -> Callable[[torch.Tensor], None]:
         def run(x: torch.Tensor) -> None:

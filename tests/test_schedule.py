@@ -18,7 +18,7 @@ from burnish.checks import Checks
 from burnish.lower import op_of
 from burnish.numerics import assert_close
 from burnish.op import Impl, ImplUnavailable
-from burnish.ops import attention, linear
+from burnish.ops import add_layer_norm, attention, linear
 from burnish.rewrites.rewrite import GraphPass, Outcome
 from burnish.runtime.module import OptimizedModule
 from tests import zoo
@@ -145,6 +145,40 @@ def test_the_reference_takes_a_wrong_impls_place(
     result = fast(x_of())
     assert impls_of(fast.schedule.served[-1], "linear") == [("reference", "verified")] * 4
     assert_close(result, model(x_of()), outputs_in_float64(model, (x_of(),))[0])
+
+
+class Across(nn.Module):
+    """The stream begins transposed, and eager's sums with it are laid out as it is; an Op's are contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = x.transpose(1, 2)
+        stream = stream + self.one(stream)
+        stream = stream + self.other(self.norms[0](stream))
+        out: Tensor = self.norms[1](stream)
+        return out
+
+
+def test_an_impl_is_verified_on_layouts_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(x: Tensor, residual: Tensor, *args: Any) -> Any:
+        return add_layer_norm.reference(x, residual.as_strided(x.shape, x.stride()), *args)
+
+    def why_not(x: Tensor, residual: Tensor, *args: Any) -> list[str]:
+        return [] if x.is_contiguous() and residual.is_contiguous() else ["not contiguous"]
+
+    impl = Impl("careless", careless, True, "", why_not, add_layer_norm.bind)
+    monkeypatch.setattr(add_layer_norm, "impls", {"careless": impl, **add_layer_norm.impls})
+    model, x = zoo.seeded(Across()), hidden(2, WIDTH, 7, torch.float32)
+    fast = burnish.optimize(model, (x,), cache="off")
+    chosen = [impl for impl, _ in impls_of(fast.schedule.served[0], "add_layer_norm")]
+    assert chosen[0] != "careless"
+    assert chosen[1:] == ["careless"]
+    assert not fast.schedule.verifications[0].failures
+    assert_right(fast, model, x)
 
 
 def wrong_for_one_row(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from burnish.capture import Program
@@ -116,7 +116,7 @@ class Checks:
         started = time.perf_counter()
         program = prepared.program
         record = StepRecord("verify", nodes_before=len(program.graph_module.graph.nodes))
-        prepared.verification = verification = self._verify(prepared, chosen.functions)
+        prepared.verification = verification = self._verify(prepared, chosen)
         if verification.skipped:
             record.notes.append(f"not verified: {verification.skipped}")
         if verification.units:
@@ -141,7 +141,7 @@ class Checks:
             for slot in (slots[node.name] for node in unit.inner if node.name in slots):
                 prepared.rejected[slot.name] = reason or "failed"
                 chosen.reject(slot)
-        still_wrong = self._verify(prepared, chosen.functions).failures
+        still_wrong = self._verify(prepared, chosen).failures
         for unit in still_wrong:
             restore(prepared.program.graph_module, prepared.program.captured, unit)
             record.notes.append(f"undone: {', '.join(unit.ops)} at {unit.node.name}; the original nodes stay")
@@ -150,11 +150,25 @@ class Checks:
         prepared.regenerate(self.model)
         return choose_by_measuring(prepared, self.call, tuner)[0]
 
-    def _verify(self, prepared: Prepared, functions: dict[str, Callable[..., Any]]) -> Verification:
-        names = {slot.origin: slot.name for slot in prepared.executable.slots}
+    def _verify(self, prepared: Prepared, chosen: Chosen) -> Verification:
+        slots = {slot.origin: slot for slot in prepared.executable.slots}
+
+        def function_of(node: fx.Node) -> Callable[..., Any]:
+            slot = slots[node.name]
+            impl, function = slot.op.impls[chosen.choices[slot.name].impl], chosen.functions[slot.name]
+
+            def run(*args: Any) -> Any:
+                # Chosen for what the Ops before it write, it may refuse the strides that eager's values have.
+                return function(*(map(_contiguous, args) if impl.reasons(*args) else args))
+
+            return run
+
         program = prepared.program
-        leaves = self.sample(program).leaves
-        return verify(program.graph_module, program.captured, leaves, lambda node: functions[names[node.name]])
+        return verify(program.graph_module, program.captured, self.sample(program).leaves, function_of)
+
+
+def _contiguous(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, Tensor) else value
 
 
 def _unit_sizes(call: Call) -> Any:

@@ -20,7 +20,7 @@ from burnish.choose import Chosen, Seen
 from burnish.lower import Slot
 from burnish.measure import replay_us
 from burnish.prepare import Prepared
-from burnish.runtime.cuda_graph import capture_graph
+from burnish.runtime.cuda_graph import GraphMemory
 from burnish.runtime.module import Call
 from burnish.tuning import Key, Tuner
 
@@ -74,7 +74,7 @@ def model_timer(prepared: Prepared, model: nn.Module, call: Call) -> Callable[[F
     """Microseconds that a CUDA graph of `prepared` takes on this call with given functions in its slots; infinity where
     they cannot be captured."""
 
-    memory = torch.cuda.MemPool()  # the graphs', one after the other
+    memory = GraphMemory()  # the graphs', one after the other
 
     def time_us(functions: Functions) -> float:
         entry = prepared.bind(functions, model)
@@ -82,7 +82,7 @@ def model_timer(prepared: Prepared, model: nn.Module, call: Call) -> Callable[[F
             try:
                 entry.run(call.leaves)
                 torch.cuda.synchronize()
-                graph, _ = capture_graph(lambda: entry.run(call.leaves), memory.id)
+                graph, _ = memory.capture(lambda: entry.run(call.leaves))
             except RuntimeError:
                 return float("inf")
         graph.replay()

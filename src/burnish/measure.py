@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from burnish.runtime.cuda_graph import capture_graph
+from burnish.runtime.cuda_graph import GraphMemory
 
 ENOUGH_US = 30_000.0  # per function: beyond this one more sample says nothing that the cache could keep
 FEWEST_SAMPLES = 4
@@ -78,7 +78,7 @@ def measure_captured(
     The fastest few are measured again in turn: what ran before decides how warm the device is, and so its clock.
     """
     arguments = _cold(arguments, weights)
-    memory = torch.cuda.MemPool()  # one for all: what each graph had of its own would stay reserved after it
+    memory = GraphMemory()  # one for all: what each graph had of its own would stay reserved after it
     times: dict[str, float] = {}
     finalists: dict[str, torch.cuda.CUDAGraph] = {}
     for name, function in functions.items():
@@ -99,7 +99,7 @@ def measure_captured(
 
 
 def _chain(
-    function: Callable[..., Any], arguments: Sequence[Sequence[Any]], memory: torch.cuda.MemPool
+    function: Callable[..., Any], arguments: Sequence[Sequence[Any]], memory: GraphMemory
 ) -> torch.cuda.CUDAGraph:
     def chain() -> None:
         for args in arguments:
@@ -108,7 +108,7 @@ def _chain(
     with torch.no_grad():
         function(*arguments[0])  # compiles, and sets libraries up
         torch.cuda.synchronize()
-        graph, _ = capture_graph(chain, memory.id)
+        graph, _ = memory.capture(chain)
     graph.replay()
     return graph
 

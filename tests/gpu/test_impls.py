@@ -9,7 +9,7 @@ import torch
 
 from burnish.numerics import assert_close, oracle, randn
 from burnish.op import OPS, Op, Sample
-from burnish.runtime.cuda_graph import capture_graph
+from burnish.runtime.cuda_graph import GraphMemory
 from tests.ops.matrix import DTYPES, assert_impls
 
 import burnish.ops  # noqa: F401 isort: skip
@@ -35,9 +35,9 @@ def test_one_graph_serves_every_length_of_a_cache() -> None:
     op = OPS["cached_attention"]
     shapes = ((2, 8, 1, 64), (2, 2, 500, 64), (2, 2, 500, 64))
     q, k, v = (randn(*shape, dtype=torch.bfloat16, device="cuda", seed=seed) for seed, shape in enumerate(shapes))
-    lengths = torch.tensor([1], device="cuda")
+    lengths, memory = torch.tensor([1], device="cuda"), GraphMemory()
     for config in op.impls["triton"].configs(*op.bind(q, k, v, lengths)):  # type: ignore[misc]
-        graph, out = capture_graph(partial(op.impls["triton"].fn, *op.bind(q, k, v, lengths), config=config))
+        graph, out = memory.capture(partial(op.impls["triton"].fn, *op.bind(q, k, v, lengths), config=config))
         for length in (1, 63, 64, 65, 499, 500, 17):
             lengths.fill_(length)
             graph.replay()

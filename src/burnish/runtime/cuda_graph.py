@@ -8,7 +8,6 @@ other's intermediate memory, so no two of them may run at once: whoever comes fr
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ class GraphPool:
         self.limit = limit
         self.lock = threading.RLock()
         self._graphs: OrderedDict[int, CapturedCall] = OrderedDict()
-        self._memory: torch.cuda.MemPool | None = None
+        self._memory: GraphMemory | None = None
         self._stream: torch.cuda.Stream | None = None
         self._raw_stream = 0
 
@@ -40,12 +39,11 @@ class GraphPool:
         return len(self._graphs)
 
     @property
-    def handle(self) -> Any:
-        """The memory pool, made when the first graph wants it. It outlives its graphs: a mere handle could not be used
-        again once the last of them is gone."""
+    def memory(self) -> GraphMemory:
+        """What the graphs share, made when the first of them wants it."""
         if self._memory is None:
-            self._memory = torch.cuda.MemPool()
-        return self._memory.id
+            self._memory = GraphMemory()
+        return self._memory
 
     def used(self, call: CapturedCall) -> None:
         """Notes a use; drops the graph that was not used for longest when there are too many."""
@@ -72,12 +70,38 @@ class GraphPool:
             self._stream, self._raw_stream = stream, raw
 
 
-def capture_graph(run: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """`run()` as a CUDA graph, and what it returned. RuntimeError where it does what no graph can hold.
+class GraphMemory:
+    """Memory on the current device that graphs share, whether they live one after another or at once.
 
-    Unlike torch.cuda.graph it does not hand the allocator's free memory back to the driver first: to get it again would
-    cost each capture some milliseconds.
+    It is that of an empty graph of its own: torch forgets a pool for good with the last graph that uses it (its
+    allocator of pinned memory does, whatever else holds the pool), and later captures into it would fail.
     """
+
+    def __init__(self) -> None:
+        self._make()
+
+    def _make(self) -> None:
+        nothing = torch.zeros(1, device="cuda")
+        self._keeper, _ = _capture(nothing.zero_, None)
+        self._id = self._keeper.pool()
+
+    def capture(self, run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """`run()` as a CUDA graph, and what it returned. RuntimeError where it does what no graph can hold.
+
+        Unlike torch.cuda.graph it does not hand the allocator's free memory back to the driver first: to get it again
+        would cost each capture some milliseconds.
+        """
+        try:
+            return _capture(run, self._id)
+        except BaseException:
+            self._make()  # torch believes that a capture which broke still goes on in its pool
+            raise
+
+
+_broken: list[torch.cuda.CUDAGraph] = []  # torch's allocators keep asking the graph of a capture that broke
+
+
+def _capture(run: Callable[[], Any], pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -85,11 +109,13 @@ def capture_graph(run: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             result = run()
+            graph.capture_end()
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # the capture is broken, and says so once more
+            try:
                 graph.capture_end()
+            except RuntimeError:  # the capture is broken, and says so once more
+                _broken.append(graph)
             raise
-        graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
     return graph, result
 
@@ -153,7 +179,7 @@ class CapturedCall:
             leaves = list(self._constants)
             for place, tensor in zip(self._places, buffers or given, strict=True):
                 leaves[place] = tensor
-            graph, outputs = capture_graph(lambda: list(self._run(leaves)), self.pool.handle)
+            graph, outputs = self.pool.memory.capture(lambda: list(self._run(leaves)))
         self._addresses = [tensor.data_ptr() for tensor in buffers or given]
         self._graph, self._buffers, self._outputs = graph, buffers, outputs
 
