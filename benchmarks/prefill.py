@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.gpu import run_model
 from benchmarks.runner import Case, Record, Session
@@ -41,17 +42,23 @@ def cases() -> Iterator[Case]:
 
 
 def _run(session: Session, *, name: str, model_name: str, seq: int) -> list[Record]:
+    model, inputs = llama(model_name, seq)
+    # float64 copies of 8 billion weights do not fit; optimize() itself verifies every rewritten value.
+    small = model_name == "llama-1b"
+    return run_model(session, name, model, inputs, check=small)
+
+
+def llama(name: str, seq: int, device: str = "cuda") -> tuple[nn.Module, dict[str, Any]]:
+    """One of MODELS, made where it runs, and a prompt of `seq` tokens for it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(**MODELS[model_name])
-    with torch.device("cuda"):
+    config = LlamaConfig(**MODELS[name])
+    with torch.device(device):
         torch.set_default_dtype(torch.bfloat16)
         try:
             model = LlamaForCausalLM(config).eval()
         finally:
             torch.set_default_dtype(torch.float32)
-    ids = torch.randint(3, config.vocab_size, (1, seq), device="cuda")
-    # float64 copies of 8 billion weights do not fit; optimize() itself verifies every rewritten value.
-    small = model_name == "llama-1b"
-    return run_model(session, name, model, {"input_ids": ids, "logits_to_keep": 1}, check=small)
+    ids = torch.randint(3, config.vocab_size, (1, seq), device=device)
+    return model, {"input_ids": ids, "logits_to_keep": 1}

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ def cases() -> Iterator[Case]:
 
 def _import(session: Session) -> list[Record]:
     seconds = {"burnish": [_child("import", "burnish")["seconds"] for _ in range(REPEATS)]}
-    return _records(session, "import burnish, after torch", seconds)
+    return records_of(session, "import burnish, after torch", seconds)
 
 
 def _first_call(session: Session, *, full_cache: bool) -> list[Record]:
@@ -48,7 +48,7 @@ def _first_call(session: Session, *, full_cache: bool) -> list[Record]:
                 if full_cache:
                     _child("first-call", variant, cache=cache)
                 times.append(_child("first-call", variant, cache=cache)["seconds"])
-    return _records(session, name, seconds)
+    return records_of(session, name, seconds)
 
 
 def _new_shape(session: Session) -> list[Record]:
@@ -58,7 +58,7 @@ def _new_shape(session: Session) -> list[Record]:
         for variant, times in seconds.items():
             with tempfile.TemporaryDirectory() as cache:
                 times.append(_child("new-shape", variant, cache=cache)["seconds"])
-    return _records(session, "minilm fp32 new shape, beyond its own run", seconds)
+    return records_of(session, "minilm fp32 new shape, beyond its own run", seconds)
 
 
 def _peak_memory(session: Session, *, when: str) -> list[Record]:
@@ -69,37 +69,53 @@ def _peak_memory(session: Session, *, when: str) -> list[Record]:
         with tempfile.TemporaryDirectory() as cache:
             mib = _child("peak-memory", variant, cache=cache)[when]
         session.console.print(f"  {variant}: {mib:.0f} MiB")
-        records.append({**_template(session, name), "variant": variant, "peak_mib": round(mib, 1)})
+        records.append({**template(session, name), "variant": variant, "peak_mib": round(mib, 1)})
     return records
 
 
-def _child(what: str, variant: str, cache: str | None = None) -> dict[str, Any]:
-    """What benchmarks/child.py prints as its last line. RuntimeError with the end of its output where it fails."""
-    environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "src"), environment.get("PYTHONPATH", "")])
-    if cache is not None:
-        environment |= {"XDG_CACHE_HOME": cache, "TORCHINDUCTOR_CACHE_DIR": str(Path(cache, "inductor"))}
-    command = [sys.executable, "-m", "benchmarks.child", what, variant]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+def run_child(module: str, *arguments: str, environment: Mapping[str, str]) -> dict[str, Any]:
+    """What `python -m MODULE ARGUMENTS` prints as its last line. RuntimeError with the end of its output where it
+    fails."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command[1:])} failed:\n{done.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-def _records(session: Session, name: str, seconds: dict[str, list[float]]) -> list[Record]:
+def cache_environment(folder: str) -> dict[str, str]:
+    """What makes a process keep Burnish's, Triton's and Inductor's caches in `folder`."""
+    inner = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+    return {"XDG_CACHE_HOME": folder, **{name: str(Path(folder, part)) for name, part in inner.items()}}
+
+
+def _child(what: str, variant: str, cache: str | None = None) -> dict[str, Any]:
+    environment = {} if cache is None else cache_environment(cache)
+    return run_child("benchmarks.child", what, variant, environment=environment)
+
+
+def records_of(session: Session, name: str, seconds: dict[str, list[float]]) -> list[Record]:
     """Each process is a round of one call: ratios pair neighbouring processes."""
     timings = {variant: Timing(tuple((s * 1e6,) for s in times)) for variant, times in seconds.items()}
-    result = Benchmark(timings, device(measure=False), _now())
+    result = Benchmark(timings, device(measure=False), now())
     session.console.print(result)
     return result.records(name, session.command(name))
 
 
-def _template(session: Session, name: str) -> Record:
+def template(session: Session, name: str) -> Record:
     """A record of something that is not a time."""
-    (record,) = Benchmark({"": Timing(((0.0,),))}, device(measure=False), _now()).records(name, session.command(name))
+    (record,) = Benchmark({"": Timing(((0.0,),))}, device(measure=False), now()).records(name, session.command(name))
     return {**record, "median_us": None, "p20_us": None, "p80_us": None}
 
 
-def _now() -> str:
+def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

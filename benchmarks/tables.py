@@ -64,13 +64,19 @@ def renew(text: str, results: Path) -> str:
 
 
 def group_tables(group: str, pattern: str | None, results: Path) -> list[str]:
-    """One Markdown table per device that has results of this group, and under each how it was measured."""
+    """Per device that has results of this group one Markdown table, another for memory over many sizes, and under them
+    how it was measured."""
     lines: list[str] = []
     for path in sorted(results.glob(f"*/{group}.json")):
         records = [record for record in load_records(path) if fnmatchcase(record["case"], pattern or "*")]
         if not records:
             continue
-        lines += ["", *_device_table(records), "", *_footer(records)]
+        timed = [record for record in records if "reserved_mib" not in record]
+        if timed:
+            lines += ["", *_device_table(timed)]
+        if len(timed) < len(records):
+            lines += ["", *_reserved_table([record for record in records if "reserved_mib" in record])]
+        lines += ["", *_footer(records)]
     return [*lines, ""] if lines else ["", f"No results recorded yet: `python -m benchmarks {group}` writes them.", ""]
 
 
@@ -87,10 +93,24 @@ def registry_table() -> list[str]:
     return [*lines, ""]
 
 
-def _device_table(records: list[Record]) -> Iterator[str]:
+def _by_case(records: list[Record]) -> dict[str, dict[str, Record]]:
+    """Each case's records by variant."""
     cases: dict[str, dict[str, Record]] = {}
     for record in records:
         cases.setdefault(record["case"], {})[record["variant"]] = record
+    return cases
+
+
+def _reserved_table(records: list[Record]) -> Iterator[str]:
+    """Memory held on the device at several times: nobody wins or loses."""
+    variants = list(dict.fromkeys(record["variant"] for record in records))
+    yield from _rows(["memory reserved", *variants])
+    for case, found in _by_case(records).items():
+        yield from _rows([case, *(_measured(found.get(variant)) for variant in variants)])[:1]
+
+
+def _device_table(records: list[Record]) -> Iterator[str]:
+    cases = _by_case(records)
     variants = list(dict.fromkeys(record["variant"] for record in records if not record["variant"].startswith("impl ")))
     if "burnish" in variants:
         floors = any(record["floor_us"] for record in records)
@@ -122,7 +142,8 @@ def _measured(record: Record | None) -> str:
     """A time, a size, or nothing; a star where the variant's numbers broke the rule."""
     if record is None:
         return ""
-    text = f"{record['peak_mib']:.0f} MiB" if "peak_mib" in record else human_us(record["median_us"])
+    mib = record.get("peak_mib", record.get("reserved_mib"))
+    text = human_us(record["median_us"]) if mib is None else f"{mib:.0f} MiB"
     return f"{text} \\*" if record.get("inaccurate") else text
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from benchmarks import ops, ship, startup
+from benchmarks import ops, serving, ship, startup
 from benchmarks.runner import verdicts
 from benchmarks.tables import group_tables, registry_table, renew
 from burnish.bench import RECORD_KEYS, save_records
@@ -29,7 +29,7 @@ def test_every_op_has_a_benchmark() -> None:
 
 
 def test_case_names_are_unique() -> None:
-    for group in (ops, startup):
+    for group in (ops, serving, startup):
         names = [case.name for case in group.cases()]
         assert len(names) == len(set(names)) > 0
 
@@ -75,6 +75,23 @@ def test_memory_and_inaccurate_peers_are_said(tmp_path: Path) -> None:
     assert "| memory | 100 MiB | 110 MiB |  | 1.10x the memory | eager |" in text
     assert "2 ms \\*" in text
     assert "\\* its numbers differ" in text
+
+
+def test_memory_over_many_sizes_has_a_table_of_its_own(tmp_path: Path) -> None:
+    records = [record("optimize", "burnish", 9e6), record("optimize", "compile-default", 18e6)]
+    records += [record("host time", "burnish", 40)]
+    records += [record("many", f"after {n} sizes", None, reserved_mib=n / 4) for n in (200, 1000)]
+    save_records(tmp_path / "gpu" / "serving.json", records)
+    lines = group_tables("serving", None, tmp_path)
+    assert "| case | burnish | compile-default | burnish | against |" in lines
+    assert "| optimize | 9 s | 18 s | 2.00x as fast | compile-default |" in lines
+    assert "| host time | 40 us |  |  |  |" in lines
+    alone = group_tables("serving", "many", tmp_path)
+    assert not [line for line in alone if "burnish" in line]
+    for table in (lines, alone):
+        start = table.index("| memory reserved | after 200 sizes | after 1000 sizes |")
+        assert table[start - 1] == ""
+        assert table[start + 2 : start + 4] == ["| many | 50 MiB | 250 MiB |", ""]
 
 
 def test_op_tables_name_the_fastest_impl_and_its_floor(tmp_path: Path) -> None:

@@ -8,16 +8,14 @@ from torch.utils import _pytree as pytree
 
 from burnish.capture import capture
 from burnish.choose import _choose_on_cuda
-from burnish.numerics import assert_close
 from burnish.op import OPS
 from burnish.prepare import Preparer
 from burnish.runtime.module import Call
 from burnish.tuning import Tuner
 from tests import zoo
-from tests.e2e.float64 import outputs_in_float64
 
 
-def test_what_verification_rejected_has_no_part_in_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_verification_rejected_is_not_even_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     case = zoo.CASES["bert-sdpa-mask"]
     model, inputs, tuner = case.build(), case.inputs(2, 16, torch.float32), Tuner("off")
     leaves, spec = pytree.tree_flatten(((), inputs))
@@ -29,7 +27,3 @@ def test_what_verification_rejected_has_no_part_in_the_result(monkeypatch: pytes
     chosen = _choose_on_cuda(prepared, Call((), inputs, leaves, spec), tuner)
     assert rejected
     assert all(chosen.functions[slot.name] == linear.reference for slot in rejected)
-    assert chosen.outputs is not None
-    with torch.no_grad():
-        eager = pytree.tree_leaves(model(**inputs))
-    assert_close(list(chosen.outputs), eager, outputs_in_float64(model, (), inputs))

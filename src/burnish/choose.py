@@ -23,7 +23,6 @@ class Seen:
     Attributes:
         keys: the signature of each slot's call, by slot name.
         arguments: of each signature the arguments of its calls, all with the first one's activations.
-        outputs: the flat outputs.
     """
 
     def __init__(self, prepared: Prepared, call: Call) -> None:
@@ -41,7 +40,7 @@ class Seen:
 
             return record
 
-        self.outputs = _run(prepared.executable, recording, call)
+        _run(prepared.executable, recording, call)
 
     def compile(self, chosen: Chosen) -> None:
         """Compiles the chosen Impls' kernels all at once; one after the other, at their first calls, takes seconds."""
@@ -89,7 +88,7 @@ def choose_for_new_size(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
 def _choose_on_cuda(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
     """After a run with Impls that need no compiler, so that all kernels of the choices can be compiled at once."""
     seen = Seen(prepared, call)
-    chosen = Chosen(outputs=seen.outputs)
+    chosen = Chosen()
     ends = time.perf_counter() + tuner.NEW_SIZE_BUDGET_US / 1e6
     for slot in prepared.executable.slots:
         if slot.name in prepared.rejected:

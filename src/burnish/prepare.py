@@ -78,10 +78,10 @@ class GraphEntry:
 
     def check(self, call: Call) -> str | None:
         """Captures, and says why the graph cannot serve: it cannot be captured, or computes something else."""
+        plain = pytree.tree_leaves(self.plain(call))  # first: to load a kernel is nothing that a graph can hold
         outputs = pytree.tree_leaves(self(call))
         if self.refused is not None:
             return self.refused
-        plain = pytree.tree_leaves(self.plain(call))
         verdict = check_outputs(outputs, plain, plain)
         if not verdict.ok:
             self.refused = f"its replay differs from the calls that were captured: {verdict.reason}"

@@ -41,9 +41,12 @@ def compile_launch(launch: Any, capability: int) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     options, signature, constants, attributes = specialized(launch, capability)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    source = (GluonASTSource if launch.kernel.is_gluon() else ASTSource)(
+        launch.kernel, signature, constants, attributes
+    )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options.__dict__)
     return {"kernel": launch.kernel.__name__, "shared": compiled.metadata.shared, **_resources(compiled.asm["cubin"])}
 
@@ -90,8 +93,8 @@ def compile_all(names: list[str], everything: bool) -> list[dict[str, Any]]:
     for name in names:
         op = find_op(name)
         for impl in op.impls.values():
-            if impl.name.startswith("triton"):
-                for capability in CAPABILITIES:
+            if impl.name.startswith(("triton", "gluon")):
+                for capability in CAPABILITIES if impl.name.startswith("triton") else (90,):
                     for label, launch in launches_of(op, impl, capability, everything):
                         jobs.setdefault(_key(launch, capability), (label, launch, capability))
     return [_compiled(job) for job in jobs.values()]
@@ -122,6 +125,8 @@ def kernels_for_rows(rows: list[int]) -> list[list[str]]:
     calls: dict[tuple[str, str], Any] = {
         ("linear", "triton"): lambda n: (tensor(1, n, 64), weight, vector, "gelu", tensor(1, n, 192)),
         ("linear", "triton_tma"): lambda n: (tensor(1, n, 64), weight, vector, "none", tensor(1, n, 192)),
+        ("linear", "gluon"): lambda n: (tensor(1, n, 64), weight, vector, "gelu", tensor(1, n, 192)),
+        ("linear_add_layer_norm", "gluon"): lambda n: (tensor(1, n, 64), weight, vector, tensor(1, n, 192), vector),
         ("gated_mlp", "triton_tma_gate"): lambda n: (tensor(1, n, 64), weight, tensor(64, 96)),
         ("linear_add_layer_norm", "triton"): lambda n: (tensor(1, n, 64), weight, vector, tensor(1, n, 192), vector),
         ("add_rms_norm", "triton"): lambda n: (tensor(1, n, 64), tensor(1, n, 64), None),

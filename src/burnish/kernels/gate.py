@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -54,7 +56,10 @@ def gate(gate_up: Tensor, activation: str, config: Config | None = None) -> Tens
     config = config or gate_configs(columns)[0]
     gate_up = gate_up.contiguous()
     out = gate_up.new_empty((*gate_up.shape[:-1], columns))
-    constants = {"ACTIVATION": in_half(activation, gate_up.dtype), "EVEN": columns % config["BLOCK"] == 0}
+    constants: dict[str, Any] = {
+        "ACTIVATION": in_half(activation, gate_up.dtype),
+        "EVEN": columns % config["BLOCK"] == 0,
+    }
     programs = gate_up.numel() // (2 * columns) * triton.cdiv(columns, config["BLOCK"])
     launch(gate_kernel, (programs,), gate_up, out, columns, config=config, like=gate_up, **constants)
     return out

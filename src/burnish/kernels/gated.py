@@ -13,6 +13,7 @@ from burnish.kernels.launch import Config
 from burnish.kernels.matmul import matmul
 from burnish.kernels.matmul_configs import Product, matmul_configs
 from burnish.kernels.matmul_tma import matmul_tma, matmul_tma_configs
+from burnish.kernels.matmul_wgmma import matmul_wgmma, matmul_wgmma_configs
 from burnish.kernels.skinny import skinny, skinny_configs
 
 
@@ -40,6 +41,7 @@ FAMILIES = {
     "gemv": Family(gemv, gemv_configs),
     "skinny": Family(skinny, skinny_configs),
     "tma": Family(matmul_tma, matmul_tma_configs),
+    "wgmma": Family(matmul_wgmma, matmul_wgmma_configs),
 }
 
 

@@ -157,6 +157,10 @@ def gemv(
         *(weight.stride(0), columns * weight.stride(0), 1 if bias is None else bias.stride(0)),
         *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1)),
     )
-    constants = {"ACTIVATION": activation, "GATED": gated, "EVEN_K": x.shape[-1] % config["BLOCK_K"] == 0}
+    constants: dict[str, Any] = {
+        "ACTIVATION": activation,
+        "GATED": gated,
+        "EVEN_K": x.shape[-1] % config["BLOCK_K"] == 0,
+    }
     launch(gemv_kernel, (triton.cdiv(columns, config["BLOCK_N"]),), *arguments, config=config, like=x, **constants)
     return out

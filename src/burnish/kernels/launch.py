@@ -116,11 +116,19 @@ def _device_target(index: int) -> Target:
     return Target((properties.major, properties.minor), properties.multi_processor_count)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, like: Tensor, **constants: Any) -> None:
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    config: Config,
+    like: Tensor,
+    registers: int | None = None,
+    **constants: Any,
+) -> None:
     """Runs `kernel[grid](*args, **constants)` with the config's blocks, and with PDL where there is such a thing.
 
     The kernel takes its blocks as constexpr arguments by the config's names, and a constexpr `PDL`.
-    `like` is any tensor on the device.
+    `like` is any tensor on the device. `registers` bounds those of a thread.
     """
     target = target_of(like)
     constants |= dict(config.blocks) | {"PDL": target.pdl}
@@ -132,6 +140,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, like:
     }
     if target.pdl:
         options["launch_pdl"] = True
+    if registers is not None:
+        options["maxnreg"] = registers
     recorder = _recorder.get()
     if recorder is not None:
         recorder[0](Launch(kernel, grid, args, constants, options))

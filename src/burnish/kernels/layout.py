@@ -9,6 +9,7 @@ from torch import Tensor
 MAX_GEMV_ROWS = 8  # with more, the products of ordinary cores would be slower than the memory
 MAX_SKINNY_ROWS = 64
 MIN_TMA_ROWS = 128
+MIN_WGMMA_ROWS = 33
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,7 @@ def skinny_reasons(x: Tensor, weights: tuple[Tensor, ...]) -> list[str]:
 
 def tma_reasons(x: Tensor, weights: tuple[Tensor, ...]) -> list[str]:
     """Further reasons against the kernels that copy tiles by tensor memory access."""
-    rows, reasons = x.numel() // max(1, x.shape[-1]), []
-    if x.element_size() != 2:
-        reasons.append(f"the inputs are {x.dtype}; the kernel takes float16 and bfloat16")
-    if rows < MIN_TMA_ROWS:
-        reasons.append(f"x has {rows} rows; the kernel takes {MIN_TMA_ROWS} and more")
-    lying = rows_of(x)
-    if lying is not None and lying.inner != lying.count:
-        reasons.append(f"x has strides {x.stride()}; one has to be enough for its rows")
-    elif lying is not None and not copyable(x, lying.stride_inner, x.stride(-1)):
-        reasons.append(f"x has strides {x.stride()}; its rows must be contiguous and start at multiples of 16 bytes")
+    reasons = _copied_reasons(x, MIN_TMA_ROWS)
     for weight in weights:
         if weight.shape[0] * weight.element_size() % 16:
             reasons.append(f"a weight has {weight.shape[0]} rows; a row of the result must be a multiple of 16 bytes")
@@ -87,6 +79,30 @@ def tma_reasons(x: Tensor, weights: tuple[Tensor, ...]) -> list[str]:
             reasons.append(
                 f"a weight has strides {weight.stride()}; one must be 1 and the other a multiple of 16 bytes"
             )
+    return reasons
+
+
+def wgmma_reasons(x: Tensor, weights: tuple[Tensor, ...]) -> list[str]:
+    """Further reasons against the kernels whose warps have roles."""
+    reasons = _copied_reasons(x, MIN_WGMMA_ROWS)
+    for weight in weights:
+        if not copyable(weight, *weight.stride()):
+            reasons.append(f"a weight has strides {weight.stride()}; they must be a multiple of 16 bytes and 1")
+    return reasons
+
+
+def _copied_reasons(x: Tensor, fewest: int) -> list[str]:
+    """Reasons against copying rows of x by tensor memory access, where there are to be `fewest` at least."""
+    rows, reasons = x.numel() // max(1, x.shape[-1]), []
+    if x.element_size() != 2:
+        reasons.append(f"the inputs are {x.dtype}; the kernel takes float16 and bfloat16")
+    if rows < fewest:
+        reasons.append(f"x has {rows} rows; the kernel takes {fewest} and more")
+    lying = rows_of(x)
+    if lying is not None and lying.inner != lying.count:
+        reasons.append(f"x has strides {x.stride()}; one has to be enough for its rows")
+    elif lying is not None and not copyable(x, lying.stride_inner, x.stride(-1)):
+        reasons.append(f"x has strides {x.stride()}; its rows must be contiguous and start at multiples of 16 bytes")
     return reasons
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from burnish.kernels.launch import Config, launch, launch_dependents, wait_for_inputs
+from burnish.kernels.launch import Config, launch, launch_dependents, target_of, wait_for_inputs
 from burnish.kernels.matmul import dot, prefetch_weight
 from burnish.kernels.matmul_configs import Product, fitting
 from burnish.kernels.norms import load_vector, norm_configs, normalize
@@ -106,24 +106,39 @@ def linear_add_norm(
     Dtypes: float16 or bfloat16, the norm's weights may differ. Products and sums are float32.
     """
     (N, K), rows = weight.shape, x.numel() // x.shape[-1]
-    product = Product.of(x, weight)
-    config = config or linear_norm_configs(product)[0]
+    config = config or linear_norm_configs(Product.of(x, weight))[0]
     block_m, block_n, block_k, split = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
     parts = x.new_empty((split, rows, N), dtype=torch.float32)
     evenness = {"EVEN_K": K % block_k == 0, "EVEN_N": N % block_n == 0}
-    x_row, residual_row = (tensor.reshape(rows, -1).stride(0) for tensor in (x, residual))
     launch(
         _parts_kernel, (triton.cdiv(N, block_n), triton.cdiv(rows, block_m), split), x, weight, parts, rows, N, K,
-        x_row, weight.stride(0), config=config, like=x, **evenness,
+        x.reshape(rows, -1).stride(0), weight.stride(0), config=config, like=x, **evenness,
     )  # fmt: skip
-    out = x.new_empty(residual.shape)
+    return norm_of_parts(parts, bias, residual, norm_weight, norm_bias, eps, rms)
+
+
+def norm_of_parts(
+    parts: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    rms: bool,
+) -> tuple[Tensor, Tensor]:
+    """`norm(parts.sum(0) + bias + residual)` and the sum that it normalizes, as `linear_add_norm` has them.
+
+    Shapes: parts (SPLIT_K, rows, N) of float32, the others as of `linear_add_norm`.
+    """
+    split, rows, N = parts.shape
+    out = residual.new_empty(residual.shape)
     total = torch.empty_like(out)
     steps = (1 if vector is None else vector.stride(0) for vector in (bias, norm_weight, norm_bias))
-    warps = norm_configs(rows, N, x.dtype, True, product.target)[0].num_warps
+    warps = norm_configs(rows, N, residual.dtype, True, target_of(residual))[0].num_warps
     launch(
-        _norm_of_parts_kernel, (rows,), parts, bias, residual, norm_weight, norm_bias, out, total, rows, residual_row,
-        *steps, eps, config=Config.of(num_warps=max(warps, 4)), like=x, N=N, BLOCK_N=triton.next_power_of_2(N), RMS=rms,
-        SPLIT_K=split,
+        _norm_of_parts_kernel, (rows,), parts, bias, residual, norm_weight, norm_bias, out, total, rows,
+        residual.reshape(rows, -1).stride(0), *steps, eps, config=Config.of(num_warps=max(warps, 4)), like=residual,
+        N=N, BLOCK_N=triton.next_power_of_2(N), RMS=rms, SPLIT_K=split,
     )  # fmt: skip
     return out, total
 

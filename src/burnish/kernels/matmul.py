@@ -292,7 +292,7 @@ def matmul(
         *(weight.stride(0), weight.stride(1), columns * weight.stride(0), 1 if bias is None else bias.stride(0)),
         *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1)),
     )
-    constants = {
+    constants: dict[str, Any] = {
         "ACTIVATION": in_half(activation, x.dtype),
         "GATED": gated,
         "EVEN": columns % config["BLOCK_N"] == 0 and x.shape[-1] % config["BLOCK_K"] == 0,

@@ -196,7 +196,7 @@ def skinny(
         *(weight.stride(0), columns * weight.stride(0), 1 if bias is None else bias.stride(0)),
         *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1)),
     )
-    constants = {
+    constants: dict[str, Any] = {
         "ACTIVATION": in_half(activation, x.dtype),
         "GATED": gated,
         "EVEN_K": x.shape[-1] % block_k == 0,

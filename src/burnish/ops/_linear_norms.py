@@ -7,8 +7,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from burnish.kernels.layout import wgmma_reasons
 from burnish.op import Cost, Op
 from burnish.ops._common import HALF_TYPES
+from burnish.ops._triton import gluon_why_not
 from burnish.ops._triton_norms import triton_norm_why_not
 from burnish.ops.linear import linear
 
@@ -55,3 +57,36 @@ def triton_configs(x: Tensor, weight: Tensor) -> list[Any]:
     from burnish.kernels.matmul_configs import Product
 
     return linear_norm_configs(Product.of(x, weight))
+
+
+def gluon_parts_why_not(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *vectors: Tensor | None
+) -> list[str]:
+    """Reasons against the same with parts by the Gluon kernel."""
+    reasons = triton_why_not(x, weight, bias, residual, *vectors) + wgmma_reasons(x, (weight,))
+    return list(dict.fromkeys(reasons + gluon_why_not(x)))
+
+
+def gluon_parts_configs(x: Tensor, weight: Tensor) -> list[Any]:
+    from burnish.kernels.matmul_configs import Product
+    from burnish.kernels.matmul_wgmma import matmul_wgmma_parts_configs
+
+    return matmul_wgmma_parts_configs(Product.of(x, weight))
+
+
+def gluon_parts(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    config: Any,
+) -> tuple[Tensor, Tensor]:
+    from burnish.kernels.linear_norm import norm_of_parts
+    from burnish.kernels.matmul_wgmma import matmul_wgmma_parts
+
+    parts = matmul_wgmma_parts(x, weight, config or gluon_parts_configs(x, weight)[0])
+    return norm_of_parts(parts, bias, residual, norm_weight, norm_bias, eps, rms)

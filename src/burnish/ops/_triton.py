@@ -25,6 +25,14 @@ def triton_why_not(x: Tensor) -> list[str]:
     return reasons
 
 
+def gluon_why_not(x: Tensor) -> list[str]:
+    """Reasons against a Gluon kernel on `x`: those, and that it is written for Hopper."""
+    reasons = triton_why_not(x)
+    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] != 9:
+        reasons.append(f"compute capability {torch.cuda.get_device_capability(x.device)} is not 9.0, Hopper's")
+    return reasons
+
+
 @functools.cache
 def _unsupported(device: int) -> str | None:
     if importlib.util.find_spec("triton") is None:

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from burnish.kernels.layout import gemv_reasons, layout_reasons, skinny_reasons, tma_reasons
+from burnish.kernels.layout import gemv_reasons, layout_reasons, skinny_reasons, tma_reasons, wgmma_reasons
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._activations import GATES, activate, check_activation
 from burnish.ops._common import check_floating, check_same_dtype, check_vector, nbytes
 from burnish.ops._onednn import onednn_float32_why_not, onednn_linear, onednn_why_not
-from burnish.ops._triton import triton_why_not
+from burnish.ops._triton import gluon_why_not, triton_why_not
 
 
 def _check(
@@ -186,7 +186,7 @@ def _register_triton(
     down: bool,
     further_reasons: Callable[[Tensor, tuple[Tensor, ...]], list[str]] | None = None,
 ) -> None:
-    """An Impl by one family of Triton kernels; `down` says that they do the second product too, else torch does."""
+    """An Impl by one family of kernels; `down` says that they do the second product too, else torch does."""
 
     def why_not(
         x: Tensor,
@@ -198,7 +198,8 @@ def _register_triton(
     ) -> list[str]:
         gate_weight = gate_up_weight[: gate_up_weight.shape[0] // 2]
         weights = (gate_weight, down_weight) if down else (gate_weight,)
-        reasons = triton_why_not(x) + layout_reasons(x, (gate_up_weight, down_weight))
+        reasons = (gluon_why_not if family == "wgmma" else triton_why_not)(x)
+        reasons += layout_reasons(x, (gate_up_weight, down_weight))
         return reasons + further_reasons(x, weights) if further_reasons is not None else reasons
 
     def configs(
@@ -253,6 +254,8 @@ _register_triton(
 _register_triton(
     "triton_tma_gate", "A persistent Triton kernel that copies tiles by TMA, then F.linear.", "tma", False, tma_reasons
 )
+_register_triton("gluon", "Two Gluon kernels for Hopper, whose warps have roles.", "wgmma", True, wgmma_reasons)
+_register_triton("gluon_gate", "The first of these Gluon kernels, then F.linear.", "wgmma", False, wgmma_reasons)
 
 
 def _torch_triton_why_not(

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from burnish.kernels.layout import gemv_reasons, layout_reasons, skinny_reasons, tma_reasons
+from burnish.kernels.layout import gemv_reasons, layout_reasons, skinny_reasons, tma_reasons, wgmma_reasons
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._activations import ACTIVATIONS, activate, activate_, check_activation
 from burnish.ops._common import check_floating, check_same_dtype, check_vector, nbytes
 from burnish.ops._onednn import onednn_float32_why_not, onednn_linear, onednn_why_not
-from burnish.ops._triton import triton_why_not
+from burnish.ops._triton import gluon_why_not, triton_why_not
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> None:
@@ -246,3 +246,33 @@ def _triton_tma(
     from burnish.kernels.matmul_tma import matmul_tma
 
     return matmul_tma(x, weight, bias, activation, residual, config=config)
+
+
+def _gluon_why_not(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+) -> list[str]:
+    return gluon_why_not(x) + layout_reasons(x, (weight,), residual) + wgmma_reasons(x, (weight,))
+
+
+def _gluon_configs(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+) -> Sequence[Any]:
+    from burnish.kernels.matmul_configs import Product
+    from burnish.kernels.matmul_wgmma import matmul_wgmma_configs
+
+    return matmul_wgmma_configs(Product.of(x, weight))
+
+
+@linear.impl("gluon", why_not=_gluon_why_not, configs=_gluon_configs)
+def _gluon(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    config: Any = None,
+) -> Tensor:
+    """A Gluon kernel for Hopper with a warp that loads and warps that multiply, weight before the kernel ahead ends."""
+    from burnish.kernels.matmul_wgmma import matmul_wgmma
+
+    return matmul_wgmma(x, weight, bias, activation, residual, config=config)

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
-from burnish.ops._linear_norms import check_product, cost_of, product, triton_configs, triton_why_not
+from burnish.ops._linear_norms import (
+    check_product,
+    cost_of,
+    gluon_parts,
+    gluon_parts_configs,
+    gluon_parts_why_not,
+    product,
+    triton_configs,
+    triton_why_not,
+)
 from burnish.ops._norms import check_norm, layer_norm_reference, not_mixed_layer_norm
 from burnish.ops._triton_norms import triton_norm_configs, triton_norm_why_not
 from burnish.ops.add_layer_norm import add_layer_norm
@@ -202,3 +211,43 @@ def _triton(
     from burnish.kernels.linear_norm import linear_add_norm
 
     return linear_add_norm(x, weight, bias, residual, norm_weight, norm_bias, eps, False, config)
+
+
+def _gluon_why_not(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> list[str]:
+    return gluon_parts_why_not(x, weight, bias, residual, norm_weight, norm_bias)
+
+
+def _gluon_configs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> list[Any]:
+    return gluon_parts_configs(x, weight)
+
+
+@linear_add_layer_norm.impl("gluon", why_not=_gluon_why_not, configs=_gluon_configs)
+def _gluon(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    config: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """The same, with the product by a Gluon kernel for Hopper."""
+    return gluon_parts(x, weight, bias, residual, norm_weight, norm_bias, eps, False, config)

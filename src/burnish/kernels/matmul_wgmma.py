@@ -1,0 +1,384 @@
+"""`act(x @ weight.T + bias) + residual` on Hopper by warps with roles: one fills shared memory, the others multiply.
+
+Written in Gluon, Triton's lower language, for what Triton itself has not: the first tiles of weight are on their way
+into shared memory *before* the wait for the kernel ahead, for which only x has to wait; and nothing but data stands
+between two steps over K. BERT-base's products at 128 and 384 rows, float16, H200, us: 3.4 and 5.2 (2304x768; without
+roles 4.1 and 5.2, in Triton 3.9 and 6.5), 4.1 and 6.9 (3072x768 with GELU; 4.8 and 7.6, 4.4 and 8.8).
+With `GATED` the weight has two halves of rows, gate and up, and the result is `act(gate) * up`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra import cuda as tl_cuda
+
+from burnish.kernels.activations import activate, in_half
+from burnish.kernels.launch import Config, launch, target_of
+from burnish.kernels.layout import rows_of
+from burnish.kernels.matmul import tile_of
+from burnish.kernels.matmul_configs import Product, shared_memory
+
+# Its name up to Triton 3.6, and from then on.
+async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+_GROUP_M = gl.constexpr(16)  # rows of tiles that are walked together, so that L2 keeps the operands
+
+
+@gluon.jit
+def _place(i, M, N, steps, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT_K: gl.constexpr):
+    """Of step `i` of this program: the tile's first row and column, its part of K, and the step over K as a whole."""
+    tile = gl.program_id(0) + i // steps * gl.num_programs(0)
+    row, column = tile_of(tile // SPLIT_K, gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N), _GROUP_M)
+    split = tile % SPLIT_K
+    return row * BLOCK_M, column * BLOCK_N, split, split * steps + i % steps
+
+
+@gluon.jit
+def _ask_for_weight(
+    x_desc, descs, buffers, full, i, total, M, N, steps,
+    GATED: gl.constexpr, COLUMNS: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Step `i`'s tiles of weight, into their stage; its barrier waits for x, too."""
+    _, n, _, step = _place(i, M, N, steps, x_desc.block_shape[0], COLUMNS, SPLIT_K)
+    barrier, wanted = full.index(i % STAGES), i < total
+    nbytes: gl.constexpr = x_desc.block_type.nbytes + descs[0].block_type.nbytes
+    k = step * x_desc.block_shape[1]
+    if descs[1] is None:
+        mbarrier.expect(barrier, nbytes, wanted)
+    else:
+        mbarrier.expect(barrier, nbytes + descs[1].block_type.nbytes, wanted)
+        other = N + n if GATED else n + descs[0].block_shape[0]
+        async_load(descs[1], [other, k], barrier, buffers[1].index(i % STAGES), wanted)
+    async_load(descs[0], [n, k], barrier, buffers[0].index(i % STAGES), wanted)
+
+
+@gluon.jit
+def _ask_for_x(
+    desc, buffers, full, i, total, M, N, steps, COLUMNS: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    m, _, _, step = _place(i, M, N, steps, desc.block_shape[0], COLUMNS, SPLIT_K)
+    place = [m, step * desc.block_shape[1]]
+    async_load(desc, place, full.index(i % STAGES), buffers.index(i % STAGES), i < total)
+
+
+@gluon.jit
+def _fill(
+    x_desc, weight_descs, stages, size, GATED: gl.constexpr, COLUMNS: gl.constexpr, SPLIT_K: gl.constexpr,
+    STAGES: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """One warp: the stages are filled with weight at once, and with x when the kernel ahead is done."""
+    xs, weights, full, empty, _ = stages
+    M, N, steps, mine = size
+    total = mine * steps
+    for i in gl.static_range(STAGES):
+        _ask_for_weight(x_desc, weight_descs, weights, full, i, total, M, N, steps, GATED, COLUMNS, SPLIT_K, STAGES)
+    if PDL:
+        tl_cuda.gdc_launch_dependents()
+        tl_cuda.gdc_wait()
+    for i in gl.static_range(STAGES):
+        _ask_for_x(x_desc, xs, full, i, total, M, N, steps, COLUMNS, SPLIT_K, STAGES)
+    for i in range(STAGES, total):
+        mbarrier.wait(empty.index(i % STAGES), (i // STAGES - 1) & 1)
+        _ask_for_weight(x_desc, weight_descs, weights, full, i, total, M, N, steps, GATED, COLUMNS, SPLIT_K, STAGES)
+        _ask_for_x(x_desc, xs, full, i, total, M, N, steps, COLUMNS, SPLIT_K, STAGES)
+
+
+@gluon.jit
+def _biased(acc, bias_ptr, stride_bias, n, N):
+    if bias_ptr is not None:
+        acc += gl.load(bias_ptr + n * stride_bias, mask=n < N, other=0.0).to(gl.float32)[None, :]
+    return acc
+
+
+@gluon.jit
+def _write(acc, first_m, first_n, split, M, N, epilogue, out_ptr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Adds the residual to a tile and writes it, 16 bytes by each thread, side by side."""
+    _, _, residual_ptr, residual_inner, stride_outer, stride_inner, stride_n = epilogue
+    MMA: gl.constexpr = acc.type.layout
+    if residual_ptr is not None:
+        n = first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, MMA))
+        m = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, MMA)).to(gl.int64)
+        rows = m // residual_inner * stride_outer + m % residual_inner * stride_inner
+        residual = residual_ptr + rows[:, None] + (n.to(gl.int64) * stride_n)[None, :]
+        acc += gl.load(residual, mask=(m < M)[:, None] & (n < N)[None, :], other=0.0).to(gl.float32)
+    WIDE: gl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
+    ACROSS: gl.constexpr = min(32, BLOCK_N // WIDE)
+    OUT: gl.constexpr = gl.BlockedLayout([1, WIDE], [32 // ACROSS, ACROSS], [gl.num_warps(), 1], [1, 0])
+    result = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), OUT)
+    rows = split * M + first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, OUT)).to(gl.int64)
+    columns = first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, OUT))
+    inside = (rows < (split + 1) * M)[:, None] & (columns < N)[None, :]
+    gl.store(out_ptr + (rows * N)[:, None] + columns[None, :], result, mask=inside)
+
+
+@gluon.jit
+def _multiply(
+    stages, size, epilogue, out_ptr, TEAM: gl.constexpr, TEAMS: gl.constexpr, ACTIVATION: gl.constexpr,
+    GATED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, MORE_N: gl.constexpr, SPLIT_K: gl.constexpr,
+    STAGES: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """The other warps: they multiply what is in the stages, and write tiles of the result. Of two teams each has every
+    second tile: one multiplies while the other writes."""
+    xs, weights, full, empty, turns = stages
+    M, N, steps, mine = size
+    bias_ptr, stride_bias = epilogue[0], epilogue[1]
+    OTHER_N: gl.constexpr = BLOCK_N if GATED else MORE_N
+    COLUMNS: gl.constexpr = BLOCK_N + MORE_N
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 16])
+    if PDL:
+        tl_cuda.gdc_wait()
+    for turn in range(TEAM, mine, TEAMS):
+        acc = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, MMA)
+        if OTHER_N > 0:
+            OTHER: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, OTHER_N, 16])
+            other = gl.zeros((BLOCK_M, OTHER_N), gl.float32, OTHER)
+        if TEAMS > 1:
+            mbarrier.wait(turns.index(TEAM), (turn // 2 + TEAM - 1) & 1, pred=turn > 0)
+        for i in range(turn * steps, (turn + 1) * steps):
+            stage = i % STAGES
+            mbarrier.wait(full.index(stage), i // STAGES & 1)
+            x = xs.index(stage)
+            acc = warpgroup_mma(x, weights[0].index(stage).permute((1, 0)), acc, is_async=True)
+            if OTHER_N > 0:
+                other = warpgroup_mma(x, weights[1].index(stage).permute((1, 0)), other, is_async=True)
+                acc, other = warpgroup_mma_wait(2, deps=(acc, other))
+            else:
+                acc = warpgroup_mma_wait(1, deps=(acc,))
+            # The step before this one is done: its stage may be filled again.
+            mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=i > turn * steps)
+        if OTHER_N > 0:
+            acc, other = warpgroup_mma_wait(0, deps=(acc, other))
+        else:
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index(((turn + 1) * steps - 1) % STAGES), count=1)
+        if TEAMS > 1:
+            mbarrier.arrive(turns.index(1 - TEAM), count=1)
+
+        m, n, split, _ = _place(turn * steps, M, N, steps, BLOCK_M, COLUMNS, SPLIT_K)
+        columns = n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, MMA))
+        acc = activate(_biased(acc, bias_ptr, stride_bias, columns, N), ACTIVATION)
+        if GATED:
+            acc *= _biased(other, bias_ptr, stride_bias, N + columns, 2 * N)
+        _write(acc, m, n, split, M, N, epilogue, out_ptr, BLOCK_M, BLOCK_N)
+        if MORE_N > 0:
+            columns = n + BLOCK_N + gl.arange(0, MORE_N, gl.SliceLayout(0, OTHER))
+            other = activate(_biased(other, bias_ptr, stride_bias, columns, N), ACTIVATION)
+            _write(other, m, n + BLOCK_N, split, M, N, epilogue, out_ptr, BLOCK_M, MORE_N)
+
+
+@gluon.jit(do_not_specialize=["M", "residual_inner"])
+def matmul_wgmma_kernel(
+    x_desc,  # (M, K)
+    weight_desc,  # (N, K), or (2 * N, K) if GATED
+    other_desc,  # the same, in blocks for the rest of a tile's columns, or for up; or None
+    bias_ptr,
+    residual_ptr,
+    out_ptr,  # (M, N), or (SPLIT_K, M, N): what each part of K adds
+    M,
+    N,
+    K,
+    stride_bias,
+    residual_inner,
+    stride_residual_outer,
+    stride_residual_inner,
+    stride_residual_n,
+    ACTIVATION: gl.constexpr,
+    GATED: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    MORE_N: gl.constexpr,  # columns of a tile beyond BLOCK_N
+    BLOCK_K: gl.constexpr,
+    SPLIT_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    TEAMS: gl.constexpr,
+    PER_SM: gl.constexpr,
+    TEAM_REGISTERS: gl.constexpr,
+    FILL_REGISTERS: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
+    weights = (gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], weight_desc.layout), None)
+    if other_desc is not None:
+        OTHER: gl.constexpr = [STAGES, other_desc.block_shape[0], BLOCK_K]
+        weights = (weights[0], gl.allocate_shared_memory(x_desc.dtype, OTHER, other_desc.layout))
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [TEAMS, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(TEAMS):
+        mbarrier.init(turns.index(s), count=1)
+    for s in gl.static_range(STAGES):
+        mbarrier.init(full.index(s), count=1)
+        mbarrier.init(empty.index(s), count=1)
+
+    tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N + MORE_N) * SPLIT_K
+    steps = gl.cdiv(gl.cdiv(K, BLOCK_K), SPLIT_K)
+    mine = gl.cdiv(tiles - gl.program_id(0), gl.num_programs(0))
+    stages = (xs, weights, full, empty, turns)
+    size = (M, N, steps, mine)
+    epilogue = (
+        bias_ptr, stride_bias, residual_ptr, residual_inner, stride_residual_outer, stride_residual_inner,
+        stride_residual_n,
+    )  # fmt: skip
+    descs = (weight_desc, other_desc)
+    # (Tuples cannot be put together from tuples here, nor hold strings in a variable.)
+    if TEAMS == 1:
+        gl.warp_specialize(
+            [
+                (_multiply, (stages, size, epilogue, out_ptr, 0, 1, ACTIVATION, GATED, BLOCK_M, BLOCK_N, MORE_N,
+                             SPLIT_K, STAGES, PDL)),
+                (_fill, (x_desc, descs, stages, size, GATED, BLOCK_N + MORE_N, SPLIT_K, STAGES, PDL)),
+            ],
+            [1],
+            [FILL_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply, (stages, size, epilogue, out_ptr, 0, 2, ACTIVATION, GATED, BLOCK_M, BLOCK_N, MORE_N,
+                             SPLIT_K, STAGES, PDL)),
+                (_multiply, (stages, size, epilogue, out_ptr, 1, 2, ACTIVATION, GATED, BLOCK_M, BLOCK_N, MORE_N,
+                             SPLIT_K, STAGES, PDL)),
+                (_fill, (x_desc, descs, stages, size, GATED, BLOCK_N + MORE_N, SPLIT_K, STAGES, PDL)),
+            ],
+            [gl.num_warps(), 1],
+            [TEAM_REGISTERS, FILL_REGISTERS],
+        )  # fmt: skip
+
+
+def matmul_wgmma(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    gated: bool = False,
+    config: Config | None = None,
+) -> Tensor:
+    """`act(x @ weight.T + bias) + residual`, or `act(gate) * up` of the two halves of `x @ weight.T + bias` if gated.
+
+    Shapes: x (..., K) with one stride for its rows, weight (N, K), or (2*N, K) if gated, bias its rows' number,
+    residual and the contiguous result (..., N). Rows of x and weight are contiguous and start at multiples of 16 bytes.
+    All of one dtype: float16 or bfloat16; sums are float32, the result is rounded once. Compute capability 9.0 only.
+    Source: CUTLASS, "Efficient GEMM in CUDA", on warp specialization and its ping-pong kernel.
+    """
+    columns = weight.shape[0] // 2 if gated else weight.shape[0]
+    config = config or matmul_wgmma_configs(Product.of(x, weight, gated))[0]
+    out = x.new_empty((*x.shape[:-1], columns))
+    _launch(x, weight, bias, activation, residual, gated, config, out)
+    return out
+
+
+def matmul_wgmma_parts(x: Tensor, weight: Tensor, config: Config) -> Tensor:
+    """What each of SPLIT_K parts of K adds to `x @ weight.T`: (SPLIT_K, rows of x, N) of float32, otherwise as
+    `matmul_wgmma`."""
+    parts = x.new_empty((config["SPLIT_K"], x.numel() // x.shape[-1], weight.shape[0]), dtype=torch.float32)
+    _launch(x, weight, None, "none", None, False, config, parts)
+    return parts
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    gated: bool,
+    config: Config,
+    out: Tensor,
+) -> None:
+    block_m, block_n, more_n, block_k = (config[name] for name in ("BLOCK_M", "BLOCK_N", "MORE_N", "BLOCK_K"))
+    rows, depth, columns = rows_of(x), x.shape[-1], out.shape[-1]
+    residual_rows = out if residual is None else residual
+    extra = rows_of(residual_rows)
+    assert rows is not None
+    assert extra is not None
+    other = block_n if gated else more_n
+    memory = (weight, *weight.shape, weight.stride(0))
+    arguments: tuple[Any, ...] = (
+        _described(x, rows.count, depth, rows.stride_inner, block_m, block_k),
+        _described(*memory, block_n, block_k),
+        _described(*memory, other, block_k) if other else None,
+        *(bias, residual, out, rows.count, columns, depth),
+        1 if bias is None else bias.stride(0),
+        *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1)),
+    )
+    # All registers of a multiprocessor are dealt out: where a thread's sums are many, most to those that multiply.
+    threads = 32 * (config["TEAMS"] * config.num_warps + 4)
+    registers = min(255, 65536 // (threads * config["PER_SM"]) // 8 * 8)
+    many = block_m * (block_n + other) > 64 * 128
+    constants = {
+        "ACTIVATION": in_half(activation, x.dtype),
+        "GATED": gated,
+        "TEAM_REGISTERS": 232,
+        "FILL_REGISTERS": registers if not many else 24 if threads == 256 else 40,
+    }
+    tiles = triton.cdiv(rows.count, block_m) * triton.cdiv(columns, block_n + more_n) * config["SPLIT_K"]
+    programs = min(tiles, target_of(x).num_sms * config["PER_SM"])
+    launch(
+        matmul_wgmma_kernel, (programs,), *arguments, config=config, like=x, registers=registers, **constants
+    )  # fmt: skip
+
+
+def _described(x: Tensor, rows: int, columns: int, stride: int, *block: int) -> TensorDescriptor:
+    dtype = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[x.dtype]
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), dtype)
+    return TensorDescriptor(x, [rows, columns], [stride, 1], list(block), layout)
+
+
+def matmul_wgmma_configs(product: Product) -> list[Config]:
+    """Configs of `matmul_wgmma`, the most promising first."""
+    # (BLOCK_M, BLOCK_N, MORE_N, BLOCK_K, TEAMS, STAGES, PER_SM, warps), columns of both halves together if gated.
+    # Beyond a wave what bounds all of them is traffic from the L2 cache (8 TB/s on H200), so tiles are as large as they
+    # can be; 128x192 fits BERT-base's sizes: 4096 rows are 1, 3 and 4 waves of it.
+    if product.rows <= 160:
+        shapes = [(64, 64, 0, 128, 1, 6, 1, 4), (64, 32, 0, 128, 1, 4, 2, 4), (64, 64, 0, 64, 1, 12, 1, 4)]
+        shapes += [(64, 128, 0, 64, 1, 8, 1, 4)]
+    elif product.rows <= 1024:
+        shapes = [(64, 64, 0, 64, 1, 4, 3, 4), (64, 64, 0, 128, 1, 6, 1, 4), (64, 128, 0, 64, 1, 8, 1, 4)]
+        shapes += [(64, 64, 0, 64, 1, 6, 2, 4), (128, 128, 64, 64, 1, 4, 1, 8), (128, 128, 0, 64, 1, 5, 1, 8)]
+        shapes += [(128, 256, 0, 64, 1, 4, 1, 8), (64, 256, 0, 64, 1, 4, 1, 4)] if product.gated else []
+    else:
+        shapes = [(128, 128, 64, 64, 1, 4, 1, 8), (128, 128, 0, 64, 2, 5, 1, 4), (128, 128, 0, 64, 1, 3, 2, 4)]
+        shapes += [(64, 256, 0, 64, 2, 4, 1, 4), (128, 256, 0, 64, 1, 4, 1, 8)] if product.gated else []
+    if product.gated:
+        shapes = [shape for shape in shapes if not shape[2]]
+    configs = [_config(1, m, n // product.halves, *rest) for m, n, *rest in shapes]
+    return _fitting(configs, product)[: 1 if product.columns * product.depth < 1 << 16 else None]
+
+
+def matmul_wgmma_parts_configs(product: Product) -> list[Config]:
+    """Configs of `matmul_wgmma_parts`, the most promising first."""
+    shapes = [(64, 32, 0, 64, 1, 8, 2, 4), (64, 64, 0, 128, 1, 3, 2, 4), (64, 64, 0, 64, 1, 6, 2, 4)]
+    shapes += [(64, 128, 64, 64, 1, 5, 1, 4), (128, 128, 0, 64, 1, 4, 1, 8)] if product.rows > 160 else []
+    configs = []
+    for m, n, more, k, *rest in shapes:
+        tiles = triton.cdiv(product.rows, m) * triton.cdiv(product.columns, n + more)
+        wanted = product.target.num_sms * rest[2] / tiles  # as many as there are places for
+        for split in (1, 2, 3, 4, 6):
+            if wanted / 3 <= split <= max(1.0, 1.2 * wanted) and 2 * k * split <= product.depth:
+                configs.append(_config(split, m, n, more, k, *rest))
+    return _fitting(configs, product) or [_config(1, 64, 64, 0, 64, 1, 3, 1, 4)]
+
+
+def _config(split: int, m: int, n: int, more: int, k: int, teams: int, stages: int, per_sm: int, warps: int) -> Config:
+    blocks = {"BLOCK_M": m, "BLOCK_N": n, "MORE_N": more, "BLOCK_K": k, "SPLIT_K": split}
+    return Config.of(warps, 1, **blocks, TEAMS=teams, STAGES=stages, PER_SM=per_sm)
+
+
+def _fitting(configs: list[Config], product: Product) -> list[Config]:
+    """Those for which there is shared memory: for the stages, and for tiles on their way into rows."""
+
+    def nbytes(config: Config) -> int:
+        columns = product.halves * config["BLOCK_N"] + config["MORE_N"]
+        stage = (config["BLOCK_M"] + columns) * config["BLOCK_K"] * product.dtype.itemsize
+        return stage * config["STAGES"] + 128 * 32 * config.num_warps * config["TEAMS"] + 2048
+
+    return [c for c in configs if nbytes(c) * c["PER_SM"] <= shared_memory(product.target)]
