@@ -17,6 +17,7 @@ import burnish
 from benchmarks.runner import CheckError, Record, Session, verdicts
 from burnish import numerics
 from burnish.hardware import device
+from burnish.schedule import Served
 
 Variant = Callable[[], object]
 Inputs = Mapping[str, Any]
@@ -94,6 +95,15 @@ def print_kernels(session: Session, kernels: list[Kernel]) -> None:
         session.console.print(f"  {times[name]:4} x {total:8.1f} us  {name[:100]}", style="dim")
 
 
+def print_choices(session: Session, served: Served) -> None:
+    """Which Impl runs how many of an Op's calls, and how long it takes by itself."""
+    chosen = Counter(
+        (slot.rpartition("_")[0], c.candidate, c.times_us.get(c.candidate)) for slot, c in served.choices.items()
+    )
+    for (op, candidate, us), count in chosen.items():
+        session.console.print(f"  {count:4} x {op} by {candidate}" + (f", {us:.1f} us" if us else ""), style="dim")
+
+
 def model_floor_us(model: nn.Module, tokens: int, dtype: torch.dtype) -> float:
     """The least time for the products of `tokens` rows with the model's weights, or for reading those weights once.
 
@@ -128,6 +138,7 @@ def run_model(session: Session, name: str, model: nn.Module, inputs: Inputs, *, 
     result = session.time(variants, cold_l2=True)
     session.console.print(result)
     served = fast.schedule.served[0]  # type: ignore[attr-defined]
+    print_choices(session, served)
     if served.not_captured or served.kept_original:
         session.console.print(f"[red]burnish: {served.not_captured or served.kept_original}[/red]")
     records = result.records(name, session.command(name), kernels=kernels, floor_us=floor)

@@ -27,7 +27,7 @@ from burnish.tuning import Key, Tuner
 Functions = Mapping[str, Callable[..., Any]]
 
 _BETTER = 0.995  # less is noise
-_BUDGET_SECONDS = 4.0
+_BUDGET_SECONDS = 6.0
 _REPLAYS, _ENOUGH_US = 9, 20_000.0
 
 

@@ -31,6 +31,10 @@ _COLD_BYTES = 4 << 20  # more than the caches of one core hold
 _PREFERENCE = {"cpu": 1.03, "cuda": 1.01}
 _IN_MODEL = "in model|"  # before a family: times of whole models
 _RIVAL = 1.4  # H200: in BERT-base a product 1.3 times as slow by itself was the faster one
+_RIVALS, _OF_ONE_IMPL = (
+    8,
+    3,
+)  # so many are tried; attention of 9.9 us in one config took 18.1 in one that seemed as fast
 _NEIGHBOURS_BEST = 4  # of a nearby size's candidates, so many are measured for a new size
 
 
@@ -203,16 +207,17 @@ class Tuner:
         return chosen(times, "measured", sizes)
 
     def rivals(self, op: Op, args: Sequence[Any], choice: Choice) -> list[tuple[Callable[..., Any], Choice]]:
-        """What else might be fastest in a model: the best of each other Impl and the second of the chosen one, where
-        they were measured and are not far behind; the nearest first."""
-        best = choice.times_us.get(choice.candidate, 0.0)
+        """What else might be fastest in a model: the best few of each Impl that were measured and are not far behind
+        the chosen one, the nearest first."""
+        most = _RIVAL * choice.times_us.get(choice.candidate, 0.0)
         candidates = _candidates(op, args, [name for name in op.impls if name not in choice.rejected])
-        found: dict[str, str] = {}
-        for name in sorted(choice.times_us, key=choice.times_us.__getitem__):
-            if name != choice.candidate and name in candidates and choice.times_us[name] <= _RIVAL * best:
-                found.setdefault(candidates[name][0], name)
-        others = [replace(choice, impl=candidates[name][0], config=candidates[name][1]) for name in found.values()]
-        return [(_callable(op, args, other), other) for other in others]
+        found: list[Choice] = []
+        for name in sorted(candidates.keys() & choice.times_us.keys(), key=choice.times_us.__getitem__):
+            impl, config = candidates[name]
+            known = sum(rival.impl == impl for rival in found)
+            if name != choice.candidate and choice.times_us[name] <= most and known < _OF_ONE_IMPL:
+                found.append(replace(choice, impl=impl, config=config))
+        return [(_callable(op, args, rival), rival) for rival in found[:_RIVALS]]
 
     def settle(self, op: Op, args: Sequence[Any], choice: Choice) -> None:
         """Remembers what was fastest in a model, for this signature."""
