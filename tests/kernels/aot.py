@@ -131,6 +131,7 @@ def kernels_for_rows(rows: list[int]) -> list[list[str]]:
         ("linear_add_layer_norm", "triton"): lambda n: (tensor(1, n, 64), weight, vector, tensor(1, n, 192), vector),
         ("add_rms_norm", "triton"): lambda n: (tensor(1, n, 64), tensor(1, n, 64), None),
         ("attention", "triton"): lambda n: (*[tensor(1, 4, n, 64)] * 3, None, torch.ones(1, n, dtype=torch.int64)),
+        ("attention", "gluon"): lambda n: (*[tensor(1, 4, n, 64)] * 3, None, torch.ones(1, n, dtype=torch.int64)),
         ("rope", "triton"): lambda n: (tensor(1, 4, n, 64), tensor(1, n, 64), tensor(1, n, 64)),
         ("embedding_layer_norm", "triton"): lambda n: (
             *(torch.zeros(1, n, dtype=torch.int64), weight) * 2, *(torch.zeros(1, n, dtype=torch.int64), weight)

@@ -28,6 +28,7 @@ from burnish.kernels.matmul_configs import Product, shared_memory
 
 # Its name up to Triton 3.6, and from then on.
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+HALF_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 _GROUP_M = gl.constexpr(16)  # rows of tiles that are walked together, so that L2 keeps the operands
 
@@ -328,8 +329,7 @@ def _launch(
 
 
 def _described(x: Tensor, rows: int, columns: int, stride: int, *block: int) -> TensorDescriptor:
-    dtype = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[x.dtype]
-    layout = gl.NVMMASharedLayout.get_default_for(list(block), dtype)
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), HALF_TYPES[x.dtype])
     return TensorDescriptor(x, [rows, columns], [stride, 1], list(block), layout)
 
 

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from burnish.ops._common import HALF_TYPES
 from burnish.ops._masks import additive_mask, allowed_pairs
+from burnish.ops._triton import gluon_why_not
 
 _ALIGNMENT = 16  # bytes of one load
+_FEWEST_QUERIES = 33  # of the Gluon kernel, whose blocks have 64
 _BOTTOM_RIGHT = 2  # custom_mask_type: the last query sees all keys
 
 
@@ -82,6 +84,34 @@ def torch_flash(
     return _heads_last(
         torch.ops.aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, is_causal, scale=scale)[0]
     )
+
+
+def gluon_reasons(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> list[str]:
+    """What speaks against the Gluon kernel on Hopper."""
+    reasons = list(dict.fromkeys(gluon_why_not(q) + _unmasked_reasons(q, bias, None, window)))
+    if k.numel() == 0 or v.numel() == 0:
+        reasons.append("k or v is empty")
+    if q.shape[3] not in (64, 128) or v.shape[3] != q.shape[3]:
+        reasons.append(f"head_dim is {q.shape[3]}, of v {v.shape[3]}; the kernel takes 64 and 128, the same for both")
+    if q.shape[2] < _FEWEST_QUERIES:
+        reasons.append(f"q has {q.shape[2]} queries; the kernel takes {_FEWEST_QUERIES} and more")
+    if scale is not None and scale <= 0:
+        reasons.append(f"scale is {scale}; it must be positive")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        steps = [stride * tensor.element_size() for stride in tensor.stride()[:3]]
+        aligned = tensor.storage_offset() * tensor.element_size() % _ALIGNMENT == 0
+        if tensor.stride(3) != 1 or not aligned or any(step <= 0 or step % _ALIGNMENT for step in steps):
+            reasons.append(f"{name} has strides {tensor.stride()}; they must be multiples of {_ALIGNMENT} bytes and 1")
+    return reasons
 
 
 def cudnn_why_not(

@@ -125,6 +125,11 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("strides", strided)
     large = square[0] * 100, square[1] * 100, square[2]
     yield Sample("large scores", large)
+    yield Sample("64 wide, grouped causal", qkv(2, 4, 2, 100, 300, 64), {"is_causal": True})
+    yield Sample("64 wide, more queries than keys", qkv(1, 2, 2, 140, 70, 64), {"is_causal": True})
+    holes = {"key_padding_mask": tensor(2, 150, seed=8) > 0}
+    yield Sample("128 wide, padding everywhere", qkv(2, 2, 1, 150, 150, 128), holes)
+    yield Sample("128 wide, no real token", qkv(2, 1, 1, 40, 33, 128), {"key_padding_mask": padding(2, 33) & False})
     yield Sample("2x12x128x64", qkv(2, 12, 12, 128, 128, 64), {"key_padding_mask": padding(2, 128)})
 
 
@@ -310,3 +315,36 @@ def _triton(
     from burnish.kernels.attention import attention_forward
 
     return attention_forward(q, k, v, bias, key_padding_mask, is_causal, window, scale, config=config)
+
+
+def _gluon_configs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> Sequence[Any]:
+    from burnish.kernels.attention_wgmma import attention_wgmma_configs
+
+    return attention_wgmma_configs(q.shape[3])
+
+
+@attention.impl("gluon", why_not=_attention_cuda.gluon_reasons, configs=_gluon_configs)
+def _gluon(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    config: Any = None,
+) -> Tensor:
+    """A flash attention in Gluon for Hopper, a warp that loads and warps that attend."""
+    from burnish.kernels.attention_wgmma import attention_wgmma
+
+    return attention_wgmma(q, k, v, key_padding_mask, is_causal, scale, config=config)

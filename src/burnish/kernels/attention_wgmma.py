@@ -1,0 +1,284 @@
+"""Attention forward on Hopper by warps with roles: one loads keys and values, teams of four attend for 64 queries each.
+
+A block's scores are computed while the values of the one before are summed, and its exponentials are taken meanwhile.
+In Gluon, as `burnish.kernels.matmul_wgmma`. 1x32x2048x64 causal, 8 key heads, bfloat16, H200: 48 us (cuDNN 57, in
+Triton 59); with heads of 128: 65 (82, 91).
+Source: Shah et al., "FlashAttention-3", arXiv:2407.08608; otherwise as in `burnish.kernels.attention`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra import cuda as tl_cuda
+
+from burnish.kernels.attention_inputs import as_bytes
+from burnish.kernels.launch import Config, launch
+from burnish.kernels.matmul_wgmma import HALF_TYPES, async_load
+
+_ROWS = gl.constexpr(64)  # queries of a team
+_LOWEST = gl.constexpr(torch.finfo(torch.float32).min)
+
+
+@gluon.jit
+def _load(
+    descs, buffers, barriers, place, blocks,
+    TEAMS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """One warp: the teams' queries, then keys and values block by block."""
+    q_desc, k_desc, v_desc = descs
+    qs, ks, vs = buffers
+    q_full, k_full, k_empty, v_full, v_empty = barriers
+    batch, head, key_head, row = place
+    if PDL:
+        tl_cuda.gdc_launch_dependents()
+        tl_cuda.gdc_wait()
+    for team in gl.static_range(TEAMS):
+        mbarrier.expect(q_full.index(team), q_desc.block_type.nbytes)
+        async_load(q_desc, [batch, head, row + team * _ROWS, 0], q_full.index(team), qs.index(team))
+    for i in range(blocks):
+        stage = i % STAGES
+        mbarrier.wait(k_empty.index(stage), (i // STAGES + 1) & 1, pred=i >= STAGES)
+        mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+        async_load(k_desc, [batch, key_head, i * BLOCK_N, 0], k_full.index(stage), ks.index(stage))
+        mbarrier.wait(v_empty.index(stage), (i // STAGES + 1) & 1, pred=i >= STAGES)
+        mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+        async_load(v_desc, [batch, key_head, i * BLOCK_N, 0], v_full.index(stage), vs.index(stage))
+
+
+@gluon.jit
+def _real_keys(padding_ptr, start, lk, stride_pn, PADDING: gl.constexpr, BLOCK_N: gl.constexpr, SCORES: gl.constexpr):
+    """The padding mask's entries for a block of keys, 0 past the last one; None without a mask."""
+    real = None
+    if PADDING:
+        keys = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
+        real = gl.load(padding_ptr + keys.to(gl.int64) * stride_pn, mask=keys < lk, other=0)
+    return real
+
+
+@gluon.jit
+def _hide(scores, real, start, first, lq, lk, CAUSAL: gl.constexpr, PADDING: gl.constexpr, BLOCK_N: gl.constexpr):
+    """The scores of a block of keys, -inf for those that are not to be seen."""
+    keys = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, scores.type.layout))
+    if PADDING:
+        scores += gl.where(real != 0, 0.0, -float("inf"))[None, :]
+    if CAUSAL:
+        if start + BLOCK_N > first + (lk - lq) + 1:
+            positions = first + (lk - lq) + gl.arange(0, _ROWS, gl.SliceLayout(1, scores.type.layout))
+            scores = gl.where(keys[None, :] <= positions[:, None], scores, -float("inf"))
+    elif not PADDING:  # noqa: SIM102 - this is known when the kernel is compiled, what follows is not
+        if start + BLOCK_N > lk:
+            scores = gl.where((keys < lk)[None, :], scores, -float("inf"))
+    return scores
+
+
+@gluon.jit
+def _weigh(scores, row_max, row_sum, scale, WEIGHTS: gl.constexpr, DTYPE: gl.constexpr):
+    """Weights of a block of keys, what is left of older ones, and the new maximum and sum of each row."""
+    new_max = gl.maximum(row_max, gl.max(scores, 1) * scale)
+    weights = gl.exp2(scores * scale - new_max[:, None])
+    keep = gl.exp2(row_max - new_max)
+    return gl.convert_layout(weights.to(DTYPE), WEIGHTS), keep, new_max, row_sum * keep + gl.sum(weights, 1)
+
+
+@gluon.jit
+def _attend(
+    buffers, barriers, place, blocks, out_ptr, padding_ptr, heads, lq, lk, scale, stride_pb, stride_pn,
+    TEAM: gl.constexpr, CAUSAL: gl.constexpr, PADDING: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Four warps: 64 queries against the blocks of keys."""
+    qs, ks, vs = buffers
+    q_full, k_full, k_empty, v_full, v_empty = barriers
+    batch, head, _, row = place
+    DTYPE: gl.constexpr = qs.dtype
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    if PDL:
+        tl_cuda.gdc_wait()
+    first = row + TEAM * _ROWS
+    padding_ptr += batch.to(gl.int64) * stride_pb
+    row_max = gl.full((_ROWS,), _LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
+    row_sum = gl.zeros((_ROWS,), gl.float32, gl.SliceLayout(1, SCORES))
+    acc = gl.zeros((_ROWS, D), gl.float32, SUMS)
+    nothing = gl.zeros((_ROWS, BLOCK_N), gl.float32, SCORES)
+    q = qs.index(TEAM).reshape([_ROWS, D])
+    first_real = _real_keys(padding_ptr, 0, lk, stride_pn, PADDING, BLOCK_N, SCORES)
+    mbarrier.wait(q_full.index(TEAM), 0)
+    mbarrier.wait(k_full.index(0), 0)
+    scores = warpgroup_mma(q, ks.index(0).reshape([BLOCK_N, D]).permute((1, 0)), nothing, use_acc=False)
+    mbarrier.arrive(k_empty.index(0), count=1)
+    scores = _hide(scores, first_real, 0, first, lq, lk, CAUSAL, PADDING, BLOCK_N)
+    weights, _, row_max, row_sum = _weigh(scores, row_max, row_sum, scale, WEIGHTS, DTYPE)
+    for i in range(1, blocks):
+        stage, before = i % STAGES, (i - 1) % STAGES
+        # Asked for before the wait for the keys: nothing else hides the time that they take to come.
+        real = _real_keys(padding_ptr, i * BLOCK_N, lk, stride_pn, PADDING, BLOCK_N, SCORES)
+        mbarrier.wait(k_full.index(stage), i // STAGES & 1)
+        key = ks.index(stage).reshape([BLOCK_N, D])
+        scores = warpgroup_mma(q, key.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(before), (i - 1) // STAGES & 1)
+        acc = warpgroup_mma(weights, vs.index(before).reshape([BLOCK_N, D]), acc, is_async=True)
+        scores = warpgroup_mma_wait(1, deps=(scores,))
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        scores = _hide(scores, real, i * BLOCK_N, first, lq, lk, CAUSAL, PADDING, BLOCK_N)
+        next_weights, keep, row_max, row_sum = _weigh(scores, row_max, row_sum, scale, WEIGHTS, DTYPE)
+        acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
+        mbarrier.arrive(v_empty.index(before), count=1)
+        acc *= gl.convert_layout(keep, gl.SliceLayout(1, SUMS))[:, None]
+        weights = next_weights
+    last = (blocks - 1) % STAGES
+    mbarrier.wait(v_full.index(last), (blocks - 1) // STAGES & 1)
+    acc = warpgroup_mma(weights, vs.index(last).reshape([BLOCK_N, D]), acc)
+    # A query that saw no key has a sum of zero and gives zeros.
+    acc *= gl.convert_layout(1.0 / gl.where(row_sum == 0, 1.0, row_sum), gl.SliceLayout(1, SUMS))[:, None]
+    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    result = gl.convert_layout(acc.to(DTYPE), OUT)
+    rows = first + gl.arange(0, _ROWS, gl.SliceLayout(1, OUT))
+    columns = gl.arange(0, D, gl.SliceLayout(0, OUT))
+    places = ((batch * lq + rows).to(gl.int64) * heads + head) * D
+    gl.store(out_ptr + places[:, None] + columns[None, :], result, mask=(rows < lq)[:, None])
+
+
+@gluon.jit(do_not_specialize=["heads", "groups", "lq", "lk", "stride_pb"])
+def attention_wgmma_kernel(
+    q_desc,  # (B, Hq, Lq, D)
+    k_desc,  # (B, Hkv, Lk, D)
+    v_desc,
+    out_ptr,  # (B, Lq, Hq, D)
+    padding_ptr,  # (B, Lk)
+    heads,
+    groups,
+    lq,
+    lk,
+    scale,
+    stride_pb,
+    stride_pn,
+    CAUSAL: gl.constexpr,
+    PADDING: gl.constexpr,
+    D: gl.constexpr,
+    TEAMS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    PER_SM: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    qs = gl.allocate_shared_memory(q_desc.dtype, [TEAMS, 1, 1, _ROWS, D], q_desc.layout)
+    ks = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout)
+    vs = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_N, D], v_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [TEAMS, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for team in gl.static_range(TEAMS):
+        mbarrier.init(q_full.index(team), count=1)
+    for s in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(s), count=1)
+        mbarrier.init(k_empty.index(s), count=TEAMS)
+        mbarrier.init(v_full.index(s), count=1)
+        mbarrier.init(v_empty.index(s), count=TEAMS)
+
+    # Last queries first: under causality they see the most keys.
+    rows: gl.constexpr = TEAMS * _ROWS
+    parts = gl.cdiv(lq, rows)
+    batch_heads = gl.num_programs(0) // parts
+    batch_head = gl.program_id(0) % batch_heads
+    row = (parts - 1 - gl.program_id(0) // batch_heads) * rows
+    batch, head = batch_head // heads, batch_head % heads
+    stop = lk
+    if CAUSAL:
+        stop = min(lk, row + rows + (lk - lq))
+    blocks = gl.cdiv(gl.maximum(stop, 1), BLOCK_N)
+    place = (batch, head, head // groups, row)
+    buffers = (qs, ks, vs)
+    barriers = (q_full, k_full, k_empty, v_full, v_empty)
+    descs = (q_desc, k_desc, v_desc)
+    if TEAMS == 1:
+        gl.warp_specialize(
+            [
+                (_attend, (buffers, barriers, place, blocks, out_ptr, padding_ptr, heads, lq, lk, scale, stride_pb,
+                           stride_pn, 0, CAUSAL, PADDING, D, BLOCK_N, STAGES, PDL)),
+                (_load, (descs, buffers, barriers, place, blocks, TEAMS, BLOCK_N, STAGES, PDL)),
+            ],
+            [1],
+            [24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_attend, (buffers, barriers, place, blocks, out_ptr, padding_ptr, heads, lq, lk, scale, stride_pb,
+                           stride_pn, 0, CAUSAL, PADDING, D, BLOCK_N, STAGES, PDL)),
+                (_attend, (buffers, barriers, place, blocks, out_ptr, padding_ptr, heads, lq, lk, scale, stride_pb,
+                           stride_pn, 1, CAUSAL, PADDING, D, BLOCK_N, STAGES, PDL)),
+                (_load, (descs, buffers, barriers, place, blocks, TEAMS, BLOCK_N, STAGES, PDL)),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+
+
+def attention_wgmma(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    config: Config | None = None,
+) -> Tensor:
+    """`softmax(q @ k.T * scale, over the keys allowed) @ v`, arguments as of the Op `attention`.
+
+    q (B, Hq, Lq, D), k and v (B, Hkv, Lk, D), of float16 or bfloat16, nothing empty; D is 64 or 128, contiguous, and
+    all other strides are positive multiples of 16 bytes. scale is positive. The result is (B, Hq, Lq, D), stored as
+    (B, Lq, Hq, D). Compute capability 9.0 only.
+    """
+    (batch, heads, lq, d), (_, key_heads, lk, _) = q.shape, k.shape
+    config = config or attention_wgmma_configs(d)[0]
+    out = torch.empty((batch, lq, heads, d), dtype=q.dtype, device=q.device)
+    padding, strides = q, [0, 0]
+    if key_padding_mask is not None:
+        padding, strides = as_bytes(key_padding_mask), [*key_padding_mask.stride()]
+    threads = 32 * 4 * (config["TEAMS"] + 1)
+    launch(
+        attention_wgmma_kernel,
+        (triton.cdiv(lq, _ROWS.value * config["TEAMS"]) * batch * heads,),
+        _described(q, _ROWS.value),
+        _described(k, config["BLOCK_N"]),
+        _described(v, config["BLOCK_N"]),
+        *(out, padding, heads, heads // key_heads, lq, lk),
+        (d**-0.5 if scale is None else scale) * math.log2(math.e),
+        *strides,
+        config=config,
+        like=q,
+        registers=65536 // (threads * config["PER_SM"]) // 8 * 8,  # all that there are
+        CAUSAL=is_causal,
+        PADDING=key_padding_mask is not None,
+        D=d,
+    )
+    return out.transpose(1, 2)
+
+
+def _described(t: Tensor, rows: int) -> TensorDescriptor:
+    block = [1, 1, rows, t.shape[3]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, HALF_TYPES[t.dtype])
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), block, layout)
+
+
+def attention_wgmma_configs(d: int) -> list[Config]:
+    """Configs of `attention_wgmma` for heads of `d` columns, the most promising first."""
+    # (TEAMS, BLOCK_N, STAGES, PER_SM). H200, us: 1x32/8x2048x64 causal 48, 48, 52; 1x32/8x2048x128 causal 65, 69, 72.
+    shapes = (
+        [(1, 128, 2, 2), (2, 128, 2, 1), (1, 64, 3, 2)] if d <= 64 else [(2, 128, 2, 1), (1, 64, 2, 2), (2, 64, 4, 1)]
+    )
+    return [
+        Config.of(4, 1, TEAMS=teams, BLOCK_N=n, STAGES=stages, PER_SM=per_sm) for teams, n, stages, per_sm in shapes
+    ]
