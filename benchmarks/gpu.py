@@ -126,7 +126,9 @@ def run_model(session: Session, name: str, model: nn.Module, inputs: Inputs, *, 
     if check:
         truth = numerics.oracle(copy.deepcopy(model).double(), **inputs)
     found = peers(model, inputs, session.wants)
-    fast = burnish.optimize(copy.deepcopy(model) if check else model, (), inputs, static_outputs=True)
+    fast = burnish.optimize(
+        copy.deepcopy(model), (), inputs, static_outputs=True
+    )  # it packs weights, and the peers' graphs read theirs
     variants: dict[str, Variant] = {"burnish": lambda: fast(**inputs), **found}
     if truth is not None:
         reason = verdicts({"burnish": variants["burnish"]()}, eager_output, truth)["burnish"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from burnish import tuning
+from burnish import in_model, tuning
 from burnish.capture import capture
 from burnish.choose import Chosen, Seen, choose_by_measuring
-from burnish.in_model import choose_in_model
+from burnish.in_model import Contest, Functions, ModelContest, choose_in_model
 from burnish.op import OPS
 from burnish.prepare import Prepared, Preparer
 from burnish.runtime.module import Call
@@ -44,12 +44,15 @@ def linear_impls(prepared: Prepared, chosen: Chosen) -> set[str]:
     return {chosen.choices[slot.name].impl for slot in prepared.executable.slots if slot.op is LINEAR}
 
 
-def stopwatch(favourite: Callable[..., Any], asked: list[Any]) -> Callable[[Mapping[str, Callable[..., Any]]], float]:
-    def time_us(functions: Mapping[str, Callable[..., Any]]) -> float:
-        asked.append(functions)
+def stopwatch(favourite: Callable[..., Any], asked: list[Any]) -> Contest:
+    def time_us(functions: Functions) -> float:
         return 1000.0 - 100.0 * sum(function is favourite for function in functions.values())
 
-    return time_us
+    def contest(champion: Functions, rival: Functions) -> tuple[float, float]:
+        asked.append(rival)
+        return time_us(champion), time_us(rival)
+
+    return contest
 
 
 def test_what_is_faster_in_the_model_is_taken_and_remembered() -> None:
@@ -76,8 +79,7 @@ def test_what_is_faster_in_the_model_is_taken_and_remembered() -> None:
 def test_noise_changes_nothing() -> None:
     prepared, chosen, seen, tuner = measured()
     before = dict(chosen.functions)
-    times = iter([1000.0, *[996.0] * 1000])
-    choose_in_model(prepared, chosen, seen, tuner, lambda functions: next(times))
+    choose_in_model(prepared, chosen, seen, tuner, lambda champion, rival: (1000.0, 996.0))
     assert chosen.functions == before
     assert all(next(iter(c.in_model_us), c.candidate) == c.candidate for c in chosen.choices.values())
 
@@ -86,9 +88,9 @@ def test_a_model_that_cannot_be_captured_keeps_its_choices() -> None:
     prepared, chosen, seen, tuner = measured()
     before, asked = dict(chosen.choices), []
 
-    def fails(functions: Mapping[str, Callable[..., Any]]) -> float:
-        asked.append(functions)
-        return float("inf")
+    def fails(champion: Functions, rival: Functions) -> tuple[float, float]:
+        asked.append(rival)
+        return float("inf"), float("inf")
 
     choose_in_model(prepared, chosen, seen, tuner, fails)
     assert chosen.choices == before
@@ -101,3 +103,50 @@ def test_no_time_is_spent_beyond_the_budget(monkeypatch: pytest.MonkeyPatch) -> 
     asked: list[Any] = []
     choose_in_model(prepared, chosen, seen, tuner, stopwatch(LINEAR.reference, asked))
     assert not asked
+
+
+class Graph:
+    """What is captured as `run`, and how long a replay of it takes."""
+
+    def __init__(self, us: float) -> None:
+        self.us = us
+
+    def replay(self) -> None: ...
+
+
+def test_a_warm_device_slows_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared, *_ = measured()
+    captured: list[str] = []
+    heat = iter([1.0 + i / 100 for i in range(1000)])
+
+    class Memory:
+        def capture(self, run: Callable[[], Any]) -> tuple[Graph, Any]:
+            run()
+            captured.append(running[0])
+            if running[0] == "broken":
+                raise RuntimeError("no graph can hold this")
+            return Graph({"mine": 1000.0, "slower": 1004.0, "faster": 990.0}[running[0]]), None
+
+    def by(name: str) -> Functions:
+        def function(*args: Any) -> Any:
+            running[0] = name
+            return LINEAR.reference(*args)
+
+        return {slot.name: function for slot in prepared.executable.slots if slot.op is LINEAR}
+
+    running = [""]
+    monkeypatch.setattr(in_model, "GraphMemory", Memory)
+    monkeypatch.setattr(in_model, "replay_us", lambda graph, replays: graph.us * next(heat))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    case = zoo.CASES["bert-sdpa-mask"]
+    inputs = case.inputs(2, 16, torch.float32)
+    leaves, spec = pytree.tree_flatten(((), inputs))
+    contest = ModelContest(prepared, case.build(), Call((), inputs, leaves, spec))
+    mine, faster = by("mine"), by("faster")
+    champion_us, rival_us = contest(mine, by("slower"))
+    assert champion_us * 0.9 < rival_us < champion_us * 1.05
+    assert contest(mine, by("broken"))[1] == float("inf")
+    champion_us, rival_us = contest(mine, faster)
+    assert rival_us < champion_us
+    contest(faster, by("slower"))
+    assert captured == ["mine", "slower", "broken", "faster", "slower"]  # who goes on is not captured again

@@ -8,6 +8,7 @@ model.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -25,16 +26,16 @@ from burnish.runtime.module import Call
 from burnish.tuning import Key, Tuner
 
 Functions = Mapping[str, Callable[..., Any]]
+Contest = Callable[[Functions, Functions], tuple[float, float]]
+"""Microseconds of the model with the champion's functions in its slots, and with a rival's."""
 
 _BETTER = 0.995  # less is noise
 _BUDGET_SECONDS = 6.0
-_REPLAYS, _ENOUGH_US = 9, 20_000.0
+_ROUNDS, _ENOUGH_US = 3, 20_000.0  # of replays in turn, and for how long each of the two in all
 
 
-def choose_in_model(
-    prepared: Prepared, chosen: Chosen, seen: Seen, tuner: Tuner, time_us: Callable[[Functions], float]
-) -> None:
-    """Puts other Impls into `chosen` where the model is faster with them by `time_us`, and remembers what was found.
+def choose_in_model(prepared: Prepared, chosen: Chosen, seen: Seen, tuner: Tuner, contest: Contest) -> None:
+    """Puts other Impls into `chosen` where the model is faster with them by `contest`, and remembers what was found.
 
     Only signatures that were measured just now have their turn, those that take most of the time first.
     """
@@ -49,44 +50,58 @@ def choose_in_model(
         return len(slots) * choice.times_us.get(choice.candidate, 0.0)
 
     ends = time.perf_counter() + _BUDGET_SECONDS
-    best = None
     for key, slots in sorted(groups.items(), key=lambda group: -total_us(group[1])):
         op, args, winner = slots[0].op, seen.arguments[key][0], chosen.choices[slots[0].name]
         rivals = tuner.rivals(op, args, winner)
         if not rivals or time.perf_counter() > ends:
             continue
-        best = time_us(chosen.functions) if best is None else best
-        if math.isinf(best):  # the model cannot be captured: there will be no graph to be fast in
-            return
-        tried = {winner.candidate: round(best, 2)}
+        tried: dict[str, float] = {}
         for function, rival in rivals:
-            us = time_us({**chosen.functions, **dict.fromkeys((slot.name for slot in slots), function)})
-            tried[rival.candidate] = round(us, 2)
-            if us < _BETTER * best:
-                best, winner = us, rival
-                chosen.functions.update(dict.fromkeys((slot.name for slot in slots), function))
+            functions = {**chosen.functions, **dict.fromkeys((slot.name for slot in slots), function)}
+            champion_us, rival_us = contest(chosen.functions, functions)
+            if math.isinf(champion_us):  # the model cannot be captured: there will be no graph to be fast in
+                return
+            tried[winner.candidate], tried[rival.candidate] = round(champion_us, 2), round(rival_us, 2)
+            if rival_us < _BETTER * champion_us:
+                winner = rival
+                chosen.functions.update(functions)
         winner = replace(winner, in_model_us={winner.candidate: tried[winner.candidate], **tried})
         chosen.choices.update(dict.fromkeys((slot.name for slot in slots), winner))
         tuner.settle(op, args, winner)
 
 
-def model_timer(prepared: Prepared, model: nn.Module, call: Call) -> Callable[[Functions], float]:
-    """Microseconds that a CUDA graph of `prepared` takes on this call with given functions in its slots; infinity where
-    they cannot be captured."""
+class ModelContest:
+    """Microseconds that CUDA graphs of `prepared` take on one call with the champion's functions in its slots and with
+    a rival's, replayed in turn: a warm device is slower, and so both have to be (Llama 1B, 2048 tokens, H200: 6855 to
+    7500 us for one and the same graph within a minute). Infinity for what cannot be captured."""
 
-    memory = GraphMemory()  # the graphs', one after the other
+    def __init__(self, prepared: Prepared, model: nn.Module, call: Call) -> None:
+        self._prepared, self._model, self._call = prepared, model, call
+        self._last: list[
+            tuple[Functions, torch.cuda.CUDAGraph | None]
+        ] = []  # one of the two goes on to the next contest
+        self._memory = GraphMemory()
 
-    def time_us(functions: Functions) -> float:
-        entry = prepared.bind(functions, model)
+    def __call__(self, champion: Functions, rival: Functions) -> tuple[float, float]:
+        known = next((graph for functions, graph in self._last if functions == champion), None)
+        mine, other = known or self._graph(champion), self._graph(rival)
+        self._last = [(dict(champion), mine), (dict(rival), other)]
+        if mine is None:
+            return math.inf, math.inf
+        mine.replay()
+        replays = max(3, math.ceil(_ENOUGH_US / _ROUNDS / replay_us(mine, 1)))
+        if other is None:
+            return replay_us(mine, replays), math.inf
+        other.replay()
+        rounds = [(replay_us(mine, replays), replay_us(other, replays)) for _ in range(_ROUNDS)]
+        return statistics.median(a for a, _ in rounds), statistics.median(b for _, b in rounds)
+
+    def _graph(self, functions: Functions) -> torch.cuda.CUDAGraph | None:
+        entry = self._prepared.bind(functions, self._model)
         with torch.no_grad():
             try:
-                entry.run(call.leaves)
+                entry.run(self._call.leaves)  # compiles and loads what a capture must not
                 torch.cuda.synchronize()
-                graph, _ = memory.capture(lambda: entry.run(call.leaves))
+                return self._memory.capture(lambda: entry.run(self._call.leaves))[0]
             except RuntimeError:
-                return float("inf")
-        graph.replay()
-        first = replay_us(graph, 1)
-        return replay_us(graph, max(_REPLAYS, math.ceil(_ENOUGH_US / first)))
-
-    return time_us
+                return None

@@ -21,7 +21,7 @@ from burnish._memory import return_freed_memory
 from burnish.capture import CaptureError, Program, capture
 from burnish.checks import Checks
 from burnish.choose import choose_by_measuring, choose_differentiable, choose_for_new_size
-from burnish.in_model import choose_in_model, model_timer
+from burnish.in_model import ModelContest, choose_in_model
 from burnish.op import find_impl
 from burnish.prepare import GraphEntry, PlainEntry, Prepared, Preparer
 from burnish.program_cache import ProgramCache
@@ -210,7 +210,7 @@ class Schedule:
     def _first_entry(self, prepared: Prepared, call: Call, checks: Checks, served: Served) -> Entry:
         chosen, seen = choose_by_measuring(prepared, call, self.tuner)
         if not self.model.training and self._why_not_captured(prepared, call) is None:
-            choose_in_model(prepared, chosen, seen, self.tuner, model_timer(prepared, self.model, call))
+            choose_in_model(prepared, chosen, seen, self.tuner, ModelContest(prepared, self.model, call))
         del seen  # the activations
         if self.settings.verify:
             chosen = checks.verify_values(prepared, chosen, self.tuner)

@@ -1,0 +1,336 @@
+"""Runs recorded launches of Gluon kernels on the CPU, which Triton's interpreter cannot: each program as it stands in
+Python, on `torch` tensors, the partitions of its warps as threads.
+
+What a Hopper GPU promises is kept, and no more: shared memory starts as NaN, a barrier's wait tells only the parity of
+its phase, and a wait that never ends fails. Layouts mean nothing here.
+"""
+
+from __future__ import annotations
+
+import builtins
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from burnish.kernels import attention_wgmma, matmul_wgmma
+from burnish.kernels.launch import Launch
+from burnish.ops._activations import activate
+
+MODULES: tuple[ModuleType, ...] = (matmul_wgmma, attention_wgmma)
+_PATIENCE = 20.0  # seconds until a wait counts as a deadlock
+
+
+class Int(int):
+    """An integer scalar of a kernel."""
+
+    def to(self, dtype: torch.dtype) -> Int:
+        return self
+
+
+def _integer(name: str) -> Callable[[Any, Any], Any]:
+    def operate(self: Int, other: Any) -> Any:
+        result = getattr(int, name)(self, other)
+        return Int(result) if type(result) is int else result
+
+    return operate
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod", "and"):
+    setattr(Int, f"__{_name}__", _integer(f"__{_name}__"))
+    setattr(Int, f"__r{_name}__", _integer(f"__r{_name}__"))
+
+
+class Block:
+    """A tensor of a kernel."""
+
+    def __init__(self, data: Tensor, layout: Any = None) -> None:
+        self.data, self.type = data, SimpleNamespace(layout=layout)
+
+    def to(self, dtype: torch.dtype | ElementType) -> Block:
+        return Block(self.data.to(dtype.dtype if isinstance(dtype, ElementType) else dtype), self.type.layout)
+
+    def __getitem__(self, index: Any) -> Block:
+        return Block(self.data[index], self.type.layout)
+
+
+def _blockwise(name: str) -> Callable[[Block, Any], Block]:
+    return lambda self, other: Block(getattr(self.data, name)(_data(other)), self.type.layout)
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "lt", "le", "gt", "eq", "ne", "and"):
+    setattr(Block, f"__{_name}__", _blockwise(f"__{_name}__"))
+    if _name in ("add", "sub", "mul", "truediv"):
+        setattr(Block, f"__r{_name}__", _blockwise(f"__r{_name}__"))
+
+
+def _data(value: Any) -> Any:
+    return value.data if isinstance(value, Block) else value
+
+
+class ElementType:
+    """Of what a pointer points to."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.dtype, self.primitive_bitwidth = tensor.dtype, 8 * tensor.element_size()
+
+
+class Pointer:
+    """The memory of a tensor, and how far into it."""
+
+    def __init__(self, tensor: Tensor, offset: Any = 0) -> None:
+        self.tensor, self.offset = tensor, offset
+        self.dtype = SimpleNamespace(element_ty=ElementType(tensor))
+
+    def __add__(self, other: Any) -> Pointer:
+        return Pointer(self.tensor, _data(other) + self.offset)
+
+    def places(self) -> Tensor:
+        """Where the offsets lead in the tensor's storage, which begins where the tensor does."""
+        return torch.as_tensor(self.offset)
+
+    def memory(self) -> Tensor:
+        size = self.tensor.untyped_storage().nbytes() // self.tensor.element_size() - self.tensor.storage_offset()
+        return self.tensor.as_strided((size,), (1,))
+
+
+class Barrier:
+    """An mbarrier: a phase is over when so many have arrived and all expected bytes have come."""
+
+    def __init__(self) -> None:
+        self.changed, self.count, self.left, self.bytes, self.parity = threading.Condition(), 0, 0, 0, 0
+
+    def note(self, arrivals: int = 0, nbytes: int = 0) -> None:
+        with self.changed:
+            self.left -= arrivals
+            self.bytes += nbytes
+            assert self.left >= 0, "more arrived than the barrier is for"
+            if self.left == 0 and self.bytes == 0:
+                self.left, self.parity = self.count, 1 - self.parity
+                self.changed.notify_all()
+
+    def wait(self, parity: int) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.parity != parity, _PATIENCE), "deadlock"
+
+
+class Shared:
+    """Shared memory."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data, self.dtype = data, data.dtype
+
+    def index(self, i: int) -> Shared:
+        return Shared(self.data[i])
+
+    def permute(self, order: Sequence[int]) -> Shared:
+        return Shared(self.data.permute(*order))
+
+    def reshape(self, shape: Sequence[int]) -> Shared:
+        return Shared(self.data.view(*shape))
+
+
+class Barriers:
+    def __init__(self, count: int) -> None:
+        self.all = [Barrier() for _ in range(count)]
+
+    def index(self, i: int) -> Barrier:
+        return self.all[i]
+
+
+class Descriptor:
+    """What tensor memory access copies boxes of; zeros where a box hangs over."""
+
+    def __init__(self, descriptor: Any) -> None:
+        self.block_shape, self.layout, self.dtype = list(descriptor.block_shape), None, descriptor.base.dtype
+        self._tensor = descriptor.base.as_strided(
+            [*descriptor.shape], [*descriptor.strides], descriptor.base.storage_offset()
+        )
+        nbytes = descriptor.base.element_size()
+        for size in self.block_shape:
+            nbytes *= size
+        self.block_type = SimpleNamespace(nbytes=nbytes)
+
+    def box(self, place: Sequence[int]) -> Tensor:
+        inside = self._tensor[tuple(slice(start, start + n) for start, n in zip(place, self.block_shape, strict=True))]
+        box = torch.zeros(self.block_shape, dtype=self.dtype)
+        box[tuple(slice(0, n) for n in inside.shape)] = inside
+        return box
+
+
+def async_load(desc: Descriptor, place: Sequence[int], barrier: Barrier, buffer: Shared, pred: Any = True) -> None:
+    if pred:
+        buffer.data.copy_(desc.box(place))
+        barrier.note(nbytes=-desc.block_type.nbytes)
+
+
+def warpgroup_mma(a: Any, b: Shared, acc: Block, use_acc: bool = True, is_async: bool = False) -> Block:
+    product = a.data.float() @ b.data.float()
+    return Block(acc.data + product if use_acc else product, acc.type.layout)
+
+
+def warpgroup_mma_wait(outstanding: int, deps: tuple[Any, ...]) -> Any:
+    return deps if len(deps) > 1 else deps[0]
+
+
+class Gluon:
+    """`triton.experimental.gluon.language`, as far as the kernels use it, for one program."""
+
+    float16, bfloat16, float32, int64 = torch.float16, torch.bfloat16, torch.float32, torch.int64
+    static_range, constexpr = builtins.range, None
+
+    def __init__(self, program: int, programs: int, num_warps: int) -> None:
+        self._program, self._programs, self._num_warps = program, programs, num_warps
+
+    def program_id(self, axis: int) -> Int:
+        return Int(self._program)
+
+    def num_programs(self, axis: int) -> Int:
+        return Int(self._programs)
+
+    def num_warps(self) -> int:
+        return self._num_warps
+
+    def __getattr__(self, name: str) -> Any:
+        assert name.endswith("Layout"), name
+        return lambda *args: (name, args)
+
+    @staticmethod
+    def cdiv(a: int, b: int) -> Int:
+        return Int(-(-a // b))
+
+    @staticmethod
+    def allocate_shared_memory(dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Any:
+        if layout == "barriers":
+            return Barriers(shape[0])
+        return Shared(torch.full(tuple(shape), float("nan"), dtype=dtype))
+
+    @staticmethod
+    def arange(start: int, end: int, layout: Any) -> Block:
+        return Block(torch.arange(start, end), layout)
+
+    @staticmethod
+    def full(shape: Sequence[int], value: float, dtype: torch.dtype, layout: Any) -> Block:
+        return Block(torch.full(tuple(shape), value, dtype=dtype), layout)
+
+    @classmethod
+    def zeros(cls, shape: Sequence[int], dtype: torch.dtype, layout: Any) -> Block:
+        return cls.full(shape, 0, dtype, layout)
+
+    @staticmethod
+    def load(pointer: Pointer, mask: Block | None = None, other: float = 0) -> Block:
+        places, memory = pointer.places(), pointer.memory()
+        shown = torch.ones_like(places, dtype=torch.bool) if mask is None else mask.data.expand(places.shape)
+        loaded = torch.full(places.shape, other, dtype=memory.dtype)
+        loaded[shown] = memory[places[shown]]
+        return Block(loaded)
+
+    @staticmethod
+    def store(pointer: Pointer, value: Block, mask: Block) -> None:
+        places = pointer.places().expand(value.data.shape)
+        shown = mask.data.expand(value.data.shape)
+        pointer.memory()[places[shown]] = value.data[shown]
+
+    @staticmethod
+    def where(condition: Any, a: Any, b: Any) -> Any:
+        if not isinstance(condition, Block):
+            return a if condition else b
+        return Block(torch.where(condition.data, _data(a), _data(b)))
+
+    @staticmethod
+    def maximum(a: Any, b: Any) -> Any:
+        return Block(torch.maximum(a.data, b.data), a.type.layout) if isinstance(a, Block) else Int(max(a, b))
+
+    @staticmethod
+    def max(x: Block, axis: int) -> Block:
+        return Block(x.data.amax(axis))
+
+    @staticmethod
+    def sum(x: Block, axis: int) -> Block:
+        return Block(x.data.sum(axis))
+
+    @staticmethod
+    def exp2(x: Block) -> Block:
+        return Block(torch.exp2(x.data))
+
+    @staticmethod
+    def convert_layout(x: Block, layout: Any) -> Block:
+        return Block(x.data, layout)
+
+    @staticmethod
+    def warp_specialize(partitions: Any, num_warps: Sequence[int], registers: Sequence[int]) -> None:
+        faults: list[BaseException] = []
+
+        def run(function: Callable[..., None], args: tuple[Any, ...]) -> None:
+            try:
+                function(*args)
+            except BaseException as fault:
+                faults.append(fault)
+
+        threads = [threading.Thread(target=run, args=partition) for partition in partitions]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if faults:
+            raise faults[0]
+
+
+MBARRIER = SimpleNamespace(
+    MBarrierLayout=lambda: "barriers",
+    init=lambda barrier, count: barrier.__dict__.update(count=count, left=count),
+    expect=lambda barrier, nbytes, pred=True: barrier.note(1, nbytes) if pred else None,
+    arrive=lambda barrier, count, pred=True: barrier.note(count) if pred else None,
+    wait=lambda barrier, parity, pred=True: barrier.wait(parity) if pred else None,
+)
+
+
+@contextmanager
+def _as_python(gluon: Gluon) -> Iterator[None]:
+    """Within the `with`, what the kernels' modules call is Python and means the CPU."""
+    before = {module: dict(vars(module)) for module in MODULES}
+    ours = {
+        "gl": gluon,
+        "mbarrier": MBARRIER,
+        "async_load": async_load,
+        "warpgroup_mma": warpgroup_mma,
+        "warpgroup_mma_wait": warpgroup_mma_wait,
+        "activate": lambda x, name: Block(activate(x.data, name.removesuffix("_half")), x.type.layout),
+    }
+    try:
+        for module, names in before.items():
+            for name, value in names.items():
+                if name in ours:
+                    setattr(module, name, ours[name])
+                elif hasattr(value, "fn"):  # jit functions, Triton's too
+                    setattr(module, name, value.fn)
+                elif type(value).__name__ == "constexpr":
+                    setattr(module, name, value.value)
+        yield
+    finally:
+        for module, names in before.items():
+            vars(module).update(names)
+
+
+def emulate(launch: Launch) -> None:
+    """Runs a launch: a Gluon kernel here, another in Triton's interpreter."""
+    constants = {**launch.constants, "PDL": False}
+    if not getattr(launch.kernel, "is_gluon", bool)():
+        launch.kernel[launch.grid](*launch.args, **constants)
+        return
+    args = [_argument(arg) for arg in launch.args]
+    for program in range(launch.grid[0]):
+        with _as_python(Gluon(program, launch.grid[0], launch.options["num_warps"])):
+            launch.kernel.fn(*args, **constants)
+
+
+def _argument(arg: Any) -> Any:
+    if isinstance(arg, Tensor):
+        return Pointer(arg)
+    if hasattr(arg, "block_shape"):
+        return Descriptor(arg)
+    return Int(arg) if type(arg) is int else arg
