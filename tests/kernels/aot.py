@@ -48,7 +48,9 @@ def compile_launch(launch: Any, capability: int) -> dict[str, Any]:
         launch.kernel, signature, constants, attributes
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options.__dict__)
-    return {"kernel": launch.kernel.__name__, "shared": compiled.metadata.shared, **_resources(compiled.asm["cubin"])}
+    per_sm = launch.constants.get("PER_SM", 1) if launch.kernel.is_gluon() else 1  # programs that share its memory
+    memory = {"shared": compiled.metadata.shared, "per_sm": per_sm}
+    return {"kernel": launch.kernel.__name__, **memory, **_resources(compiled.asm["cubin"])}
 
 
 def _resources(cubin: bytes) -> dict[str, int]:

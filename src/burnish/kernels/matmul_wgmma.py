@@ -24,7 +24,7 @@ from burnish.kernels.activations import activate, in_half
 from burnish.kernels.launch import Config, launch, target_of
 from burnish.kernels.layout import rows_of
 from burnish.kernels.matmul import tile_of
-from burnish.kernels.matmul_configs import Product, shared_memory
+from burnish.kernels.matmul_configs import Product
 
 # Its name up to Triton 3.6, and from then on.
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -334,7 +334,7 @@ def _described(x: Tensor, rows: int, columns: int, stride: int, *block: int) -> 
 
 
 def matmul_wgmma_configs(product: Product) -> list[Config]:
-    """Configs of `matmul_wgmma`, the most promising first."""
+    """Configs of `matmul_wgmma`, the most promising first; for all of them there is shared memory."""
     # (BLOCK_M, BLOCK_N, MORE_N, BLOCK_K, TEAMS, STAGES, PER_SM, warps), columns of both halves together if gated.
     # Beyond a wave what bounds all of them is traffic from the L2 cache (8 TB/s on H200), so tiles are as large as they
     # can be; 128x192 fits BERT-base's sizes: 4096 rows are 1, 3 and 4 waves of it.
@@ -346,12 +346,13 @@ def matmul_wgmma_configs(product: Product) -> list[Config]:
         shapes += [(64, 64, 0, 64, 1, 6, 2, 4), (128, 128, 64, 64, 1, 4, 1, 8), (128, 128, 0, 64, 1, 5, 1, 8)]
         shapes += [(128, 256, 0, 64, 1, 4, 1, 8), (64, 256, 0, 64, 1, 4, 1, 4)] if product.gated else []
     else:
-        shapes = [(128, 128, 64, 64, 1, 4, 1, 8), (128, 128, 0, 64, 2, 5, 1, 4), (128, 128, 0, 64, 1, 3, 2, 4)]
-        shapes += [(64, 256, 0, 64, 2, 4, 1, 4), (128, 256, 0, 64, 1, 4, 1, 8)] if product.gated else []
+        shapes = [(128, 128, 64, 64, 1, 4, 1, 8), (128, 128, 0, 64, 1, 3, 2, 4)]
+        if product.gated:
+            shapes += [(128, 128, 0, 64, 2, 5, 1, 4), (64, 256, 0, 64, 2, 4, 1, 4), (128, 256, 0, 64, 1, 4, 1, 8)]
     if product.gated:
         shapes = [shape for shape in shapes if not shape[2]]
     configs = [_config(1, m, n // product.halves, *rest) for m, n, *rest in shapes]
-    return _fitting(configs, product)[: 1 if product.columns * product.depth < 1 << 16 else None]
+    return configs[: 1 if product.columns * product.depth < 1 << 16 else None]  # so small, whichever it is
 
 
 def matmul_wgmma_parts_configs(product: Product) -> list[Config]:
@@ -365,20 +366,9 @@ def matmul_wgmma_parts_configs(product: Product) -> list[Config]:
         for split in (1, 2, 3, 4, 6):
             if wanted / 3 <= split <= max(1.0, 1.2 * wanted) and 2 * k * split <= product.depth:
                 configs.append(_config(split, m, n, more, k, *rest))
-    return _fitting(configs, product) or [_config(1, 64, 64, 0, 64, 1, 3, 1, 4)]
+    return configs or [_config(1, 64, 64, 0, 64, 1, 3, 1, 4)]
 
 
 def _config(split: int, m: int, n: int, more: int, k: int, teams: int, stages: int, per_sm: int, warps: int) -> Config:
     blocks = {"BLOCK_M": m, "BLOCK_N": n, "MORE_N": more, "BLOCK_K": k, "SPLIT_K": split}
     return Config.of(warps, 1, **blocks, TEAMS=teams, STAGES=stages, PER_SM=per_sm)
-
-
-def _fitting(configs: list[Config], product: Product) -> list[Config]:
-    """Those for which there is shared memory: for the stages, and for tiles on their way into rows."""
-
-    def nbytes(config: Config) -> int:
-        columns = product.halves * config["BLOCK_N"] + config["MORE_N"]
-        stage = (config["BLOCK_M"] + columns) * config["BLOCK_K"] * product.dtype.itemsize
-        return stage * config["STAGES"] + 128 * 32 * config.num_warps * config["TEAMS"] + 2048
-
-    return [c for c in configs if nbytes(c) * c["PER_SM"] <= shared_memory(product.target)]
