@@ -371,6 +371,14 @@ def test_a_table_that_comes_with_the_package_counts_where_nothing_was_measured(
     assert tuning_store.read_all() == {"f": {"2": {"b": 5.0}}}
 
 
+def test_the_tables_that_ship_are_read_whole() -> None:
+    files = sorted(tuning_store.TABLES.glob("*.json"))
+    assert files
+    for file in files:
+        data = json.loads(file.read_text())
+        assert tuning_store._read(file, data["device"]) == data["families"]
+
+
 # --- the clock itself ---
 
 
