@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from burnish.kernels.gemv import gemv, gemv_configs
+from burnish.kernels.families import FAMILIES
 from burnish.kernels.launch import Config
-from burnish.kernels.matmul import matmul
-from burnish.kernels.matmul_configs import Product, matmul_configs
-from burnish.kernels.matmul_tma import matmul_tma, matmul_tma_configs
-from burnish.kernels.matmul_wgmma import matmul_wgmma, matmul_wgmma_configs
-from burnish.kernels.skinny import skinny, skinny_configs
+from burnish.kernels.matmul_configs import Product
 
 
 @dataclass(frozen=True)
@@ -26,23 +21,6 @@ class GatedConfig:
 
     def __str__(self) -> str:
         return f"{self.gate}, then {self.down or 'F.linear'}"
-
-
-@dataclass(frozen=True)
-class Family:
-    """One kind of kernel: its launcher and the configs that it offers."""
-
-    multiply: Callable[..., Tensor]
-    configs: Callable[[Product], list[Config]]
-
-
-FAMILIES = {
-    "matmul": Family(matmul, matmul_configs),
-    "gemv": Family(gemv, gemv_configs),
-    "skinny": Family(skinny, skinny_configs),
-    "tma": Family(matmul_tma, matmul_tma_configs),
-    "wgmma": Family(matmul_wgmma, matmul_wgmma_configs),
-}
 
 
 def gated_mlp_configs(family: str, x: Tensor, gate_up_weight: Tensor, down_weight: Tensor | None) -> list[GatedConfig]:

@@ -26,8 +26,7 @@ from burnish.kernels.layout import rows_of
 from burnish.kernels.matmul import tile_of
 from burnish.kernels.matmul_configs import Product
 
-# Its name up to Triton 3.6, and from then on.
-async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # as Triton 3.6 calls it
 HALF_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 _GROUP_M = gl.constexpr(16)  # rows of tiles that are walked together, so that L2 keeps the operands
@@ -65,6 +64,7 @@ def _ask_for_weight(
 def _ask_for_x(
     desc, buffers, full, i, total, M, N, steps, COLUMNS: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
+    """Step `i`'s tile of x, into its stage."""
     m, _, _, step = _place(i, M, N, steps, desc.block_shape[0], COLUMNS, SPLIT_K)
     place = [m, step * desc.block_shape[1]]
     async_load(desc, place, full.index(i % STAGES), buffers.index(i % STAGES), i < total)
@@ -94,6 +94,7 @@ def _fill(
 
 @gluon.jit
 def _biased(acc, bias_ptr, stride_bias, n, N):
+    """A tile's sums and the bias of columns `n`, if there is one."""
     if bias_ptr is not None:
         acc += gl.load(bias_ptr + n * stride_bias, mask=n < N, other=0.0).to(gl.float32)[None, :]
     return acc
@@ -229,7 +230,7 @@ def matmul_wgmma_kernel(
         stride_residual_n,
     )  # fmt: skip
     descs = (weight_desc, other_desc)
-    # (Tuples cannot be put together from tuples here, nor hold strings in a variable.)
+    # Each partition with all its arguments: Gluon puts no tuples together, and keeps no string in a variable.
     if TEAMS == 1:
         gl.warp_specialize(
             [
@@ -323,9 +324,7 @@ def _launch(
     }
     tiles = triton.cdiv(rows.count, block_m) * triton.cdiv(columns, block_n + more_n) * config["SPLIT_K"]
     programs = min(tiles, target_of(x).num_sms * config["PER_SM"])
-    launch(
-        matmul_wgmma_kernel, (programs,), *arguments, config=config, like=x, registers=registers, **constants
-    )  # fmt: skip
+    launch(matmul_wgmma_kernel, (programs,), *arguments, config=config, like=x, registers=registers, **constants)
 
 
 def _described(x: Tensor, rows: int, columns: int, stride: int, *block: int) -> TensorDescriptor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -129,150 +129,69 @@ def _torch(
     return (out if residual is None else out.add_(residual)).contiguous()
 
 
-def _triton_why_not(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
-) -> list[str]:
-    return triton_why_not(x) + layout_reasons(x, (weight,), residual)
+def _register_kernel(
+    name: str,
+    description: str,
+    family: str,
+    further_reasons: Callable[[Tensor, tuple[Tensor, ...]], list[str]] | None = None,
+) -> None:
+    """An Impl by one family of kernels."""
+
+    def why_not(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> list[str]:
+        reasons = (gluon_why_not if family == "wgmma" else triton_why_not)(x)
+        reasons += layout_reasons(x, (weight,), residual)
+        return reasons + further_reasons(x, (weight,)) if further_reasons is not None else reasons
+
+    def configs(
+        x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+    ) -> Sequence[Any]:
+        from burnish.kernels.families import FAMILIES
+        from burnish.kernels.matmul_configs import Product
+
+        return FAMILIES[family].configs(Product.of(x, weight))
+
+    def impl(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str = "none",
+        residual: Tensor | None = None,
+        config: Any = None,
+    ) -> Tensor:
+        from burnish.kernels.families import FAMILIES
+
+        return FAMILIES[family].multiply(x, weight, bias, activation, residual, config=config)
+
+    impl.__doc__ = description
+    linear.impl(name, why_not=why_not, configs=configs)(impl)
 
 
-def _triton_configs(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
-) -> Sequence[Any]:
-    from burnish.kernels.matmul_configs import Product, matmul_configs
-
-    return matmul_configs(Product.of(x, weight))
-
-
-@linear.impl("triton", why_not=_triton_why_not, configs=_triton_configs)
-def _triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    config: Any = None,
-) -> Tensor:
-    """Tiles, bias, activation and residual in one Triton kernel, the sum over K split where the tiles are few."""
-    from burnish.kernels.matmul import matmul
-
-    return matmul(x, weight, bias, activation, residual, config=config)
-
-
-def _triton_gemv_why_not(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
-) -> list[str]:
-    return _triton_why_not(x, weight, bias, activation, residual) + gemv_reasons(x, (weight,))
-
-
-def _triton_gemv_configs(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
-) -> Sequence[Any]:
-    from burnish.kernels.gemv import gemv_configs
-    from burnish.kernels.matmul_configs import Product
-
-    return gemv_configs(Product.of(x, weight))
-
-
-@linear.impl("triton_gemv", why_not=_triton_gemv_why_not, configs=_triton_gemv_configs)
-def _triton_gemv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    config: Any = None,
-) -> Tensor:
-    """A Triton kernel for a few rows of x, which streams the weight without tensor cores."""
-    from burnish.kernels.gemv import gemv
-
-    return gemv(x, weight, bias, activation, residual, config=config)
-
-
-def _triton_skinny_why_not(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
-) -> list[str]:
-    return _triton_why_not(x, weight, bias, activation, residual) + skinny_reasons(x, (weight,))
-
-
-def _triton_skinny_configs(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
-) -> Sequence[Any]:
-    from burnish.kernels.matmul_configs import Product
-    from burnish.kernels.skinny import skinny_configs
-
-    return skinny_configs(Product.of(x, weight))
-
-
-@linear.impl("triton_skinny", why_not=_triton_skinny_why_not, configs=_triton_skinny_configs)
-def _triton_skinny(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    config: Any = None,
-) -> Tensor:
-    """A Triton kernel for up to 64 rows of x, which streams the weight through tensor cores as their left operand."""
-    from burnish.kernels.skinny import skinny
-
-    return skinny(x, weight, bias, activation, residual, config=config)
-
-
-def _triton_tma_why_not(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
-) -> list[str]:
-    return _triton_why_not(x, weight, bias, activation, residual) + tma_reasons(x, (weight,))
-
-
-def _triton_tma_configs(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
-) -> Sequence[Any]:
-    from burnish.kernels.matmul_configs import Product
-    from burnish.kernels.matmul_tma import matmul_tma_configs
-
-    return matmul_tma_configs(Product.of(x, weight))
-
-
-@linear.impl("triton_tma", why_not=_triton_tma_why_not, configs=_triton_tma_configs)
-def _triton_tma(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    config: Any = None,
-) -> Tensor:
-    """A persistent Triton kernel for many rows, which copies tiles by tensor memory access."""
-    from burnish.kernels.matmul_tma import matmul_tma
-
-    return matmul_tma(x, weight, bias, activation, residual, config=config)
-
-
-def _gluon_why_not(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
-) -> list[str]:
-    return gluon_why_not(x) + layout_reasons(x, (weight,), residual) + wgmma_reasons(x, (weight,))
-
-
-def _gluon_configs(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
-) -> Sequence[Any]:
-    from burnish.kernels.matmul_configs import Product
-    from burnish.kernels.matmul_wgmma import matmul_wgmma_configs
-
-    return matmul_wgmma_configs(Product.of(x, weight))
-
-
-@linear.impl("gluon", why_not=_gluon_why_not, configs=_gluon_configs)
-def _gluon(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    config: Any = None,
-) -> Tensor:
-    """A Gluon kernel for Hopper with a warp that loads and warps that multiply, weight before the kernel ahead ends."""
-    from burnish.kernels.matmul_wgmma import matmul_wgmma
-
-    return matmul_wgmma(x, weight, bias, activation, residual, config=config)
+_register_kernel(
+    "triton",
+    "Tiles, bias, activation and residual in one Triton kernel, the sum over K split where the tiles are few.",
+    "matmul",
+)
+_register_kernel(
+    "triton_gemv",
+    "A Triton kernel for a few rows of x, which streams the weight without tensor cores.",
+    "gemv",
+    gemv_reasons,
+)
+_register_kernel(
+    "triton_skinny",
+    "A Triton kernel for up to 64 rows of x, which streams the weight through tensor cores as their left operand.",
+    "skinny",
+    skinny_reasons,
+)
+_register_kernel(
+    "triton_tma",
+    "A persistent Triton kernel for many rows, which copies tiles by tensor memory access.",
+    "tma",
+    tma_reasons,
+)
+_register_kernel(
+    "gluon",
+    "A Gluon kernel for Hopper with a warp that loads and warps that multiply, weight before the kernel ahead ends.",
+    "wgmma",
+    wgmma_reasons,
+)
