@@ -54,11 +54,12 @@ class GraphPool:
             oldest.drop()
 
     def clear(self) -> None:
-        """Drops every graph."""
+        """Drops every graph, and the memory that they shared: the next ones may be on another device."""
         with self.lock:
             for call in self._graphs.values():
                 call.drop()
             self._graphs.clear()
+            self._memory = None
 
     def enter(self, device: int) -> None:
         """Before a replay: the current stream waits for the last one where that ran on another stream."""
