@@ -74,7 +74,7 @@ class GraphPool:
 class GraphMemory:
     """Memory on the current device that graphs share, whether they live one after another or at once.
 
-    It is that of an empty graph of its own: torch forgets a pool for good with the last graph that uses it (its
+    It is that of a small graph of its own: torch forgets a pool for good with the last graph that uses it (its
     allocator of pinned memory does, whatever else holds the pool), and later captures into it would fail.
     """
 
