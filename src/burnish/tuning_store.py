@@ -1,7 +1,7 @@
 """Where measured times are kept: a JSON file for each device and versions, and tables that come with the package.
 
 A table is such a file for a GPU that people have, made by `python -m benchmarks.ship`; it is read by the device's name,
-and its entries count for the kernels that they were measured with (their sources' hash is part of a family).
+and its entries count for the kernels that they were measured with (their code's hash is part of a family).
 """
 
 from __future__ import annotations
