@@ -77,9 +77,8 @@ class ModelContest:
 
     def __init__(self, prepared: Prepared, model: nn.Module, call: Call) -> None:
         self._prepared, self._model, self._call = prepared, model, call
-        self._last: list[
-            tuple[Functions, torch.cuda.CUDAGraph | None]
-        ] = []  # one of the two goes on to the next contest
+        # The last two, of whom one goes on to the next contest.
+        self._last: list[tuple[Functions, torch.cuda.CUDAGraph | None]] = []
         self._memory = GraphMemory()
 
     def __call__(self, champion: Functions, rival: Functions) -> tuple[float, float]:

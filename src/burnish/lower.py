@@ -185,7 +185,7 @@ class Places:
         """The weights as they are now; None when something is no longer where it was."""
         if not _same_objects(chain.from_iterable(self._owners), self._entries):
             return None
-        if list(chain.from_iterable(self._children)) != self._modules:  # a module equals no other
+        if not _same_objects(chain.from_iterable(self._children), self._modules):
             return None
         return self._held if _have_pointers(self._held, self._pointers, self._all) else None
 
@@ -194,7 +194,7 @@ def _compare_pointers(tensors: Sequence[Tensor], pointers: Sequence[int], indice
     return list(map(Tensor.data_ptr, tensors)) == pointers  # `indices` are all of them
 
 
-# In C++ where torch is built for CUDA: 2 us for 261 weights, 20 one by one.
+# In C++ where torch is built for CUDA; one by one, BERT-base's 261 weights take 20 us.
 _have_pointers = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", _compare_pointers)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from burnish.ops._common import HALF_TYPES
 from burnish.ops._masks import additive_mask, allowed_pairs
-from burnish.ops._triton import gluon_why_not
+from burnish.ops._triton import hopper_why_not
 
 _ALIGNMENT = 16  # bytes of one load
 _FEWEST_QUERIES = 33  # of the Gluon kernel, whose blocks have 64
@@ -86,7 +86,7 @@ def torch_flash(
     )
 
 
-def gluon_reasons(
+def gluon_why_not(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -97,7 +97,7 @@ def gluon_reasons(
     scale: float | None,
 ) -> list[str]:
     """What speaks against the Gluon kernel on Hopper."""
-    reasons = list(dict.fromkeys(gluon_why_not(q) + _unmasked_reasons(q, bias, None, window)))
+    reasons = list(dict.fromkeys(hopper_why_not(q) + _unmasked_reasons(q, bias, None, window)))
     if k.numel() == 0 or v.numel() == 0:
         reasons.append("k or v is empty")
     if q.shape[3] not in (64, 128) or v.shape[3] != q.shape[3]:

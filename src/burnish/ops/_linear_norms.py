@@ -10,7 +10,7 @@ from torch import Tensor
 from burnish.kernels.layout import wgmma_reasons
 from burnish.op import Cost, Op
 from burnish.ops._common import HALF_TYPES
-from burnish.ops._triton import gluon_why_not
+from burnish.ops._triton import hopper_why_not
 from burnish.ops._triton_norms import triton_norm_why_not
 from burnish.ops.linear import linear
 
@@ -64,7 +64,7 @@ def gluon_parts_why_not(
 ) -> list[str]:
     """Reasons against the same with parts by the Gluon kernel."""
     reasons = triton_why_not(x, weight, bias, residual, *vectors) + wgmma_reasons(x, (weight,))
-    return list(dict.fromkeys(reasons + gluon_why_not(x)))
+    return list(dict.fromkeys(reasons + hopper_why_not(x)))
 
 
 def gluon_parts_configs(x: Tensor, weight: Tensor) -> list[Any]:

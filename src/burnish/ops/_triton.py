@@ -25,7 +25,7 @@ def triton_why_not(x: Tensor) -> list[str]:
     return reasons
 
 
-def gluon_why_not(x: Tensor) -> list[str]:
+def hopper_why_not(x: Tensor) -> list[str]:
     """Reasons against a Gluon kernel on `x`: those, and that it is written for Hopper."""
     reasons = triton_why_not(x)
     if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] != 9:

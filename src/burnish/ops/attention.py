@@ -332,7 +332,7 @@ def _gluon_configs(
     return attention_wgmma_configs(q.shape[3])
 
 
-@attention.impl("gluon", why_not=_attention_cuda.gluon_reasons, configs=_gluon_configs)
+@attention.impl("gluon", why_not=_attention_cuda.gluon_why_not, configs=_gluon_configs)
 def _gluon(
     q: Tensor,
     k: Tensor,

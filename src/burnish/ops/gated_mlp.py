@@ -15,7 +15,7 @@ from burnish.op import Cost, Sample, op
 from burnish.ops._activations import GATES, activate, check_activation
 from burnish.ops._common import check_floating, check_same_dtype, check_vector, nbytes
 from burnish.ops._onednn import onednn_float32_why_not, onednn_linear, onednn_why_not
-from burnish.ops._triton import gluon_why_not, triton_why_not
+from burnish.ops._triton import hopper_why_not, triton_why_not
 
 
 def _check(
@@ -198,7 +198,7 @@ def _register_triton(
     ) -> list[str]:
         gate_weight = gate_up_weight[: gate_up_weight.shape[0] // 2]
         weights = (gate_weight, down_weight) if down else (gate_weight,)
-        reasons = (gluon_why_not if family == "wgmma" else triton_why_not)(x)
+        reasons = (hopper_why_not if family == "wgmma" else triton_why_not)(x)
         reasons += layout_reasons(x, (gate_up_weight, down_weight))
         return reasons + further_reasons(x, weights) if further_reasons is not None else reasons
 

@@ -15,7 +15,7 @@ from burnish.op import Cost, Sample, op
 from burnish.ops._activations import ACTIVATIONS, activate, activate_, check_activation
 from burnish.ops._common import check_floating, check_same_dtype, check_vector, nbytes
 from burnish.ops._onednn import onednn_float32_why_not, onednn_linear, onednn_why_not
-from burnish.ops._triton import gluon_why_not, triton_why_not
+from burnish.ops._triton import hopper_why_not, triton_why_not
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> None:
@@ -138,7 +138,7 @@ def _register_kernel(
     """An Impl by one family of kernels."""
 
     def why_not(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> list[str]:
-        reasons = (gluon_why_not if family == "wgmma" else triton_why_not)(x)
+        reasons = (hopper_why_not if family == "wgmma" else triton_why_not)(x)
         reasons += layout_reasons(x, (weight,), residual)
         return reasons + further_reasons(x, (weight,)) if further_reasons is not None else reasons
 
