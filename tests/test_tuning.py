@@ -101,6 +101,26 @@ def test_the_only_one_that_can_is_not_measured(stopwatch: Stopwatch, monkeypatch
     assert (choice.impl, choice.source, stopwatch.measured) == ("reference", "only", [])
 
 
+def test_rivals_in_a_model_are_the_nearest_few_of_each_impl(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = {"torch": 5, "vector_norm": 5, "triton": 4, "reference": 1}
+    names = {f"{impl} {config}": (impl, str(config)) for impl, count in configs.items() for config in range(count)}
+    monkeypatch.setattr(
+        tuning, "_candidates", lambda op, args, able: {n: names[n] for n in names if names[n][0] in able}
+    )
+    times = {name: 10.0 + 0.1 * place for place, name in enumerate(names)} | {"reference 0": 15.0}
+    choice = tuning.Choice("torch", times, source="measured", config="0")
+
+    def of(choice: tuning.Choice) -> list[str]:
+        return [rival.candidate for _, rival in Tuner("off").rivals(rms_norm, rms_norm.bind(x_of()), choice)]
+
+    triton = ["triton 0", "triton 1", "triton 2"]  # up to 8 in all, 3 of an Impl, the chosen one left out
+    torchs, vectors = ["torch 1", "torch 2", "torch 3"], ["vector_norm 0", "vector_norm 1", "vector_norm 2"]
+    assert of(choice) == torchs + vectors + triton[:2]
+    assert of(dataclasses.replace(choice, rejected={"vector_norm": ["no"]})) == torchs + triton  # the reference: 1.5x
+    slow = dict.fromkeys(times, 14.1) | {"torch 0": 10.0, "reference 0": 13.9}
+    assert of(dataclasses.replace(choice, times_us=slow)) == ["reference 0"]
+
+
 # --- the user's word ---
 
 

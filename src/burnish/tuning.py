@@ -33,10 +33,8 @@ _COLD_BYTES = 4 << 20  # more than the caches of one core hold
 _PREFERENCE = {"cpu": 1.03, "cuda": 1.01}
 _IN_MODEL = "in model|"  # before a family: times of whole models
 _RIVAL = 1.4  # H200: in BERT-base a product 1.3 times as slow by itself was the faster one
-_RIVALS, _OF_ONE_IMPL = (
-    8,
-    3,
-)  # so many are tried; attention of 9.9 us in one config took 18.1 in one that seemed as fast
+_RIVALS = 8  # so many are tried for a signature,
+_OF_ONE_IMPL = 3  # and of each Impl so many: a config of attention took 9.9 us in one process and 18.1 in another
 _NEIGHBOURS_BEST = 4  # of a nearby size's candidates, so many are measured for a new size
 
 
