@@ -82,3 +82,29 @@ def test_sums_in_parts() -> None:
     expected = op.reference(*bound), oracle(op.reference, *bound)
     for config in configs:
         assert_close(emulated(op, "gluon", bound, config), *expected)
+
+
+def attention_inputs(queries: int = 64, head_dim: int = 64) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.zeros(1, 2, rows, head_dim, dtype=torch.bfloat16) for rows in (queries, 64, 64))
+
+
+WIDE = torch.zeros(1, 2, 64, 65, dtype=torch.bfloat16)[..., :64]  # rows of 130 bytes
+REFUSED = [
+    (attention_inputs(queries=32), {}, "q has 32 queries; the kernel takes 33 and more"),
+    (attention_inputs(head_dim=32), {}, "head_dim is 32, of v 32"),
+    ((*attention_inputs()[:2], torch.zeros(1, 2, 64, 128, dtype=torch.bfloat16)), {}, "head_dim is 64, of v 128"),
+    (attention_inputs(), {"scale": 0.0}, "scale is 0.0; it must be positive"),
+    (attention_inputs(), {"bias": torch.zeros(64, 64)}, "the kernel takes no bias"),
+    (attention_inputs(), {"window": 8}, "the kernel takes no window"),
+    (tuple(x.float() for x in attention_inputs()), {}, "q is torch.float32, not a half-precision type"),
+    ((attention_inputs()[0], WIDE, attention_inputs()[2]), {}, "k has strides"),
+    ((attention_inputs()[0], *(x[:, :, :0] for x in attention_inputs()[1:])), {}, "k or v is empty"),
+]
+
+
+@pytest.mark.parametrize(("tensors", "arguments", "reason"), REFUSED)
+def test_attention_refuses(tensors: tuple[torch.Tensor, ...], arguments: dict[str, Any], reason: str) -> None:
+    op = OPS["attention"]
+    assert claims(op, "gluon", op.bind(*attention_inputs(queries=33)))
+    reasons = op.impls["gluon"].why_not(*op.bind(*tensors, **arguments))
+    assert any(reason in stated for stated in reasons), reasons
