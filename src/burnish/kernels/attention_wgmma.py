@@ -25,6 +25,7 @@ from burnish.kernels.matmul_wgmma import HALF_TYPES, async_load
 
 _ROWS = gl.constexpr(64)  # queries of a team
 _LOWEST = gl.constexpr(torch.finfo(torch.float32).min)
+_IN_CACHE = 16 << 20  # bytes of keys and values that the L2 cache keeps, of H200's 50 MB
 
 
 @gluon.jit
@@ -148,7 +149,7 @@ def _attend(
     gl.store(out_ptr + places[:, None] + columns[None, :], result, mask=(rows < lq)[:, None])
 
 
-@gluon.jit(do_not_specialize=["heads", "groups", "lq", "lk", "stride_pb"])
+@gluon.jit(do_not_specialize=["heads", "groups", "together", "lq", "lk", "stride_pb"])
 def attention_wgmma_kernel(
     q_desc,  # (B, Hq, Lq, D)
     k_desc,  # (B, Hkv, Lk, D)
@@ -157,6 +158,7 @@ def attention_wgmma_kernel(
     padding_ptr,  # (B, Lk)
     heads,
     groups,
+    together,
     lq,
     lk,
     scale,
@@ -187,12 +189,15 @@ def attention_wgmma_kernel(
         mbarrier.init(v_full.index(s), count=1)
         mbarrier.init(v_empty.index(s), count=TEAMS)
 
-    # Last queries first: under causality they see the most keys.
+    # Heads whose keys fit the L2 cache run together, of each the last queries first: they see the most keys if causal.
     rows: gl.constexpr = TEAMS * _ROWS
     parts = gl.cdiv(lq, rows)
     batch_heads = gl.num_programs(0) // parts
-    batch_head = gl.program_id(0) % batch_heads
-    row = (parts - 1 - gl.program_id(0) // batch_heads) * rows
+    first_head = gl.program_id(0) // (together * parts) * together
+    among = gl.program_id(0) - first_head * parts
+    heads_here = min(together, batch_heads - first_head)
+    batch_head = first_head + among % heads_here
+    row = (parts - 1 - among // heads_here) * rows
     batch, head = batch_head // heads, batch_head % heads
     stop = lk
     if CAUSAL:
@@ -248,13 +253,14 @@ def attention_wgmma(
     if key_padding_mask is not None:
         padding, strides = as_bytes(key_padding_mask), [*key_padding_mask.stride()]
     threads = 32 * 4 * (config["TEAMS"] + 1)
+    together = max(1, _IN_CACHE * heads // key_heads // (2 * lk * d * k.element_size()))
     launch(
         attention_wgmma_kernel,
         (triton.cdiv(lq, _ROWS.value * config["TEAMS"]) * batch * heads,),
         _described(q, _ROWS.value),
         _described(k, config["BLOCK_N"]),
         _described(v, config["BLOCK_N"]),
-        *(out, padding, heads, heads // key_heads, lq, lk),
+        *(out, padding, heads, heads // key_heads, together, lq, lk),
         (d**-0.5 if scale is None else scale) * math.log2(math.e),
         *strides,
         config=config,

@@ -213,9 +213,11 @@ def matmul_wgmma_kernel(
         weights = (weights[0], gl.allocate_shared_memory(x_desc.dtype, OTHER, other_desc.layout))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [TEAMS, 1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(TEAMS):
-        mbarrier.init(turns.index(s), count=1)
+    turns = empty
+    if TEAMS > 1:  # not for one team: Triton gives the place of barriers that nobody waits for to other things
+        turns = gl.allocate_shared_memory(gl.int64, [TEAMS, 1], mbarrier.MBarrierLayout())
+        for s in gl.static_range(TEAMS):
+            mbarrier.init(turns.index(s), count=1)
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(empty.index(s), count=1)
@@ -342,7 +344,8 @@ def matmul_wgmma_configs(product: Product) -> list[Config]:
         shapes += [(64, 128, 0, 64, 1, 8, 1, 4)]
     elif product.rows <= 1024:
         shapes = [(64, 64, 0, 64, 1, 4, 3, 4), (64, 64, 0, 128, 1, 6, 1, 4), (64, 128, 0, 64, 1, 8, 1, 4)]
-        shapes += [(64, 64, 0, 64, 1, 6, 2, 4), (128, 128, 64, 64, 1, 4, 1, 8), (128, 128, 0, 64, 1, 5, 1, 8)]
+        shapes += [(64, 64, 0, 64, 1, 6, 2, 4), (64, 128, 0, 64, 1, 4, 2, 4), (64, 128, 64, 64, 1, 6, 1, 4)]
+        shapes += [(128, 128, 64, 64, 1, 4, 1, 8), (128, 128, 0, 64, 1, 5, 1, 8)]
         shapes += [(128, 256, 0, 64, 1, 4, 1, 8), (64, 256, 0, 64, 1, 4, 1, 4)] if product.gated else []
     else:
         shapes = [(128, 128, 64, 64, 1, 4, 1, 8), (128, 128, 0, 64, 1, 3, 2, 4)]
@@ -357,7 +360,8 @@ def matmul_wgmma_configs(product: Product) -> list[Config]:
 def matmul_wgmma_parts_configs(product: Product) -> list[Config]:
     """Configs of `matmul_wgmma_parts`, the most promising first."""
     shapes = [(64, 32, 0, 64, 1, 8, 2, 4), (64, 64, 0, 128, 1, 3, 2, 4), (64, 64, 0, 64, 1, 6, 2, 4)]
-    shapes += [(64, 128, 64, 64, 1, 5, 1, 4), (128, 128, 0, 64, 1, 4, 1, 8)] if product.rows > 160 else []
+    if product.rows > 160:
+        shapes += [(64, 128, 0, 64, 1, 3, 2, 4), (64, 128, 64, 64, 1, 5, 1, 4), (128, 128, 0, 64, 1, 4, 1, 8)]
     configs = []
     for m, n, more, k, *rest in shapes:
         tiles = triton.cdiv(product.rows, m) * triton.cdiv(product.columns, n + more)
