@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from burnish.lower import Executable, Slot
 from burnish.prepare import Prepared
@@ -40,7 +41,9 @@ class Seen:
 
             return record
 
-        _run(prepared.executable, recording, call)
+        # cuDNN would plan anew for each size: 70 ms of BERT-base's first call at a new one, up to 1.3 s.
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            _run(prepared.executable, recording, call)
 
     def compile(self, chosen: Chosen) -> None:
         """Compiles the chosen Impls' kernels all at once; one after the other, at their first calls, takes seconds."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import math
 from functools import partial
 
 import pytest
@@ -43,3 +45,25 @@ def test_one_graph_serves_every_length_of_a_cache() -> None:
             graph.replay()
             bound = op.bind(q, k, v, lengths)
             assert_close(out, op.reference(*bound), oracle(op.reference, *bound))
+
+
+@pytest.mark.parametrize("rows", [128, 384])
+def test_gluon_kernels_one_after_the_other(rows: int) -> None:
+    """With each config, in a graph, where a kernel starts before the one ahead of it ends: one config hung there."""
+    op, (n, k) = OPS["linear_add_layer_norm"], (768, 768)
+    x, weight = randn(rows, k, dtype=torch.float16, device="cuda", seed=0), randn(n, k, device="cuda", seed=1)
+    bias, residual = randn(n, device="cuda", seed=2).half(), randn(rows, n, device="cuda", seed=3).half()
+    bound = op.bind(x, (weight / math.sqrt(k)).half(), bias, residual, bias, bias)
+    impl, memory = op.impls["gluon"], GraphMemory()
+    if why_not := impl.why_not(*bound):
+        pytest.skip(f"the kernel is for Hopper: {why_not[0]}")
+    expected = op.reference(*bound), oracle(op.reference, *bound)
+    for config in impl.configs(*bound):  # type: ignore[misc]
+        impl.fn(*bound, config=config)  # compiles
+        graph, outs = memory.capture(lambda config=config: [impl.fn(*bound, config=config) for _ in range(24)])
+        faulthandler.dump_traceback_later(60, exit=True)  # nothing else ends a wait for a kernel that hangs
+        for _ in range(20):
+            graph.replay()
+        torch.cuda.synchronize()
+        faulthandler.cancel_dump_traceback_later()
+        assert_close(outs[-1], *expected)

@@ -32,5 +32,11 @@ def _compile(launch: Launch) -> None:
 
 def _key(launch: Launch) -> Any:
     """Equal only for launches of one compiled kernel; unequal keys may still share one, which costs nothing."""
-    kinds = tuple(getattr(arg, "dtype", arg) for arg in launch.args)
-    return launch.kernel, repr(kinds), repr(launch.constants), repr(launch.options)
+    return launch.kernel, repr([_kind(arg) for arg in launch.args]), repr(launch.constants), repr(launch.options)
+
+
+def _kind(arg: Any) -> Any:
+    """What is compiled for. No entry of a tensor or of what a descriptor describes is read: a GPU's is far."""
+    if hasattr(arg, "block_shape"):
+        return type(arg), arg.base.dtype, tuple(arg.block_shape), getattr(arg, "layout", None)
+    return getattr(arg, "dtype", arg)
