@@ -72,10 +72,10 @@ def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
 
 
 def _add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, keep_sum: bool
 ) -> tuple[Tensor, Tensor]:
     total = x + residual
-    return F.layer_norm(total, x.shape[-1:], weight, bias, eps), total
+    return F.layer_norm(total, x.shape[-1:], weight, bias, eps), total if keep_sum else total.new_empty(0)
 
 
 def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -85,9 +85,11 @@ def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return normed if weight is None else weight * normed
 
 
-def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def _add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, keep_sum: bool
+) -> tuple[Tensor, Tensor]:
     total = x + residual
-    return _rms_norm(total, weight, eps), total
+    return _rms_norm(total, weight, eps), total if keep_sum else total.new_empty(0)
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -113,14 +115,21 @@ def _linear_add_layer_norm(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
+    keep_sum: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _add_layer_norm(F.linear(x, weight, bias), residual, norm_weight, norm_bias, eps)
+    return _add_layer_norm(F.linear(x, weight, bias), residual, norm_weight, norm_bias, eps, keep_sum)
 
 
 def _linear_add_rms_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor | None, eps: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    keep_sum: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _add_rms_norm(F.linear(x, weight, bias), residual, norm_weight, eps)
+    return _add_rms_norm(F.linear(x, weight, bias), residual, norm_weight, eps, keep_sum)
 
 
 def _gated_mlp(

@@ -81,7 +81,11 @@ def test_sums_in_parts() -> None:
     assert max(config["SPLIT_K"] for config in configs) > 1
     expected = op.reference(*bound), oracle(op.reference, *bound)
     for config in configs:
-        assert_close(emulated(op, "gluon", bound, config), *expected)
+        normed, total = emulated(op, "gluon", bound, config)
+        assert_close((normed, total), *expected)
+        same, nothing = emulated(op, "gluon", (*bound[:-1], False), config)
+        assert torch.equal(same, normed), "the sum is rounded before it is normalized, kept or not"
+        assert nothing.shape == (0,)
 
 
 def attention_inputs(queries: int = 64, head_dim: int = 64) -> tuple[torch.Tensor, ...]:

@@ -49,8 +49,7 @@ def launched(run: Callable[[], object]) -> Launch:
     return only
 
 
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-@pytest.mark.parametrize(
+CONFIGS = pytest.mark.parametrize(
     "config",
     [
         Config.of(num_warps=1, ROWS=1, PER_SM=0),
@@ -60,10 +59,26 @@ def launched(run: Callable[[], object]) -> Launch:
     ],
     ids=str,
 )
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+@CONFIGS
 def test_every_kind_of_config_takes_every_row_once(op: Op, config: Config) -> None:
     x, residual = (randn(19, 72, dtype=BF16, seed=s) for s in (0, 1))
     weight, bias = randn(72, seed=2), randn(72, dtype=BF16, seed=3)
     assert_right(op, *arguments(op, x, residual, weight, bias), config=config)
+
+
+@pytest.mark.parametrize("op", [add_layer_norm, add_rms_norm], ids=lambda op: op.name)
+@CONFIGS
+def test_without_the_sum_it_is_rounded_all_the_same(op: Op, config: Config) -> None:
+    x, residual = (randn(19, 72, dtype=BF16, seed=s) for s in (0, 1))
+    *args, _ = op.bind(*arguments(op, x, residual, randn(72, seed=2), None))
+    assert_right(op, *args, False, config=config)
+    run = op.impls["triton"].fn
+    assert torch.equal(run(*args, False, config=config)[0], run(*args, True, config=config)[0])
+    with_sum, without = (launched(lambda keep=keep: run(*args, keep, config=config)) for keep in (True, False))  # type: ignore[misc]
+    assert [kept.args[5] is None for kept in (with_sum, without)] == [False, True]
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)

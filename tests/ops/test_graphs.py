@@ -16,13 +16,15 @@ from tests.ops.matrix import tensors
 ALL = [OPS[name] for name in burnish.ops.__all__]
 NAMES = burnish.ops.__all__
 FEATURES = {  # of each Op, samples that together use every argument
+    "add_layer_norm": ("odd", "no sum", "transposed"),
+    "add_rms_norm": ("odd", "no sum", "transposed"),
     "attention": ("left padding, causal", "grouped bias", "window", "scale", "grouped decode"),
     "cached_attention": ("several tokens, window, lengths", "left padding", "scale"),
     "embedding_layer_norm": ("BERT", "no types"),
     "gated_mlp": ("gelu_tanh", "biases"),
     "linear": ("gelu", "residual", "K-major weight"),
-    "linear_add_layer_norm": ("biases", "plain"),
-    "linear_add_rms_norm": ("bias", "plain"),
+    "linear_add_layer_norm": ("biases", "no sum", "plain"),
+    "linear_add_rms_norm": ("bias", "no sum", "plain"),
     "rope": ("partial interleaved", "heads last in memory", "table per row"),
     "rope_qk": ("partial interleaved", "table per row"),
 }

@@ -86,6 +86,26 @@ def test_the_sum_is_rounded_before_it_is_normalized() -> None:
     assert torch.equal(normed, rms_norm(total))
 
 
+WITH_SUM = ("add_layer_norm", "add_rms_norm", "linear_add_layer_norm", "linear_add_rms_norm")
+
+
+@DTYPE
+@pytest.mark.parametrize("name", WITH_SUM)
+def test_without_the_sum_the_rest_is_the_same(name: str, dtype: torch.dtype) -> None:
+    op = OPS[name]
+    (sample,) = (s for s in op.samples("cpu", dtype) if s.label == "no sum")
+    *args, keep_sum = op.bind(*sample.args, **sample.kwargs)
+    assert keep_sum is False
+    for impl in op.impls.values():
+        if not impl.why_not(*args, False):
+            (normed, total), (same, nothing) = impl.fn(*args, True), impl.fn(*args, False)
+            assert torch.equal(normed, same), impl.name
+            assert (nothing.shape, nothing.dtype, nothing.device) == ((0,), total.dtype, total.device), impl.name
+    more, less = op.cost(*args, True), op.cost(*args, False)
+    assert more.flops == less.flops
+    assert more.bytes - less.bytes == total.numel() * total.element_size()
+
+
 def test_embeddings_agree_with_berts() -> None:
     word, position, types = randn(50, 16), randn(20, 16, seed=1), randn(2, 16, seed=2)
     ids, kinds, positions = torch.randint(50, (2, 7)), torch.randint(2, (2, 7)), torch.arange(3, 10)[None]

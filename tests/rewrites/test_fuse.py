@@ -9,14 +9,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from burnish import ops
+from burnish.op import Op
+from burnish.rewrites import FUSE, apply
+from burnish.rewrites.rewrite import set_value
 from tests.zoo.plain import GatedMLP
 
 from .conftest import normal
 
 aten = torch.ops.aten
 WIDTH = 24
+X, SQUARE = normal(2, 5, WIDTH), normal(WIDTH, WIDTH)
 
 
 class Gated(nn.Module):
@@ -95,6 +101,79 @@ def test_a_sum_and_its_norm_give_both(name: str, rewrite: Callable[..., Any]) ->
     found = rewrite(Summed(norm), normal(2, 5, WIDTH), normal(2, 5, WIDTH, seed=1))
     assert found.ops == Counter({f"add_{name}": 1})
     assert aten.add.Tensor not in found.targets
+
+
+class PostNorm(Summed):
+    """As in BERT: nobody reads the sum."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Any:
+        return self.norm(x + residual) * 2
+
+
+class PreNorm(Summed):
+    """As in Llama: the sum goes on to the next residual connection."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Any:
+        total = x + residual
+        return total + torch.sin(self.norm(total))
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("cls", [PostNorm, PreNorm, Summed])
+def test_a_sum_is_kept_where_it_is_read(cls: type[Summed], name: str, rewrite: Callable[..., Any]) -> None:
+    norm = {"layer_norm": nn.LayerNorm(WIDTH), "rms_norm": nn.RMSNorm(WIDTH, eps=1e-5)}[name]
+    found = rewrite(cls(norm), normal(2, 5, WIDTH), normal(2, 5, WIDTH, seed=1))
+    assert found.ops == Counter({f"add_{name}": 1})
+    kept = cls is not PostNorm
+    assert found.calls[0][-1] is kept
+    assert found.fused.matches.get("unread sums", 0) == (not kept)
+    (node,) = (node for node in found.graph.nodes if isinstance(node.meta.get("val"), tuple))
+    normed, total = node.meta["val"]
+    assert total.shape == (normed.shape if kept else (0,))
+    assert sorted(user.args[1] for user in node.users) == ([0, 1] if kept else [0])
+    assert len(found.verification.units) == 1 + kept
+
+
+@pytest.mark.parametrize(
+    ("op", "args"),
+    [
+        (ops.add_layer_norm, (X, X)),
+        (ops.add_rms_norm, (X, X)),
+        (ops.linear_add_layer_norm, (X, SQUARE, SQUARE[0], X)),
+        (ops.linear_add_rms_norm, (X, SQUARE, SQUARE[0], X)),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_an_unread_sum_of_an_op_that_the_model_calls(
+    op: Op, args: tuple[Tensor, ...], rewrite: Callable[..., Any]
+) -> None:
+    for read, kept in ((0, False), (1, True), (-1, True)):
+        found = rewrite(lambda *given, read=read: op(*given)[read].sin(), *args)
+        assert found.ops == Counter({op.name: 1})
+        assert found.calls[0][-1] is kept
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_product_its_sum_and_its_norm_on_cuda(kept: bool) -> None:
+    """In fake tensors, which need no such device."""
+    graph = fx.Graph()
+    x, weight, residual = (graph.placeholder(name) for name in ("x", "weight", "residual"))
+    with FakeTensorMode():
+        for node, like in ((x, X), (weight, SQUARE), (residual, X)):
+            node.meta["val"] = torch.empty(like.shape, device="cuda")
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        node = graph.call_function(target, args)
+        set_value(node)
+        return node
+
+    total = call(aten.add.Tensor, call(ops.linear.overload, x, weight, None, "none", None), residual)
+    normed = call(ops.layer_norm.overload, total, None, None, 1e-5)
+    graph.output((normed, total) if kept else (normed,))
+    record = apply("fuse", FUSE, fx.GraphModule({}, graph))
+    assert record.matches == {"add_layer_norm": 1, "linear_add_norm": 1, **({} if kept else {"unread sums": 1})}
+    (node,) = (node for node in graph.nodes if node.target is ops.linear_add_layer_norm.overload)
+    assert node.args == (x, weight, None, residual, None, None, 1e-5, kept)
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])

@@ -59,7 +59,7 @@ def _norm_of_parts_kernel(
     parts, bias, residual, weight, shift, out, total, M, residual_row, bias_step, weight_step, shift_step, eps,
     N: tl.constexpr, BLOCK_N: tl.constexpr, RMS: tl.constexpr, SPLIT_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row: the parts, the bias and the residual summed, rounded as `total`, and normalized."""
+    """One row: the parts, the bias and the residual summed, rounded as `out` is and normalized. `total` may be None."""
     launch_dependents(PDL)
     added, scale, offset = None, None, None
     if bias is not None:
@@ -78,8 +78,9 @@ def _norm_of_parts_kernel(
         product += tl.load(parts + (part * M + row) * N + column, mask, other=0.0)
     if bias is not None:
         product += added.to(tl.float32)
-    values = (values + product).to(total.dtype.element_ty)
-    tl.store(total + row * N + column, values, mask)
+    values = (values + product).to(out.dtype.element_ty)
+    if total is not None:
+        tl.store(total + row * N + column, values, mask)
     normed = normalize(values.to(tl.float32), mask, eps, N, RMS)
     if weight is not None:
         normed = normed * scale.to(tl.float32)
@@ -97,9 +98,12 @@ def linear_add_norm(
     norm_bias: Tensor | None,
     eps: float,
     rms: bool,
+    keep_sum: bool,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`norm(x @ weight.T + bias + residual)` and the sum that it normalizes, rounded to x's dtype.
+
+    Without `keep_sum` the sum is not written, and the second result is empty.
 
     Shapes: x (..., K), weight (N, K), bias, norm_weight and norm_bias (N,) or None, residual and the contiguous results
     (..., N). x and residual have one stride for their rows; theirs and weight's are contiguous.
@@ -114,7 +118,7 @@ def linear_add_norm(
         _parts_kernel, (triton.cdiv(N, block_n), triton.cdiv(rows, block_m), split), x, weight, parts, rows, N, K,
         x.reshape(rows, -1).stride(0), weight.stride(0), config=config, like=x, **evenness,
     )  # fmt: skip
-    return norm_of_parts(parts, bias, residual, norm_weight, norm_bias, eps, rms)
+    return norm_of_parts(parts, bias, residual, norm_weight, norm_bias, eps, rms, keep_sum)
 
 
 def norm_of_parts(
@@ -125,6 +129,7 @@ def norm_of_parts(
     norm_bias: Tensor | None,
     eps: float,
     rms: bool,
+    keep_sum: bool,
 ) -> tuple[Tensor, Tensor]:
     """`norm(parts.sum(0) + bias + residual)` and the sum that it normalizes, as `linear_add_norm` has them.
 
@@ -132,7 +137,7 @@ def norm_of_parts(
     """
     split, rows, N = parts.shape
     out = residual.new_empty(residual.shape)
-    total = torch.empty_like(out)
+    total = torch.empty_like(out) if keep_sum else None
     steps = (1 if vector is None else vector.stride(0) for vector in (bias, norm_weight, norm_bias))
     warps = norm_configs(rows, N, residual.dtype, True, target_of(residual))[0].num_warps
     launch(
@@ -140,7 +145,7 @@ def norm_of_parts(
         residual.reshape(rows, -1).stride(0), *steps, eps, config=Config.of(num_warps=max(warps, 4)), like=residual,
         N=N, BLOCK_N=triton.next_power_of_2(N), RMS=rms, SPLIT_K=split,
     )  # fmt: skip
-    return out, total
+    return out, out.new_empty(0) if total is None else total
 
 
 def linear_norm_configs(product: Product) -> list[Config]:

@@ -45,7 +45,7 @@ def _normalize_tile(
     tile, x, residual, weight, bias, out, total, rows, size1, size2, x_stride0, x_stride1, x_stride2,
     r_stride0, r_stride1, r_stride2, eps, N: tl.constexpr, BLOCK_N: tl.constexpr, RMS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows, from x to the results; `weight` and `bias` are values (1, BLOCK_N) or None."""
+    """ROWS rows, from x to the results; `weight` and `bias` are values (1, BLOCK_N) or None, `total` may be None."""
     row = tile * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK_N)[None, :]
     mask = column < N
@@ -59,8 +59,9 @@ def _normalize_tile(
         r_offset = _row_offsets(row, size1, size2, r_stride0, r_stride1, r_stride2)
         values = tl.load(x + offset + column, mask, other=0.0)
         added = tl.load(residual + r_offset + column, mask, other=0.0)
-        values = (values.to(tl.float32) + added.to(tl.float32)).to(total.dtype.element_ty)
-        tl.store(total + to, values, mask)
+        values = (values.to(tl.float32) + added.to(tl.float32)).to(out.dtype.element_ty)
+        if total is not None:
+            tl.store(total + to, values, mask)
         values = values.to(tl.float32)
     normed = normalize(values, mask, eps, N, RMS)
     if weight is not None:
@@ -111,32 +112,48 @@ def layer_norm(
     Dtypes: float16, bfloat16, float32, weight and bias each their own. Any strides; only where the last one is not 1,
     or the leading dimensions need more than three strides, x is copied first. N at most MAX_COLUMNS.
     """
-    return _norm(x, None, weight, bias, eps, False, config)[0]
+    return _norm(x, None, weight, bias, eps, False, False, config)[0]
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, config: Config | None = None) -> Tensor:
     """Root-mean-square normalization of x (..., N) with weight (N,) or None; otherwise as `layer_norm`."""
-    return _norm(x, None, weight, None, eps, True, config)[0]
+    return _norm(x, None, weight, None, eps, True, False, config)[0]
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, config: Config | None = None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    keep_sum: bool = True,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`layer_norm(x + residual)` and the sum, rounded to x's dtype; residual is like x, with strides of its own."""
-    return _norm(x, residual, weight, bias, eps, False, config)
+    """`layer_norm(x + residual)` and the sum, rounded to x's dtype; residual is like x, with strides of its own.
+
+    Without `keep_sum` the sum is not written, and the second result is empty.
+    """
+    out, total = _norm(x, residual, weight, bias, eps, False, keep_sum, config)
+    return out, out.new_empty(0) if total is None else total
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, config: Config | None = None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    keep_sum: bool = True,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`rms_norm(x + residual)` and the sum, as `add_layer_norm`."""
-    return _norm(x, residual, weight, None, eps, True, config)
+    out, total = _norm(x, residual, weight, None, eps, True, keep_sum, config)
+    return out, out.new_empty(0) if total is None else total
 
 
 def _norm(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool,
-    config: Config | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    keep_sum: bool, config: Config | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     N = x.shape[-1]
     rows = x.numel() // N
     target = target_of(x)
@@ -150,7 +167,7 @@ def _norm(
     # Weights are read before the kernels before this one are known to be done, so a copy of them would come too late.
     vector_steps = (1 if v is None else v.stride(0) for v in (weight, bias))
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = out if residual is None else torch.empty_like(out)
+    total = torch.empty_like(out) if keep_sum else None
     tiles = triton.cdiv(rows, config["ROWS"])
     grid = tiles
     if config["PER_SM"]:  # no more programs than share the tiles evenly

@@ -83,10 +83,11 @@ def gluon_parts(
     norm_bias: Tensor | None,
     eps: float,
     rms: bool,
+    keep_sum: bool,
     config: Any,
 ) -> tuple[Tensor, Tensor]:
     from burnish.kernels.linear_norm import norm_of_parts
     from burnish.kernels.matmul_wgmma import matmul_wgmma_parts
 
     parts = matmul_wgmma_parts(x, weight, config or gluon_parts_configs(x, weight)[0])
-    return norm_of_parts(parts, bias, residual, norm_weight, norm_bias, eps, rms)
+    return norm_of_parts(parts, bias, residual, norm_weight, norm_bias, eps, rms, keep_sum)

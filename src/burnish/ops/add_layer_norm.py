@@ -16,13 +16,13 @@ from burnish.ops._norms import check_norm, check_residual, empty_contiguous, lay
 from burnish.ops._triton_norms import triton_norm_configs, triton_norm_why_not
 
 
-def _check(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+def _check(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, keep_sum: bool) -> None:
     check_norm(x, weight, bias)
     check_residual(x, residual)
 
 
-def _cost(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Cost:
-    return Cost(9 * x.numel(), 4 * nbytes(x) + nbytes(weight, bias))
+def _cost(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, keep_sum: bool) -> Cost:
+    return Cost(9 * x.numel(), (4 if keep_sum else 3) * nbytes(x) + nbytes(weight, bias))
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
@@ -33,51 +33,69 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("128x768", (tensor(1, 128, 768, seed=0), tensor(1, 128, 768, seed=1), weight, bias, 1e-12))
     yield Sample("odd", (tensor(7, 33, seed=4), tensor(7, 33, seed=5), tensor(33, seed=6), tensor(33, seed=7)))
     yield Sample("plain", (tensor(2, 16, 768, seed=8), tensor(2, 16, 768, seed=9), None, None))
+    yield Sample("no sum", (tensor(9, 768, seed=12), tensor(9, 768, seed=13), weight, bias, 1e-5, False))
     transposed = tensor(5, 768, 3, seed=10).transpose(1, 2)
     yield Sample("transposed", (transposed, tensor(5, 3, 768, seed=11), weight, bias))
     yield Sample("both transposed", (transposed, transposed, weight, None))
 
 
 def _shape(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, keep_sum: bool
 ) -> tuple[Tensor, Tensor]:
-    return empty_contiguous(x), empty_contiguous(x)
+    return empty_contiguous(x), empty_contiguous(x) if keep_sum else x.new_empty(0)
 
 
 @op(cost=_cost, samples=_samples, check=_check, shape=_shape)
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    keep_sum: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`layer_norm(x + residual)` and the sum itself, for the next residual connection: `(normed, sum)`.
 
     Shapes: x and residual (..., N); weight and bias (N,) or None; both results are x's, contiguous.
+    Without `keep_sum`, for where nobody reads the sum, the second result is empty: of shape (0,).
     Dtypes: x and residual the same; weight and bias may differ. The sum is rounded to x's dtype and normalized from
     that, in float32 (float64 for float64), rounded once.
     Errors: ValueError for other sizes, TypeError for a residual of another dtype and for integers.
     Source: the "Add & Norm" of Vaswani et al., "Attention Is All You Need", arXiv:1706.03762.
     """
     total = (x + residual).contiguous()
-    return layer_norm_reference(total, weight, bias, eps), total
+    return layer_norm_reference(total, weight, bias, eps), total if keep_sum else total.new_empty(0)
 
 
-def _torch_why_not(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> list[str]:
+def _torch_why_not(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, keep_sum: bool
+) -> list[str]:
     return not_mixed_layer_norm(x, weight, bias)
 
 
 @add_layer_norm.impl("torch", why_not=_torch_why_not, differentiable=True)
 def _torch(
-    x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    keep_sum: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """One addition and PyTorch's own kernel, without upcast copies."""
     total = (x + residual).contiguous()
-    return F.layer_norm(total, total.shape[-1:], weight, bias, eps), total
+    return F.layer_norm(total, total.shape[-1:], weight, bias, eps), total if keep_sum else total.new_empty(0)
 
 
-def _triton_why_not(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> list[str]:
+def _triton_why_not(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, keep_sum: bool
+) -> list[str]:
     return triton_norm_why_not(x, weight, bias)
 
 
-def _triton_configs(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> list[Any]:
+def _triton_configs(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, keep_sum: bool
+) -> list[Any]:
     return triton_norm_configs(x, added=True)
 
 
@@ -88,10 +106,11 @@ def _triton(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    keep_sum: bool = True,
     *,
     config: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Addition and normalization in one pass over memory, whole rows in registers."""
     from burnish.kernels import norms
 
-    return norms.add_layer_norm(x, residual, weight, bias, eps, config)
+    return norms.add_layer_norm(x, residual, weight, bias, eps, keep_sum, config)

@@ -34,6 +34,7 @@ def _check(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
+    keep_sum: bool,
 ) -> None:
     check_product(x, weight, bias, residual)
     check_norm(residual, norm_weight, norm_bias)
@@ -47,8 +48,9 @@ def _cost(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
+    keep_sum: bool,
 ) -> Cost:
-    return cost_of(add_layer_norm, x, weight, bias, residual, norm_weight, norm_bias, eps)
+    return cost_of(add_layer_norm, x, weight, bias, residual, norm_weight, norm_bias, eps, keep_sum)
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
@@ -61,6 +63,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("biases", (x, weight, bias, residual, scale, shift, 1e-12))
     yield Sample("no biases", (x, weight, None, residual, scale, None))
     yield Sample("plain", (x, weight, None, residual, None, None))
+    yield Sample("no sum", (x, weight, bias, residual, scale, shift, 1e-5, False))
     yield Sample("one row", (x[:1, :1].contiguous(), weight, bias, residual[:1, :1].contiguous(), scale, shift))
     square = tensor(768, 768, seed=6) / 768**0.5
     vectors = tuple(tensor(768, seed=seed) for seed in (9, 10))
@@ -75,8 +78,9 @@ def _shape(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
+    keep_sum: bool,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(residual.shape), x.new_empty(residual.shape)
+    return x.new_empty(residual.shape), x.new_empty(residual.shape if keep_sum else 0)
 
 
 @op(cost=_cost, samples=_samples, check=_check, shape=_shape)
@@ -88,18 +92,19 @@ def linear_add_layer_norm(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
+    keep_sum: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`layer_norm(x @ weight.T + bias + residual)` and the sum itself: `(normed, sum)`.
 
     Shapes: x (..., K); weight (N, K); bias, norm_weight and norm_bias (N,) or None; residual and both results (..., N),
-    the results contiguous.
+    the results contiguous. Without `keep_sum`, for where nobody reads the sum, the second is empty: of shape (0,).
     Dtypes: x, weight, bias and residual the same floating one; the norm's weights may differ. The sum is rounded to
     that dtype and normalized from there, in float32 (float64 for float64), rounded once.
     Errors: ValueError for sizes that do not fit, TypeError for dtypes that differ.
     Source: the end of each branch in Vaswani et al., "Attention Is All You Need", arXiv:1706.03762.
     """
     total = (F.linear(x, weight, bias) + residual).contiguous()
-    return layer_norm_reference(total, norm_weight, norm_bias, eps), total
+    return layer_norm_reference(total, norm_weight, norm_bias, eps), total if keep_sum else total.new_empty(0)
 
 
 def _torch_why_not(
@@ -110,6 +115,7 @@ def _torch_why_not(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
+    keep_sum: bool,
 ) -> list[str]:
     return not_mixed_layer_norm(residual, norm_weight, norm_bias)
 
@@ -123,10 +129,11 @@ def _torch(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
+    keep_sum: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """F.linear, an addition in place, and PyTorch's own layer norm."""
     total = product(x, weight, bias).add_(residual).contiguous()
-    return F.layer_norm(total, total.shape[-1:], norm_weight, norm_bias, eps), total
+    return F.layer_norm(total, total.shape[-1:], norm_weight, norm_bias, eps), total if keep_sum else total.new_empty(0)
 
 
 def _torch_triton_why_not(
@@ -137,6 +144,7 @@ def _torch_triton_why_not(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
+    keep_sum: bool,
 ) -> list[str]:
     return triton_norm_why_not(residual, norm_weight, norm_bias)
 
@@ -149,6 +157,7 @@ def _torch_triton_configs(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
+    keep_sum: bool,
 ) -> list[Any]:
     return triton_norm_configs(residual, added=True)
 
@@ -162,13 +171,14 @@ def _torch_triton(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
+    keep_sum: bool = True,
     *,
     config: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """F.linear, then addition and normalization in one Triton kernel."""
     from burnish.kernels.norms import add_layer_norm as kernel
 
-    return kernel(product(x, weight, bias), residual, norm_weight, norm_bias, eps, config)
+    return kernel(product(x, weight, bias), residual, norm_weight, norm_bias, eps, keep_sum, config)
 
 
 def _triton_why_not(
@@ -179,6 +189,7 @@ def _triton_why_not(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
+    keep_sum: bool,
 ) -> list[str]:
     return triton_why_not(x, weight, bias, residual, norm_weight, norm_bias)
 
@@ -191,6 +202,7 @@ def _triton_configs(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
+    keep_sum: bool,
 ) -> list[Any]:
     return triton_configs(x, weight)
 
@@ -204,13 +216,14 @@ def _triton(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
+    keep_sum: bool = True,
     *,
     config: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Two kernels: the product in parts, split over K, and the norm of the parts' sum."""
     from burnish.kernels.linear_norm import linear_add_norm
 
-    return linear_add_norm(x, weight, bias, residual, norm_weight, norm_bias, eps, False, config)
+    return linear_add_norm(x, weight, bias, residual, norm_weight, norm_bias, eps, False, keep_sum, config)
 
 
 def _gluon_why_not(
@@ -221,6 +234,7 @@ def _gluon_why_not(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
+    keep_sum: bool,
 ) -> list[str]:
     return gluon_parts_why_not(x, weight, bias, residual, norm_weight, norm_bias)
 
@@ -233,6 +247,7 @@ def _gluon_configs(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
+    keep_sum: bool,
 ) -> list[Any]:
     return gluon_parts_configs(x, weight)
 
@@ -246,8 +261,9 @@ def _gluon(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
+    keep_sum: bool = True,
     *,
     config: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """The same, with the product by a Gluon kernel for Hopper."""
-    return gluon_parts(x, weight, bias, residual, norm_weight, norm_bias, eps, False, config)
+    return gluon_parts(x, weight, bias, residual, norm_weight, norm_bias, eps, False, keep_sum, config)

@@ -34,6 +34,7 @@ def _check(
     residual: Tensor,
     norm_weight: Tensor | None,
     eps: float,
+    keep_sum: bool,
 ) -> None:
     check_product(x, weight, bias, residual)
     check_norm(residual, norm_weight)
@@ -46,8 +47,9 @@ def _cost(
     residual: Tensor,
     norm_weight: Tensor | None,
     eps: float,
+    keep_sum: bool,
 ) -> Cost:
-    return cost_of(add_rms_norm, x, weight, bias, residual, norm_weight, eps)
+    return cost_of(add_rms_norm, x, weight, bias, residual, norm_weight, eps, keep_sum)
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
@@ -60,6 +62,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("bias", (x, weight, bias, residual, scale, 1e-5))
     yield Sample("no bias", (x, weight, None, residual, scale))
     yield Sample("plain", (x, weight, None, residual))
+    yield Sample("no sum", (x, weight, bias, residual, scale, 1e-6, False))
     yield Sample("one row", (x[:1, :1].contiguous(), weight, bias, residual[:1, :1].contiguous(), scale))
     square = tensor(768, 768, seed=6) / 768**0.5
     yield Sample(
@@ -74,8 +77,9 @@ def _shape(
     residual: Tensor,
     norm_weight: Tensor | None,
     eps: float,
+    keep_sum: bool,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(residual.shape), x.new_empty(residual.shape)
+    return x.new_empty(residual.shape), x.new_empty(residual.shape if keep_sum else 0)
 
 
 @op(cost=_cost, samples=_samples, check=_check, shape=_shape)
@@ -86,18 +90,19 @@ def linear_add_rms_norm(
     residual: Tensor,
     norm_weight: Tensor | None = None,
     eps: float = 1e-6,
+    keep_sum: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`rms_norm(x @ weight.T + bias + residual)` and the sum itself: `(normed, sum)`.
 
     Shapes: x (..., K); weight (N, K); bias and norm_weight (N,) or None; residual and both results (..., N),
-    the results contiguous.
+    the results contiguous. Without `keep_sum`, for where nobody reads the sum, the second is empty: of shape (0,).
     Dtypes: x, weight, bias and residual the same floating one; norm_weight may differ. The sum is rounded to
     that dtype and normalized from there, in float32 (float64 for float64), rounded once.
     Errors: ValueError for sizes that do not fit, TypeError for dtypes that differ.
     Source: the pre-norm residual connection of Touvron et al., "LLaMA", arXiv:2302.13971.
     """
     total = (F.linear(x, weight, bias) + residual).contiguous()
-    return rms_norm_reference(total, norm_weight, eps), total
+    return rms_norm_reference(total, norm_weight, eps), total if keep_sum else total.new_empty(0)
 
 
 def _torch_why_not(
@@ -107,6 +112,7 @@ def _torch_why_not(
     residual: Tensor,
     norm_weight: Tensor | None,
     eps: float,
+    keep_sum: bool,
 ) -> list[str]:
     return not_same_dtype("norm_weight", norm_weight, "x", x)
 
@@ -119,10 +125,11 @@ def _torch(
     residual: Tensor,
     norm_weight: Tensor | None = None,
     eps: float = 1e-6,
+    keep_sum: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """F.linear, an addition in place, and PyTorch's own rms_norm."""
     total = product(x, weight, bias).add_(residual).contiguous()
-    return F.rms_norm(total, total.shape[-1:], norm_weight, eps), total
+    return F.rms_norm(total, total.shape[-1:], norm_weight, eps), total if keep_sum else total.new_empty(0)
 
 
 def _torch_triton_why_not(
@@ -132,6 +139,7 @@ def _torch_triton_why_not(
     residual: Tensor,
     norm_weight: Tensor | None,
     eps: float,
+    keep_sum: bool,
 ) -> list[str]:
     return triton_norm_why_not(residual, norm_weight)
 
@@ -143,6 +151,7 @@ def _torch_triton_configs(
     residual: Tensor,
     norm_weight: Tensor | None,
     eps: float,
+    keep_sum: bool,
 ) -> list[Any]:
     return triton_norm_configs(residual, added=True)
 
@@ -155,13 +164,14 @@ def _torch_triton(
     residual: Tensor,
     norm_weight: Tensor | None = None,
     eps: float = 1e-6,
+    keep_sum: bool = True,
     *,
     config: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """F.linear, then addition and normalization in one Triton kernel."""
     from burnish.kernels.norms import add_rms_norm as kernel
 
-    return kernel(product(x, weight, bias), residual, norm_weight, eps, config)
+    return kernel(product(x, weight, bias), residual, norm_weight, eps, keep_sum, config)
 
 
 def _triton_why_not(
@@ -171,6 +181,7 @@ def _triton_why_not(
     residual: Tensor,
     norm_weight: Tensor | None,
     eps: float,
+    keep_sum: bool,
 ) -> list[str]:
     return triton_why_not(x, weight, bias, residual, norm_weight)
 
@@ -182,6 +193,7 @@ def _triton_configs(
     residual: Tensor,
     norm_weight: Tensor | None,
     eps: float,
+    keep_sum: bool,
 ) -> list[Any]:
     return triton_configs(x, weight)
 
@@ -194,13 +206,14 @@ def _triton(
     residual: Tensor,
     norm_weight: Tensor | None = None,
     eps: float = 1e-6,
+    keep_sum: bool = True,
     *,
     config: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Two kernels: the product in parts, split over K, and the norm of the parts' sum."""
     from burnish.kernels.linear_norm import linear_add_norm
 
-    return linear_add_norm(x, weight, bias, residual, norm_weight, None, eps, True, config)
+    return linear_add_norm(x, weight, bias, residual, norm_weight, None, eps, True, keep_sum, config)
 
 
 def _gluon_why_not(
@@ -210,6 +223,7 @@ def _gluon_why_not(
     residual: Tensor,
     norm_weight: Tensor | None,
     eps: float,
+    keep_sum: bool,
 ) -> list[str]:
     return gluon_parts_why_not(x, weight, bias, residual, norm_weight)
 
@@ -221,6 +235,7 @@ def _gluon_configs(
     residual: Tensor,
     norm_weight: Tensor | None,
     eps: float,
+    keep_sum: bool,
 ) -> list[Any]:
     return gluon_parts_configs(x, weight)
 
@@ -233,8 +248,9 @@ def _gluon(
     residual: Tensor,
     norm_weight: Tensor | None = None,
     eps: float = 1e-6,
+    keep_sum: bool = True,
     *,
     config: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """The same, with the product by a Gluon kernel for Hopper."""
-    return gluon_parts(x, weight, bias, residual, norm_weight, None, eps, True, config)
+    return gluon_parts(x, weight, bias, residual, norm_weight, None, eps, True, keep_sum, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -9,7 +10,17 @@ from torch import fx
 
 from burnish import ops
 from burnish.graph.matcher import Match
-from burnish.rewrites.rewrite import GraphPass, Outcome, Rewrite, arguments, insert, same, value, values
+from burnish.rewrites.rewrite import (
+    GraphPass,
+    Outcome,
+    Rewrite,
+    arguments,
+    forget_origin,
+    insert,
+    same,
+    value,
+    values,
+)
 
 aten = torch.ops.aten
 
@@ -254,6 +265,28 @@ def _merge(graph_module: fx.GraphModule, x: fx.Node, group: list[fx.Node]) -> No
     insert(graph_module, group, build, x, weights, biases)
 
 
+# --- sums that nobody reads -----------------------------------------------------------------------
+
+
+def drop_unread_sums(graph_module: fx.GraphModule) -> Outcome:
+    """(normed, sum) -> (normed, nothing) where only the first is read, as in post-norm models: of four tensors that
+    pass through memory one less."""
+    with_sum = (ops.add_layer_norm, ops.add_rms_norm, ops.linear_add_layer_norm, ops.linear_add_rms_norm)
+    by_target = {op.overload: op for op in with_sum}
+    graph_module.graph.eliminate_dead_code()  # so that what still has a user is read
+    count = 0
+    for node in list(graph_module.graph.nodes):
+        op = by_target.get(node.target)
+        if op is None or any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
+            continue
+        *args, keep_sum = op.bind(*node.args, **node.kwargs)
+        if keep_sum:
+            forget_origin(node)  # of an Op that capture put there, whose second result is the sum
+            if insert(graph_module, [node], op, *args, False) is None:
+                count += 1
+    return Outcome(count)
+
+
 FUSE: list[Rewrite | GraphPass] = [
     GraphPass("linear + activation", fuse_linear_activation),
     Rewrite("gated_mlp", gated, to_gated_mlp, None, ops.linear.overload, _refuse_gated),
@@ -270,4 +303,5 @@ FUSE: list[Rewrite | GraphPass] = [
     GraphPass("linear_add_norm", fuse_linear_add_norm),
     GraphPass("parallel linears", merge_parallel_linears),
     GraphPass("rope_qk", pair_ropes),
+    GraphPass("unread sums", drop_unread_sums),
 ]
