@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from burnish import ops
 from burnish.capture import Program, capture
-from burnish.lower import Executable, Places, find_weight
+from burnish.lower import Executable
 from burnish.numerics import assert_close
 from burnish.rewrites import FUSE, RAISE, apply
 from burnish.verify import outputs_in_float64
@@ -110,67 +110,6 @@ def test_a_replaced_weight_is_seen(executable: Executable, model: Model) -> None
     before = run(executable, ids_of())
     model.norm.bias = nn.Parameter(torch.ones(WIDTH))  # it was zero
     assert torch.equal(run(executable, ids_of()), before + 1)
-
-
-def test_a_weight_is_found_where_it_lives(program: Program, model: Model) -> None:
-    program.graph_module.register_buffer("packed", torch.ones(1))
-    program.graph_module.register_buffer("scale_of_graph", torch.ones(1))
-    roots = (model, program.graph_module)
-    for path, tensor in (
-        ("first.weight", model.first.weight),
-        ("scale", model.scale),
-        ("shift", model.shift),
-        ("packed", program.graph_module.packed),
-    ):
-        place = find_weight(roots, path)
-        assert place.path == path
-        assert place.owner[place.name] is tensor
-    model.register_buffer("packed", torch.zeros(1))
-    place = find_weight(roots, "packed")
-    assert place.owner[place.name] is model.packed, "the model is asked first"
-    for path in ("first.nothing", "nowhere.weight"):
-        with pytest.raises(KeyError, match=path):
-            find_weight(roots, path)
-
-
-def moved(model: Model) -> None:
-    model.first.weight.data = model.first.weight.data.clone()
-
-
-def removed(model: Model) -> None:
-    del model.first._parameters["weight"]
-
-
-def none_now(model: Model) -> None:
-    model.second.bias = None
-
-
-def other_module(model: Model) -> None:
-    model.norm = nn.LayerNorm(WIDTH)
-
-
-def no_module(model: Model) -> None:
-    del model.norm
-
-
-def in_place(model: Model) -> None:
-    with torch.no_grad():
-        model.first.weight.mul_(2)
-
-
-@pytest.mark.parametrize("change", [moved, removed, none_now, other_module, no_module])
-def test_places_tell_what_has_moved(change: Callable[[Model], None], executable: Executable, model: Model) -> None:
-    places = Places(model, executable.weights)
-    change(model)
-    assert places.read() is None
-
-
-def test_places_read_what_changed_in_place(executable: Executable, model: Model) -> None:
-    places = Places(model, executable.weights)
-    in_place(model)
-    weights = places.read()
-    assert weights is not None
-    assert all(a is b for a, b in zip(weights, executable.read_weights(), strict=True))
 
 
 def test_wide_ops_are_slots_too() -> None:

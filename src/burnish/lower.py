@@ -6,17 +6,15 @@ which slot, so that a new batch or sequence size costs a dictionary, not a compi
 
 from __future__ import annotations
 
-import operator
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from burnish.op import OPS, Op
+from burnish.places import find_weight
 
 
 class Slot:
@@ -31,16 +29,6 @@ class Slot:
 
     def __call__(self, *args: Any) -> Any:
         return self.op.reference(*args)
-
-
-@dataclass(frozen=True)
-class WeightPlace:
-    """Where a weight lives: the dictionary of the module that owns it, and its name there. Read anew at each call, so
-    that a replaced parameter is seen."""
-
-    owner: Mapping[str, Any]
-    name: str
-    path: str
 
 
 class Executable:
@@ -140,64 +128,3 @@ _METHOD_OF: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.mul.Tensor: torch.mul,
     torch.ops.aten.embedding.default: torch.embedding,
 }
-
-
-def find_weight(roots: Sequence[nn.Module], path: str) -> WeightPlace:
-    """The user's model is asked first; constants that capture lifted and packed weights live on the graph module."""
-    module_path, _, name = path.rpartition(".")
-    for root in roots:
-        try:
-            module = root.get_submodule(module_path)
-        except AttributeError:
-            continue
-        for owner in (module._parameters, module._buffers, vars(module)):
-            if name in owner:
-                return WeightPlace(owner, name, path)
-    raise KeyError(path)
-
-
-class Places:
-    """Where weights and a model's modules are, to be told when one of them has been moved, replaced or removed.
-
-    Values that change in place are nothing to tell: whoever reads the weight sees them.
-    """
-
-    def __init__(self, model: nn.Module, weights: Sequence[WeightPlace]) -> None:
-        owners = {id(place.owner): place.owner for place in weights}
-        # All entries of every dictionary that has one of the weights, compared as lists: this is done in each call, and
-        # runs in C (a model of 200 weights: 20 us, against 60 one by one).
-        self._owners = [owner.values() for owner in owners.values()]
-        self._entries = list(chain.from_iterable(self._owners))
-        places = {(id(owner), name): i for i, (owner, name) in enumerate((o, n) for o in owners.values() for n in o)}
-        self._order = operator.itemgetter(*(places[id(p.owner), p.name] for p in weights)) if weights else None
-        self._held = self._in_order(self._entries)
-        self._pointers = list(map(Tensor.data_ptr, self._held))
-        self._all = list(range(len(self._held)))
-        # A module that was put in another's place has weights of its own; those of the old one are where they were.
-        self._children = [module._modules.values() for module in model.modules() if module._modules]
-        self._modules = list(chain.from_iterable(self._children))
-
-    def _in_order(self, entries: Sequence[Tensor]) -> list[Tensor]:
-        found: Any = self._order(entries) if self._order is not None else ()
-        return list(found) if isinstance(found, tuple) else [found]
-
-    def read(self) -> list[Tensor] | None:
-        """The weights as they are now; None when something is no longer where it was."""
-        if not _same_objects(chain.from_iterable(self._owners), self._entries):
-            return None
-        if not _same_objects(chain.from_iterable(self._children), self._modules):
-            return None
-        return self._held if _have_pointers(self._held, self._pointers, self._all) else None
-
-
-def _compare_pointers(tensors: Sequence[Tensor], pointers: Sequence[int], indices: Sequence[int]) -> bool:
-    return list(map(Tensor.data_ptr, tensors)) == pointers  # `indices` are all of them
-
-
-# In C++ where torch is built for CUDA; one by one, BERT-base's 261 weights take 20 us.
-_have_pointers = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", _compare_pointers)
-
-
-def _same_objects(now: Iterable[Any], before: Sequence[Any]) -> bool:
-    found = list(now)
-    return len(found) == len(before) and all(map(operator.is_, found, before))

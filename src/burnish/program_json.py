@@ -29,7 +29,7 @@ from burnish.graph_json import (
     identifier,
     torch_constant,
 )
-from burnish.lower import find_weight
+from burnish.places import find_weight
 from burnish.record import StepRecord
 
 _CONSTANT_BYTES = 1 << 16  # of the constants that a model's code makes: a table of this size is a weight in disguise

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 import burnish
-from burnish import checks, compile_backend
+from burnish import checks, compile_backend, places
 from burnish.numerics import assert_close
 from burnish.prepare import Preparer
 from burnish.runtime.module import OptimizedModule
@@ -178,6 +179,16 @@ def by_new_parameters(model: nn.Module, fast: nn.Module) -> None:
     attention.v_proj.bias = nn.Parameter(attention.v_proj.bias.detach() + 1)
 
 
+def by_writing_to_the_dictionaries(model: nn.Module, fast: nn.Module) -> None:
+    attention = model.get_submodule("attention")
+    attention.q_proj._parameters["weight"] = nn.Parameter(1.25 * attention.q_proj.weight.detach())
+    model._modules["norm1"] = zoo.seeded(nn.LayerNorm(WIDTH), seed=7)
+
+
+def by_removing_a_bias(model: nn.Module, fast: nn.Module) -> None:
+    model.get_submodule("mlp.down_proj").bias = None
+
+
 def by_a_new_module(model: nn.Module, fast: nn.Module) -> None:
     model.mlp = zoo.seeded(plain.GatedMLP(WIDTH, 96, "silu", bias=True), seed=5)
 
@@ -196,16 +207,32 @@ def by_parametrization(model: nn.Module, fast: nn.Module) -> None:
 
 IN_PLACE = (by_optimizer, by_load_state_dict, by_load_state_dict_of_the_optimized, by_copy, by_data_copy)
 MOVED = (
-    *(by_assigning_data, by_assigning_loaded, by_new_parameters),
+    *(by_assigning_data, by_assigning_loaded, by_new_parameters, by_writing_to_the_dictionaries, by_removing_a_bias),
     *(by_a_new_module, by_setting_one_of_the_optimized, by_parametrization),
 )
 
 
+def is_guarded(fast: OptimizedModule) -> bool:
+    """Whether torch's guards tell that no weight was replaced: a comparison of all of them does, where there are
+    none."""
+    (places,) = {entry.places for entry in fast._entries.values()}  # type: ignore[attr-defined]
+    return places._entries._unwritten is not None
+
+
+@pytest.fixture(params=[1, 10**9], ids=["guards", "comparison"])
+def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """After how many calls there are guards."""
+    monkeypatch.setattr(places, "_PATIENCE", request.param)
+    calls: int = request.param
+    return calls
+
+
 @pytest.mark.parametrize("change", [*IN_PLACE, *MOVED])
 def test_changed_weights_are_used_at_the_next_call(
-    change: Callable[[nn.Module, nn.Module], None], model: nn.Module, fast: OptimizedModule
+    change: Callable[[nn.Module, nn.Module], None], patience: int, model: nn.Module, fast: OptimizedModule
 ) -> None:
     before = assert_right(fast, model, x_of())
+    assert is_guarded(fast) == (patience == 1)
     change(model, fast)
     assert_right(fast, model, x_of(3, 5))  # a size of which no entry knows yet where the weights were
     after = assert_right(fast, model, x_of())
@@ -226,6 +253,25 @@ def test_weights_changed_in_place_need_no_other_capture(
     change(model, fast)
     assert_right(fast, model, x_of())
     assert fast.schedule.program is program
+
+
+def test_functional_call_of_the_model_moves_nothing(patience: int, model: nn.Module, fast: OptimizedModule) -> None:
+    """It puts other weights in the place of the model's, and these back again."""
+    before = assert_right(fast, model, x_of())
+    for _ in range(2):
+        assert torch.equal(assert_right(fast, model, x_of()), before)
+        assert not torch.equal(functional_call(model, changed(model, 1.25), (x_of(),)), before)
+    assert len(fast.schedule.served) == 1
+
+
+@torch.no_grad()
+def test_functional_call_of_the_optimized(patience: int, model: nn.Module, fast: OptimizedModule) -> None:
+    assert_right(fast, model, x_of())
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(changed(model, 1.25))
+    result = functional_call(fast, twin.state_dict(), (x_of(),))
+    assert_close([result], [twin(x_of())], outputs_in_float64(twin, (x_of(),)))
+    assert_right(fast, model, x_of())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -632,7 +678,7 @@ def test_attributes_of_the_model_are_there() -> None:
         _ = fast.no_such_thing
 
 
-def test_a_deep_copy_stands_alone(model: nn.Module, fast: OptimizedModule) -> None:
+def test_a_deep_copy_stands_alone(patience: int, model: nn.Module, fast: OptimizedModule) -> None:
     before = assert_right(fast, model, x_of())
     twin = copy.deepcopy(fast)
     by_copy(model, fast)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from burnish.runtime import module
 from burnish.runtime.module import STALE, Call, Entry, OptimizedModule, original_entry
@@ -154,6 +155,16 @@ def test_what_no_graph_takes_is_the_originals(given: Any, fast: OptimizedModule,
     assert torch.equal(result, X)
     assert original_calls(fast) == 1
     assert not resolver.entries
+
+
+@torch.no_grad()
+def test_a_structure_that_cannot_be_looked_up_is_the_originals(
+    fast: OptimizedModule, resolver: Resolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytree.TreeSpec, "__hash__", None)  # its context may hold anything
+    assert isinstance(fast(X, [1]), Tensor)
+    assert not resolver.entries
+    assert fast(X) == 1
 
 
 @torch.no_grad()

@@ -8,8 +8,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,7 @@ _CONSTANTS = (type(None), bool, int, float, str)
 _TENSORS = (Tensor, nn.Parameter)
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One call, normalized: positional arguments by name where forward has names for them, keywords sorted."""
 
     args: tuple[Any, ...]
@@ -172,12 +170,12 @@ class OptimizedModule(nn.Module):
                 parts.append((type(leaf), leaf))
             else:
                 return None
-        key = tuple(parts)
-        try:
-            hash(key)
-        except TypeError:  # a pytree context may hold anything
-            return None
-        return key
+        if call.spec is not None:
+            try:
+                hash(call.spec)
+            except TypeError:  # a pytree context may hold anything
+                return None
+        return tuple(parts)
 
     def _wants_gradients(self, leaves: Sequence[Any]) -> bool:
         return any(p.requires_grad for p in self._parameter_list) or any(
