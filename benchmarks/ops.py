@@ -157,6 +157,20 @@ def _rope_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) 
     return _rope(q, cos, sin, interleaved), _rope(k, cos, sin, interleaved)
 
 
+def _linear_rope(
+    x: Tensor, weight: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, head_dim: int, rotated: int
+) -> Tensor:
+    """As Llama spells it, of one product; the last addition is in place, so that queries and keys are not copied."""
+    out = F.linear(x, weight, bias)
+    if cos.dim() == 3:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    heads = out[..., :rotated].unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    first, second = heads.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1) * sin
+    heads.mul_(cos).add_(turned)
+    return out
+
+
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -245,6 +259,16 @@ def _rope_qk_arguments(heads: int, key_heads: int, seq: int, head_dim: int) -> M
     return arguments
 
 
+def _linear_rope_arguments(rows: int, width: int, heads: int, key_heads: int, head_dim: int) -> Maker:
+    def arguments(dtype: torch.dtype) -> Arguments:
+        rotated = (heads + key_heads) * head_dim
+        x, weight, *_ = _linear_arguments(rows, width, rotated + key_heads * head_dim)(dtype)
+        _, *tables = _rope_arguments(1, rows, head_dim)(dtype)
+        return x, weight, None, *tables, head_dim, rotated
+
+    return arguments
+
+
 def _attention_arguments(
     batch: int, heads: int, kv_heads: int, seq: int, head_dim: int, padded: bool = False, causal: bool = False
 ) -> Maker:
@@ -301,6 +325,7 @@ BENCHED: dict[str, tuple[Callable[..., object], dict[str, Maker]]] = {
         _linear_add_rms_norm,
         {"m128 k1024 n1024": lambda dtype: _branch_end(128, 1024, 1024, dtype)},
     ),
+    "linear_rope": (_linear_rope, {"m128 k1024 h16/4 d64": _linear_rope_arguments(128, 1024, 16, 4, 64)}),
     "gated_mlp": (
         _gated_mlp,
         {

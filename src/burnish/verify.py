@@ -103,9 +103,10 @@ def verify(
     if name := random_node(captured.graph):
         return Verification(skipped=f"{name} is random")
     units = units_of(graph_module.graph, captured.graph)
-    pending: dict[fx.Node, list[Unit]] = {}
+    pending: dict[int, list[Unit]] = {}
+    order = _positions(captured.graph)
     for unit in units:
-        pending.setdefault(unit.origin, []).append(unit)
+        pending.setdefault(_ready(unit, order), []).append(unit)
     last_use = _last_uses(captured.graph, units)
     eager: dict[fx.Node, Any] = {}
     supplied = iter(leaves)
@@ -114,7 +115,7 @@ def verify(
             if node.op == "output":
                 break
             eager[node] = next(supplied) if node.op == "placeholder" else _run(node, captured, eager)
-            for unit in pending.get(node, ()):
+            for unit in pending.get(position, ()):
                 unit.verdict = _compare(unit, graph_module, captured, eager, function_of)
             for done in last_use.get(position, ()):
                 eager.pop(done, None)
@@ -197,13 +198,23 @@ def _upcast(value: Any) -> Any:
     return pytree.tree_map(_upcast, value) if isinstance(value, (list, tuple)) else value
 
 
+def _positions(graph: fx.Graph) -> dict[fx.Node, int]:
+    return {node: i for i, node in enumerate(graph.nodes)}
+
+
+def _ready(unit: Unit, position: dict[fx.Node, int]) -> int:
+    """After which position in the captured graph the unit has all it is compared by. A fused Op may want more than its
+    value's captured node did: values leave Llama's merged product with queries rotated by tables computed later."""
+    return max(position[node] for node in (unit.origin, *unit.inputs.values()))
+
+
 def _last_uses(captured: fx.Graph, units: Iterable[Unit]) -> dict[int, list[fx.Node]]:
     """For each position in the captured graph, the nodes whose value nothing needs after it."""
-    position = {node: i for i, node in enumerate(captured.nodes)}
+    position = _positions(captured)
     last = {node: max((position[user] for user in node.users), default=position[node]) for node in captured.nodes}
     for unit in units:
         for node in (*unit.inputs.values(), unit.origin):
-            last[node] = max(last[node], position[unit.origin])
+            last[node] = max(last[node], _ready(unit, position))
     uses: dict[int, list[fx.Node]] = {}
     for node, where in last.items():
         if node.op != "placeholder":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,10 +19,11 @@ from burnish.capture import capture
 from burnish.lower import op_of
 from burnish.numerics import assert_close
 from burnish.record import StepRecord
-from burnish.rewrites import RAISE, apply
+from burnish.rewrites import RAISE, apply, fuse
 from burnish.runtime.module import OptimizedModule
 from tests import zoo
 from tests.e2e.float64 import assert_same_outputs, gradients, gradients_in_float64, loss, outputs_in_float64
+from tests.zoo.hugging_face import llama_like
 
 pytestmark = pytest.mark.usefixtures("untimed")
 aten = torch.ops.aten
@@ -188,6 +190,34 @@ def test_ops_and_float32_outputs_at_every_shape_from_one_capture(case: zoo.Case,
         assert_same_outputs(fast, model, inputs_of(case, index))
     assert_verified(fast)
     assert len([record for record in fast.schedule.history if record.name == "capture"]) == 1
+
+
+QWEN2 = replace(zoo.CASES["llama-sdpa"], name="qwen2", build=partial(llama_like, "Qwen2"))  # biases of q, k and v
+
+
+@pytest.mark.parametrize(
+    ("case", "rotates"),
+    [
+        (zoo.CASES["llama-sdpa-mask"], True),
+        (zoo.CASES["llama-mqa"], True),
+        (zoo.CASES["mistral-window"], True),
+        (QWEN2, True),
+        (zoo.CASES["qwen3"], False),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_products_rotate_their_heads_as_on_cuda(
+    case: zoo.Case, rotates: bool, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rewritten as for CUDA, run here. Qwen3 normalizes queries and keys before it rotates them."""
+    monkeypatch.setattr(fuse, "_on_cuda", lambda node: True)
+    model = case.build()
+    fast = burnish.optimize(model, (), inputs_of(case), cache="off")
+    wanted = {"linear_rope": case.layers} if rotates else {"rope_qk": case.layers}
+    assert {name: n for name, n in seen.ops["fuse"].items() if "rope" in name} == wanted
+    for index in range(len(case.shapes)):
+        assert_same_outputs(fast, model, inputs_of(case, index))
+    assert_verified(fast)
 
 
 # One of each family; their variants differ in what is captured, not in what is computed.

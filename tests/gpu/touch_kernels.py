@@ -15,7 +15,7 @@ def main() -> None:
     touched = 0
     for op in OPS.values():
         for impl in op.impls.values():
-            if not impl.name.startswith(("triton", "gluon")):
+            if "triton" not in impl.name and not impl.name.startswith("gluon"):
                 continue
             for sample in op.samples("cuda", torch.bfloat16):
                 args = op.bind(*sample.args, **sample.kwargs)

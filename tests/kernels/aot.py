@@ -95,8 +95,8 @@ def compile_all(names: list[str], everything: bool) -> list[dict[str, Any]]:
     for name in names:
         op = find_op(name)
         for impl in op.impls.values():
-            if impl.name.startswith(("triton", "gluon")):
-                for capability in CAPABILITIES if impl.name.startswith("triton") else (90,):
+            if "triton" in impl.name or impl.name.startswith("gluon"):
+                for capability in CAPABILITIES if "triton" in impl.name else (90,):
                     for label, launch in launches_of(op, impl, capability, everything):
                         jobs.setdefault(_key(launch, capability), (label, launch, capability))
     return [_compiled(job) for job in jobs.values()]
@@ -135,6 +135,12 @@ def kernels_for_rows(rows: list[int]) -> list[list[str]]:
         ("attention", "triton"): lambda n: (*[tensor(1, 4, n, 64)] * 3, None, torch.ones(1, n, dtype=torch.int64)),
         ("attention", "gluon"): lambda n: (*[tensor(1, 4, n, 64)] * 3, None, torch.ones(1, n, dtype=torch.int64)),
         ("rope", "triton"): lambda n: (tensor(1, 4, n, 64), tensor(1, n, 64), tensor(1, n, 64)),
+        ("linear_rope", "torch_triton"): lambda n: (
+            tensor(1, n, 64), weight, None, tensor(1, n, 64), tensor(1, n, 64), 64, 128
+        ),
+        ("linear_rope", "gluon"): lambda n: (
+            tensor(1, n, 64), weight, None, tensor(1, n, 64), tensor(1, n, 64), 64, 128
+        ),
         ("embedding_layer_norm", "triton"): lambda n: (
             *(torch.zeros(1, n, dtype=torch.int64), weight) * 2, *(torch.zeros(1, n, dtype=torch.int64), weight)
         ),

@@ -258,6 +258,26 @@ class Gluon:
         return Block(torch.exp2(x.data))
 
     @staticmethod
+    def reshape(x: Block, shape: Sequence[int]) -> Block:
+        return Block(x.data.reshape(tuple(shape)))
+
+    @staticmethod
+    def permute(x: Block, order: Sequence[int]) -> Block:
+        return Block(x.data.permute(*order))
+
+    @staticmethod
+    def expand_dims(x: Block, axis: int) -> Block:
+        return Block(x.data.unsqueeze(axis))
+
+    @staticmethod
+    def split(x: Block) -> tuple[Block, Block]:
+        return Block(x.data[..., 0]), Block(x.data[..., 1])
+
+    @staticmethod
+    def join(a: Block, b: Block) -> Block:
+        return Block(torch.stack((a.data, b.data), -1))
+
+    @staticmethod
     def convert_layout(x: Block, layout: Any) -> Block:
         return Block(x.data, layout)
 

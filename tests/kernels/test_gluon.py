@@ -63,7 +63,7 @@ def test_programs_with_many_tiles() -> None:
     x, weight, bias = (randn(*shape, dtype=torch.bfloat16, seed=seed) for seed, shape in enumerate(shapes))
     bound = op.bind(x, weight / math.sqrt(720), bias, "gelu", randn(300, 450, dtype=torch.bfloat16, seed=3))
     from burnish.kernels.matmul_configs import Product
-    from burnish.kernels.matmul_wgmma import matmul_wgmma_configs
+    from burnish.kernels.matmul_wgmma_configs import matmul_wgmma_configs
 
     expected = op.reference(*bound), oracle(op.reference, *bound)
     for rows in (100, 300, 3000):  # the configs of each kind of product

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from burnish.numerics import assert_close, oracle, randn
-from burnish.ops import rope
+from burnish.ops import linear_rope, rope
 
 pytest.importorskip("triton")
 
@@ -107,6 +107,47 @@ def test_q_and_k_are_one_launch() -> None:
         kernels.rope_pair(q, k, *tables(1, 64))
     (only,) = launches
     assert only.grid == (5,)  # 8 heads each
+
+
+def test_in_place_writes_the_heads_and_nothing_else() -> None:
+    cos, sin = tables(5, 16)
+    for BLOCK_S, BLOCK_H in ((1, 1), (4, 1), (1, 4), (2, 2), (8, 8)):
+        product = randn(2, 5, 10 * 16)
+        before = product.clone()
+        heads, old = (t[..., 16:112].unflatten(-1, (6, 16)).transpose(1, 2) for t in (product, before))
+        kernels.rope_in_place(heads, cos, sin, Config.of(num_warps=4, BLOCK_S=BLOCK_S, BLOCK_H=BLOCK_H))
+        assert_close(heads, rope.reference(old, cos, sin), oracle(rope.reference, old, cos, sin))
+        assert torch.equal(product[..., :16], before[..., :16])
+        assert torch.equal(product[..., 112:], before[..., 112:])
+
+
+@pytest.mark.parametrize("R", [16, 6])
+def test_in_place_by_tables_for_each_row(R: int) -> None:
+    x = randn(2, 3, 5, 16, dtype=BF16)
+    old, (cos, sin) = x.clone(), tables(2, 5, R)
+    kernels.rope_in_place(x, cos, sin)
+    assert_right(x, old, cos, sin)
+
+
+def test_in_place_is_one_launch_that_says_so() -> None:
+    x = randn(2, 3, 5, 16)
+    launches: list[Launch] = []
+    with recording(launches.append, H200):
+        kernels.rope_in_place(x, *tables(5, 16))
+        kernels.rope(x, *tables(5, 16))
+    one, other = launches
+    assert one.args[0] is one.args[2] is x
+    assert (one.constants["IN_PLACE"], other.constants["IN_PLACE"]) == (True, False)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_heads_of_a_product_on_the_samples(dtype: torch.dtype) -> None:
+    impl = linear_rope.impls["torch_triton"]
+    for sample in linear_rope.samples("cpu", dtype):
+        expected = linear_rope.reference(*sample.args), oracle(linear_rope.reference, *sample.args)
+        assert impl.configs is not None
+        for config in impl.configs(*sample.args):
+            assert_close(impl.fn(*sample.args, config=config), *expected)
 
 
 @pytest.mark.parametrize("R", [24, 64, 128])

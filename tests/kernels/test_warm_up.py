@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 from burnish.kernels import warm_up
 from burnish.kernels.launch import Launch, Target, recording
 from burnish.kernels.matmul_configs import Product
-from burnish.kernels.matmul_wgmma import matmul_wgmma, matmul_wgmma_configs
+from burnish.kernels.matmul_wgmma import matmul_wgmma
+from burnish.kernels.matmul_wgmma_configs import matmul_wgmma_configs
 
 
 def launch_of(rows: int, dtype: torch.dtype, config: int) -> Launch:

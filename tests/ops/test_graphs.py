@@ -25,6 +25,7 @@ FEATURES = {  # of each Op, samples that together use every argument
     "linear": ("gelu", "residual", "K-major weight"),
     "linear_add_layer_norm": ("biases", "no sum", "plain"),
     "linear_add_rms_norm": ("bias", "no sum", "plain"),
+    "linear_rope": ("head_dim 20", "no bias", "table per row"),
     "rope": ("partial interleaved", "heads last in memory", "table per row"),
     "rope_qk": ("partial interleaved", "table per row"),
 }
@@ -110,6 +111,7 @@ SMALL = {  # float64 inputs small enough for numerical derivatives
     "linear": lambda r: (r(2, 3), r(4, 3), r(4), "silu", r(2, 4)),
     "linear_add_layer_norm": lambda r: (r(2, 3), r(4, 3), r(4), r(2, 4), r(4), r(4), 1e-2),
     "linear_add_rms_norm": lambda r: (r(2, 3), r(4, 3), r(4), r(2, 4), r(4), 1e-2),
+    "linear_rope": lambda r: (r(1, 3, 4), r(7, 4), r(7), r(3, 2), r(3, 2), 2, 4),
     "rms_norm": lambda r: (r(2, 5), r(5), 1e-2),
     "rope": lambda r: (r(1, 2, 3, 6), r(3, 4), r(3, 4), True),
     "rope_qk": lambda r: (r(1, 2, 3, 6), r(1, 1, 3, 6), r(3, 4), r(3, 4), True),
@@ -172,6 +174,11 @@ def test_export_as_one_node(op: Op, strict: bool) -> None:
             "rope",
             lambda b, s: (torch.randn(b, 2, s, 8), torch.randn(s, 4), torch.randn(s, 4)),
             ({0: "b", 2: "s"}, {0: "s"}, {0: "s"}),
+        ),
+        (
+            "linear_rope",
+            lambda b, s: (torch.randn(b, s, 8), torch.randn(9, 8), None, *torch.randn(2, b, s, 4).unbind(), 4, 8),
+            ({0: "b", 1: "s"}, None, None, {0: "b", 1: "s"}, {0: "b", 1: "s"}, None, None),
         ),
         (
             "attention",

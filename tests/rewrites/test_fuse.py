@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -288,3 +289,166 @@ def test_a_product_with_an_activation_stays_apart(rewrite: Callable[..., Any]) -
             return F.relu(self.q(x)), self.k(x), self.v(x)
 
     assert rewrite(Activated(), normal(2, 5, WIDTH)).ops == Counter(linear=2)
+
+
+# --- a product and the rotation of its heads ---
+
+HEAD_DIM = 4
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = HEAD_DIM // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+class Rotating(nn.Module):
+    """Llama's attention: 4 query heads, 2 key heads."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, n * HEAD_DIM, bias=bias) for n in (4, 2, 2))
+        self.register_buffer("frequencies", normal(HEAD_DIM // 2))
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], x.shape[1], -1, HEAD_DIM).transpose(1, 2)
+
+    def tables(self, positions: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        angles = positions[..., None] * self.frequencies
+        angles = torch.cat((angles, angles), dim=-1)[:, None]
+        return angles.cos(), angles.sin()
+
+    def forward(self, x: Tensor, positions: Tensor) -> Any:
+        q, k, v = (self.heads(part(x)) for part in (self.q, self.k, self.v))
+        cos, sin = self.tables(positions, v)
+        return F.scaled_dot_product_attention(turn(q, cos, sin), turn(k, cos, sin), v, enable_gqa=True)
+
+
+class Swapped(Rotating):
+    def heads(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], x.shape[1], -1, HEAD_DIM).permute(0, 2, 1, 3)
+
+
+class Normed(Rotating):
+    """As Qwen3: norms of queries and keys, before they are rotated."""
+
+    def heads(self, x: Tensor) -> Tensor:
+        return F.rms_norm(super().heads(x), (HEAD_DIM,), None, 1e-6)
+
+
+class Scaled(Rotating):
+    def heads(self, x: Tensor) -> Tensor:
+        return super().heads(x * 2)
+
+
+class Shown(Rotating):
+    def forward(self, x: Tensor, positions: Tensor) -> Any:
+        return super().forward(x, positions), self.heads(self.q(x))
+
+
+class ValuesFirst(Rotating):
+    def forward(self, x: Tensor, positions: Tensor) -> Any:
+        v, k, q = (self.heads(part(x)) for part in (self.v, self.k, self.q))
+        cos, sin = self.tables(positions, v)
+        return F.scaled_dot_product_attention(turn(q, cos, sin), turn(k, cos, sin), v, enable_gqa=True)
+
+
+class KeysFirst(Rotating):
+    def forward(self, x: Tensor, positions: Tensor) -> Any:
+        k, q, v = (self.heads(part(x)) for part in (self.k, self.q, self.v))
+        cos, sin = self.tables(positions, v)
+        return F.scaled_dot_product_attention(turn(q, cos, sin), turn(k, cos, sin), v, enable_gqa=True)
+
+
+class Contextual(Rotating):
+    def tables(self, positions: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return super().tables(positions * v.sum((1, 3)), v)
+
+
+class TwoProducts(Rotating):
+    def forward(self, x: Tensor, positions: Tensor) -> Any:
+        q, k, v = self.heads(self.q(x)), self.heads(self.k(x.sin())), self.heads(self.v(x.sin()))
+        cos, sin = self.tables(positions, v)
+        return F.scaled_dot_product_attention(turn(q, cos, sin), turn(k, cos, sin), v, enable_gqa=True)
+
+
+POSITIONS = torch.arange(5.0).expand(2, 5) + torch.tensor([[0.0], [3.0]])
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewrites as for CUDA, of graphs that run here."""
+    monkeypatch.setattr("burnish.rewrites.fuse._on_cuda", lambda node: True)
+
+
+@pytest.mark.usefixtures("as_on_cuda")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("cls", [Rotating, Swapped, KeysFirst])
+def test_a_product_rotates_its_heads(cls: type[Rotating], bias: bool, rewrite: Callable[..., Any]) -> None:
+    found = rewrite(cls(bias), X, POSITIONS)
+    assert found.ops == Counter(linear_rope=1, attention=1)
+    assert found.fused.matches == {"parallel linears": 1, "rope_qk": 1, "linear_rope": 1}
+    _, weight, biases, cos, sin, *sizes = found.calls[0]
+    assert [part.target for part in weight.args[0]] == (
+        ["k.weight", "q.weight", "v.weight"] if cls is KeysFirst else ["q.weight", "k.weight", "v.weight"]
+    )
+    assert (biases is not None) == bias
+    assert [cos.meta["val"].dim(), sin.meta["val"].dim(), *sizes] == [3, 3, HEAD_DIM, 6 * HEAD_DIM]
+    assert Counter(tuple(unit.ops) for unit in found.verification.units) == {("linear_rope",): 3, ("attention",): 1}
+
+
+@pytest.mark.usefixtures("as_on_cuda")
+@pytest.mark.parametrize(
+    ("cls", "reason"),
+    [
+        (Normed, "q and k are not heads of two parts of one product"),
+        (Scaled, "q and k are not heads of two parts of one product"),
+        (Shown, "q and k are not heads of two parts of one product"),
+        (TwoProducts, "q and k are not heads of two parts of one product"),
+        (ValuesFirst, "q and k are not the first two parts of their product"),
+        (Contextual, "the tables depend on linear"),
+    ],
+)
+def test_heads_that_a_product_does_not_rotate(cls: type[Rotating], reason: str, rewrite: Callable[..., Any]) -> None:
+    found = rewrite(cls(), X, POSITIONS)
+    assert (found.ops["linear_rope"], found.ops["rope_qk"]) == (0, 1)
+    assert reason in found.reasons
+
+
+def test_a_product_on_the_cpu_does_not_rotate(rewrite: Callable[..., Any]) -> None:
+    found = rewrite(Rotating(), X, POSITIONS)
+    assert found.ops == Counter(linear=1, rope_qk=1, attention=1)
+
+
+@pytest.mark.parametrize(("width", "interleaved"), [(HEAD_DIM, False), (HEAD_DIM, True), (HEAD_DIM - 2, False)])
+def test_a_product_and_its_rotation_on_cuda(width: int, interleaved: bool) -> None:
+    """In fake tensors, which need no such device; the tables come after the product, as in a model's first layer."""
+    graph = fx.Graph()
+    x, weight, angles = (graph.placeholder(name) for name in ("x", "weight", "angles"))
+    with FakeTensorMode():
+        for node, shape in ((x, X.shape), (weight, (8 * HEAD_DIM, WIDTH)), (angles, (1, 5, width))):
+            node.meta["val"] = torch.empty(shape, device="cuda")
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        node = graph.call_function(target, args)
+        set_value(node)
+        return node
+
+    product = call(ops.linear.overload, x, weight, None, "none", None)
+    parts = call(aten.split_with_sizes.default, product, [4 * HEAD_DIM, 2 * HEAD_DIM, 2 * HEAD_DIM], -1)
+    q, k, v = (
+        call(aten.transpose.int, call(aten.view.default, call(operator.getitem, parts, i), [2, 5, -1, HEAD_DIM]), 1, 2)
+        for i in range(3)
+    )
+    cos, sin = call(aten.cos.default, angles), call(aten.sin.default, angles)
+    turned = call(ops.rope_qk.overload, q, k, cos, sin, interleaved)
+    graph.output((*(call(operator.getitem, turned, i) for i in range(2)), v))
+    record = apply("fuse", FUSE, fx.GraphModule({}, graph))
+    graph.lint()
+    if interleaved or width < HEAD_DIM:
+        assert not record.matches
+        assert "rope_qk_default: it rotates pairs of neighbours, or a part of each head" in record.near_misses[-1]
+        return
+    assert record.matches == {"linear_rope": 1}
+    (node,) = (node for node in graph.nodes if node.target is ops.linear_rope.overload)
+    assert node.args == (x, weight, None, cos, sin, HEAD_DIM, 6 * HEAD_DIM)
+    assert graph.output_node().args == ((q, k, v),)

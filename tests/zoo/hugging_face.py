@@ -133,7 +133,7 @@ def gpt2(class_name: str = "GPT2LMHeadModel", attention: str = "sdpa", **setting
 
 
 def llama_like(family: str = "Llama", attention: str = "sdpa", **settings: Any) -> nn.Module:
-    """`<family>ForCausalLM` with grouped key and value heads; `family` is Llama, Mistral or Qwen3."""
+    """`<family>ForCausalLM` with grouped key and value heads; `family` is Llama, Mistral, Qwen2 or Qwen3."""
     small = {
         "vocab_size": VOCAB,
         "hidden_size": 64,

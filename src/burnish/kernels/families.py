@@ -12,7 +12,8 @@ from burnish.kernels.launch import Config
 from burnish.kernels.matmul import matmul
 from burnish.kernels.matmul_configs import Product, matmul_configs
 from burnish.kernels.matmul_tma import matmul_tma, matmul_tma_configs
-from burnish.kernels.matmul_wgmma import matmul_wgmma, matmul_wgmma_configs
+from burnish.kernels.matmul_wgmma import matmul_wgmma
+from burnish.kernels.matmul_wgmma_configs import matmul_wgmma_configs
 from burnish.kernels.skinny import skinny, skinny_configs
 
 

@@ -4,12 +4,13 @@ Written in Gluon, Triton's lower language, for what Triton itself has not: the f
 into shared memory *before* the wait for the kernel ahead, for which only x has to wait; and nothing but data stands
 between two steps over K. BERT-base's products at 128 and 384 rows, float16, H200, us: 3.4 and 5.2 (2304x768; without
 roles 4.1 and 5.2, in Triton 3.9 and 6.5), 4.1 and 6.9 (3072x768 with GELU; 4.8 and 7.6, 4.4 and 8.8).
-With `GATED` the weight has two halves of rows, gate and up, and the result is `act(gate) * up`.
+With `GATED` the weight has two halves of rows, gate and up, and the result is `act(gate) * up`. With `HEAD` the first
+columns are heads of so many, and are rotated by their positions (see `burnish.kernels.rope`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,6 +26,7 @@ from burnish.kernels.launch import Config, launch, target_of
 from burnish.kernels.layout import rows_of
 from burnish.kernels.matmul import tile_of
 from burnish.kernels.matmul_configs import Product
+from burnish.kernels.matmul_wgmma_configs import matmul_wgmma_configs, matmul_wgmma_rope_configs
 
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # as Triton 3.6 calls it
 HALF_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -101,6 +103,45 @@ def _biased(acc, bias_ptr, stride_bias, n, N):
 
 
 @gluon.jit
+def _halves(acc, HEAD: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """The two halves of each head, (rows, heads, HEAD // 2): they are in the same threads."""
+    return gl.split(gl.permute(gl.reshape(acc, [BLOCK_M, BLOCK_N // HEAD, 2, HEAD // 2]), [0, 1, 3, 2]))
+
+
+@gluon.jit
+def _tables(half, first_m, M, rope, HEAD: gl.constexpr, BLOCK_M: gl.constexpr):
+    """Cosines and sines for a tile's rows, of a head's first half and of its second, each (rows, HEAD // 2)."""
+    cos_ptr, sin_ptr, positions, stride_batch, stride_position, _ = rope
+    LINES: gl.constexpr = gl.SliceLayout(1, half.type.layout)
+    m = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, LINES))
+    line = m // positions * stride_batch + m % positions * stride_position
+    places = line.to(gl.int64)[:, None] + gl.arange(0, HEAD // 2, gl.SliceLayout(0, LINES))[None, :]
+    inside = (m < M)[:, None]
+    first = gl.load(cos_ptr + places, mask=inside, other=0.0), gl.load(sin_ptr + places, mask=inside, other=0.0)
+    places += HEAD // 2
+    return first, (gl.load(cos_ptr + places, mask=inside, other=0.0), gl.load(sin_ptr + places, mask=inside, other=0.0))
+
+
+@gluon.jit
+def _lines(table, LAYOUT: gl.constexpr):
+    """A table for all heads of a tile."""
+    return gl.expand_dims(gl.convert_layout(table, gl.SliceLayout(1, LAYOUT)), 1).to(gl.float32)
+
+
+@gluon.jit
+def _rotated(acc, tables, first_n, rotated, HEAD: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """A tile's heads, turned as far as they are to be."""
+    first, second = _halves(acc, HEAD, BLOCK_M, BLOCK_N)
+    HALVES: gl.constexpr = first.type.layout
+    head = gl.arange(0, BLOCK_N // HEAD, gl.SliceLayout(0, gl.SliceLayout(2, HALVES)))
+    turns = (first_n + head * HEAD < rotated)[None, :][:, :, None]
+    turned = first * _lines(tables[0][0], HALVES) - second * _lines(tables[0][1], HALVES)
+    other = second * _lines(tables[1][0], HALVES) + first * _lines(tables[1][1], HALVES)
+    both = gl.join(gl.where(turns, turned, first), gl.where(turns, other, second))
+    return gl.convert_layout(gl.reshape(gl.permute(both, [0, 1, 3, 2]), [BLOCK_M, BLOCK_N]), acc.type.layout)
+
+
+@gluon.jit
 def _write(acc, first_m, first_n, split, M, N, epilogue, out_ptr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """Adds the residual to a tile and writes it, 16 bytes by each thread, side by side."""
     _, _, residual_ptr, residual_inner, stride_outer, stride_inner, stride_n = epilogue
@@ -123,9 +164,9 @@ def _write(acc, first_m, first_n, split, M, N, epilogue, out_ptr, BLOCK_M: gl.co
 
 @gluon.jit
 def _multiply(
-    stages, size, epilogue, out_ptr, TEAM: gl.constexpr, TEAMS: gl.constexpr, ACTIVATION: gl.constexpr,
-    GATED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, MORE_N: gl.constexpr, SPLIT_K: gl.constexpr,
-    STAGES: gl.constexpr, PDL: gl.constexpr,
+    stages, size, epilogue, rope, out_ptr, TEAM: gl.constexpr, TEAMS: gl.constexpr, ACTIVATION: gl.constexpr,
+    GATED: gl.constexpr, HEAD: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, MORE_N: gl.constexpr,
+    SPLIT_K: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The other warps: they multiply what is in the stages, and write tiles of the result. Of two teams each has every
     second tile: one multiplies while the other writes."""
@@ -138,7 +179,10 @@ def _multiply(
     if PDL:
         tl_cuda.gdc_wait()
     for turn in range(TEAM, mine, TEAMS):
+        m, n, split, _ = _place(turn * steps, M, N, steps, BLOCK_M, COLUMNS, SPLIT_K)
         acc = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, MMA)
+        if HEAD > 0:  # asked for now: nothing else hides the time that they take to come
+            tables = _tables(_halves(acc, HEAD, BLOCK_M, BLOCK_N)[0], m, M, rope, HEAD, BLOCK_M)
         if OTHER_N > 0:
             OTHER: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, OTHER_N, 16])
             other = gl.zeros((BLOCK_M, OTHER_N), gl.float32, OTHER)
@@ -164,25 +208,30 @@ def _multiply(
         if TEAMS > 1:
             mbarrier.arrive(turns.index(1 - TEAM), count=1)
 
-        m, n, split, _ = _place(turn * steps, M, N, steps, BLOCK_M, COLUMNS, SPLIT_K)
         columns = n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, MMA))
         acc = activate(_biased(acc, bias_ptr, stride_bias, columns, N), ACTIVATION)
         if GATED:
             acc *= _biased(other, bias_ptr, stride_bias, N + columns, 2 * N)
+        if HEAD > 0:
+            acc = _rotated(acc, tables, n, rope[5], HEAD, BLOCK_M, BLOCK_N)
         _write(acc, m, n, split, M, N, epilogue, out_ptr, BLOCK_M, BLOCK_N)
         if MORE_N > 0:
             columns = n + BLOCK_N + gl.arange(0, MORE_N, gl.SliceLayout(0, OTHER))
             other = activate(_biased(other, bias_ptr, stride_bias, columns, N), ACTIVATION)
+            if HEAD > 0:
+                other = _rotated(other, tables, n + BLOCK_N, rope[5], HEAD, BLOCK_M, MORE_N)
             _write(other, m, n + BLOCK_N, split, M, N, epilogue, out_ptr, BLOCK_M, MORE_N)
 
 
-@gluon.jit(do_not_specialize=["M", "residual_inner"])
+@gluon.jit(do_not_specialize=["M", "residual_inner", "positions"])
 def matmul_wgmma_kernel(
     x_desc,  # (M, K)
     weight_desc,  # (N, K), or (2 * N, K) if GATED
     other_desc,  # the same, in blocks for the rest of a tile's columns, or for up; or None
     bias_ptr,
     residual_ptr,
+    cos_ptr,  # of HEAD columns and a line for each position; None without HEAD
+    sin_ptr,
     out_ptr,  # (M, N), or (SPLIT_K, M, N): what each part of K adds
     M,
     N,
@@ -192,8 +241,13 @@ def matmul_wgmma_kernel(
     stride_residual_outer,
     stride_residual_inner,
     stride_residual_n,
+    positions,
+    stride_table_batch,
+    stride_table_position,
+    rotated,  # columns
     ACTIVATION: gl.constexpr,
     GATED: gl.constexpr,
+    HEAD: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     MORE_N: gl.constexpr,  # columns of a tile beyond BLOCK_N
@@ -231,13 +285,14 @@ def matmul_wgmma_kernel(
         bias_ptr, stride_bias, residual_ptr, residual_inner, stride_residual_outer, stride_residual_inner,
         stride_residual_n,
     )  # fmt: skip
+    rope = (cos_ptr, sin_ptr, positions, stride_table_batch, stride_table_position, rotated)
     descs = (weight_desc, other_desc)
     # Each partition with all its arguments: Gluon puts no tuples together, and keeps no string in a variable.
     if TEAMS == 1:
         gl.warp_specialize(
             [
-                (_multiply, (stages, size, epilogue, out_ptr, 0, 1, ACTIVATION, GATED, BLOCK_M, BLOCK_N, MORE_N,
-                             SPLIT_K, STAGES, PDL)),
+                (_multiply, (stages, size, epilogue, rope, out_ptr, 0, 1, ACTIVATION, GATED, HEAD, BLOCK_M, BLOCK_N,
+                             MORE_N, SPLIT_K, STAGES, PDL)),
                 (_fill, (x_desc, descs, stages, size, GATED, BLOCK_N + MORE_N, SPLIT_K, STAGES, PDL)),
             ],
             [1],
@@ -246,10 +301,10 @@ def matmul_wgmma_kernel(
     else:
         gl.warp_specialize(
             [
-                (_multiply, (stages, size, epilogue, out_ptr, 0, 2, ACTIVATION, GATED, BLOCK_M, BLOCK_N, MORE_N,
-                             SPLIT_K, STAGES, PDL)),
-                (_multiply, (stages, size, epilogue, out_ptr, 1, 2, ACTIVATION, GATED, BLOCK_M, BLOCK_N, MORE_N,
-                             SPLIT_K, STAGES, PDL)),
+                (_multiply, (stages, size, epilogue, rope, out_ptr, 0, 2, ACTIVATION, GATED, HEAD, BLOCK_M, BLOCK_N,
+                             MORE_N, SPLIT_K, STAGES, PDL)),
+                (_multiply, (stages, size, epilogue, rope, out_ptr, 1, 2, ACTIVATION, GATED, HEAD, BLOCK_M, BLOCK_N,
+                             MORE_N, SPLIT_K, STAGES, PDL)),
                 (_fill, (x_desc, descs, stages, size, GATED, BLOCK_N + MORE_N, SPLIT_K, STAGES, PDL)),
             ],
             [gl.num_warps(), 1],
@@ -276,7 +331,29 @@ def matmul_wgmma(
     columns = weight.shape[0] // 2 if gated else weight.shape[0]
     config = config or matmul_wgmma_configs(Product.of(x, weight, gated))[0]
     out = x.new_empty((*x.shape[:-1], columns))
-    _launch(x, weight, bias, activation, residual, gated, config, out)
+    _launch(x, weight, out, config, bias, activation, residual, gated)
+    return out
+
+
+def matmul_wgmma_rope(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    head_dim: int,
+    rotated: int,
+    config: Config | None = None,
+) -> Tensor:
+    """`x @ weight.T + bias`, its first `rotated` columns heads that are rotated by their positions.
+
+    Shapes: x (B, S, K), weight (N, K), the result (B, S, N), cos and sin (S, head_dim) or (1 or B, S, head_dim) with
+    equal strides, the last one 1; head_dim divides a config's BLOCK_N and MORE_N. Otherwise as `matmul_wgmma`.
+    Source: as of `burnish.kernels.rope`.
+    """
+    config = config or matmul_wgmma_rope_configs(Product.of(x, weight), head_dim)[0]
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    _launch(x, weight, out, config, bias, rope=Rope(cos, sin, head_dim, rotated))
     return out
 
 
@@ -284,19 +361,29 @@ def matmul_wgmma_parts(x: Tensor, weight: Tensor, config: Config) -> Tensor:
     """What each of SPLIT_K parts of K adds to `x @ weight.T`: (SPLIT_K, rows of x, N) of float32, otherwise as
     `matmul_wgmma`."""
     parts = x.new_empty((config["SPLIT_K"], x.numel() // x.shape[-1], weight.shape[0]), dtype=torch.float32)
-    _launch(x, weight, None, "none", None, False, config, parts)
+    _launch(x, weight, parts, config)
     return parts
+
+
+class Rope(NamedTuple):
+    """How the heads of a product's first `rotated` columns are turned."""
+
+    cos: Tensor
+    sin: Tensor
+    head_dim: int
+    rotated: int
 
 
 def _launch(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    residual: Tensor | None,
-    gated: bool,
-    config: Config,
     out: Tensor,
+    config: Config,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    gated: bool = False,
+    rope: Rope | None = None,
 ) -> None:
     block_m, block_n, more_n, block_k = (config[name] for name in ("BLOCK_M", "BLOCK_N", "MORE_N", "BLOCK_K"))
     rows, depth, columns = rows_of(x), x.shape[-1], out.shape[-1]
@@ -305,14 +392,22 @@ def _launch(
     assert rows is not None
     assert extra is not None
     other = block_n if gated else more_n
+    tables: tuple[Tensor | None, Tensor | None] = None, None
+    turning = (1, 0, 0, 0)
+    if rope is not None:
+        cos = rope.cos
+        tables = cos, rope.sin
+        batch = 0 if cos.dim() == 2 or cos.shape[0] == 1 else cos.stride(0)
+        turning = (cos.shape[-2], batch, cos.stride(-2), rope.rotated)
     memory = (weight, *weight.shape, weight.stride(0))
     arguments: tuple[Any, ...] = (
         _described(x, rows.count, depth, rows.stride_inner, block_m, block_k),
         _described(*memory, block_n, block_k),
         _described(*memory, other, block_k) if other else None,
-        *(bias, residual, out, rows.count, columns, depth),
+        *(bias, residual, *tables, out, rows.count, columns, depth),
         1 if bias is None else bias.stride(0),
         *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1)),
+        *turning,
     )
     # All registers of a multiprocessor are dealt out: where a thread's sums are many, most to those that multiply.
     threads = 32 * (config["TEAMS"] * config.num_warps + 4)
@@ -321,6 +416,7 @@ def _launch(
     constants = {
         "ACTIVATION": in_half(activation, x.dtype),
         "GATED": gated,
+        "HEAD": 0 if rope is None else rope.head_dim,
         "TEAM_REGISTERS": 232,
         "FILL_REGISTERS": registers if not many else 24 if threads == 256 else 40,
     }
@@ -332,46 +428,3 @@ def _launch(
 def _described(x: Tensor, rows: int, columns: int, stride: int, *block: int) -> TensorDescriptor:
     layout = gl.NVMMASharedLayout.get_default_for(list(block), HALF_TYPES[x.dtype])
     return TensorDescriptor(x, [rows, columns], [stride, 1], list(block), layout)
-
-
-def matmul_wgmma_configs(product: Product) -> list[Config]:
-    """Configs of `matmul_wgmma`, the most promising first; for all of them there is shared memory."""
-    # (BLOCK_M, BLOCK_N, MORE_N, BLOCK_K, TEAMS, STAGES, PER_SM, warps), columns of both halves together if gated.
-    # Beyond a wave what bounds all of them is traffic from the L2 cache (8 TB/s on H200), so tiles are as large as they
-    # can be; 128x192 fits BERT-base's sizes: 4096 rows are 1, 3 and 4 waves of it.
-    if product.rows <= 160:
-        shapes = [(64, 64, 0, 128, 1, 6, 1, 4), (64, 32, 0, 128, 1, 4, 2, 4), (64, 64, 0, 64, 1, 12, 1, 4)]
-        shapes += [(64, 128, 0, 64, 1, 8, 1, 4)]
-    elif product.rows <= 1024:
-        shapes = [(64, 64, 0, 64, 1, 4, 3, 4), (64, 64, 0, 128, 1, 6, 1, 4), (64, 128, 0, 64, 1, 8, 1, 4)]
-        shapes += [(64, 64, 0, 64, 1, 6, 2, 4), (64, 128, 0, 64, 1, 4, 2, 4), (64, 128, 64, 64, 1, 6, 1, 4)]
-        shapes += [(128, 128, 64, 64, 1, 4, 1, 8), (128, 128, 0, 64, 1, 5, 1, 8)]
-        shapes += [(128, 256, 0, 64, 1, 4, 1, 8), (64, 256, 0, 64, 1, 4, 1, 4)] if product.gated else []
-    else:
-        shapes = [(128, 128, 64, 64, 1, 4, 1, 8), (128, 128, 0, 64, 1, 3, 2, 4)]
-        if product.gated:
-            shapes += [(128, 128, 0, 64, 2, 5, 1, 4), (64, 256, 0, 64, 2, 4, 1, 4), (128, 256, 0, 64, 1, 4, 1, 8)]
-    if product.gated:
-        shapes = [shape for shape in shapes if not shape[2]]
-    configs = [_config(1, m, n // product.halves, *rest) for m, n, *rest in shapes]
-    return configs[: 1 if product.columns * product.depth < 1 << 16 else None]  # so small, whichever it is
-
-
-def matmul_wgmma_parts_configs(product: Product) -> list[Config]:
-    """Configs of `matmul_wgmma_parts`, the most promising first."""
-    shapes = [(64, 32, 0, 64, 1, 8, 2, 4), (64, 64, 0, 128, 1, 3, 2, 4), (64, 64, 0, 64, 1, 6, 2, 4)]
-    if product.rows > 160:
-        shapes += [(64, 128, 0, 64, 1, 3, 2, 4), (64, 128, 64, 64, 1, 5, 1, 4), (128, 128, 0, 64, 1, 4, 1, 8)]
-    configs = []
-    for m, n, more, k, *rest in shapes:
-        tiles = triton.cdiv(product.rows, m) * triton.cdiv(product.columns, n + more)
-        wanted = product.target.num_sms * rest[2] / tiles  # as many as there are places for
-        for split in (1, 2, 3, 4, 6):
-            if wanted / 3 <= split <= max(1.0, 1.2 * wanted) and 2 * k * split <= product.depth:
-                configs.append(_config(split, m, n, more, k, *rest))
-    return configs or [_config(1, 64, 64, 0, 64, 1, 3, 1, 4)]
-
-
-def _config(split: int, m: int, n: int, more: int, k: int, teams: int, stages: int, per_sm: int, warps: int) -> Config:
-    blocks = {"BLOCK_M": m, "BLOCK_N": n, "MORE_N": more, "BLOCK_K": k, "SPLIT_K": split}
-    return Config.of(warps, 1, **blocks, TEAMS=teams, STAGES=stages, PER_SM=per_sm)

@@ -1,4 +1,4 @@
-"""Rotary position embedding of one tensor, or of a query and a key in one launch.
+"""Rotary position embedding of one tensor, or of a query and a key in one launch; of one tensor also in place.
 
 A program has BLOCK_S positions of BLOCK_H heads as the rows of one tile, so the tables' lines come from memory once for
 all its heads (the repeats are hits in L1), and every load of the tile is in flight at once.
@@ -21,13 +21,21 @@ MAX_HEAD_DIM = 1024
 
 
 @triton.jit
+def _everything_is_loaded(IN_PLACE: tl.constexpr):
+    """Before the first store of a program that writes where it read. Its rows are its own, but in a tile of fewer
+    entries than threads several threads load the same ones, and a slow one is not to see what a fast one stored."""
+    if IN_PLACE:
+        tl.debug_barrier()
+
+
+@triton.jit
 def _rotate_tile(
     x, out, cos, sin, batch, head_block, position_block, heads, positions,
     x_batch, x_head, x_position, x_step, out_batch, out_head, out_position, out_step,
     table_batch, table_position, table_step, D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
+    IN_PLACE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_S x BLOCK_H rows of D entries: the first R rotated, the rest copied."""
+    """BLOCK_S x BLOCK_H rows of D entries: the first R rotated, the rest copied. If in place, out is x."""
     HALF: tl.constexpr = R // 2
     row = tl.arange(0, BLOCK_S * BLOCK_H)[:, None]
     head = (head_block * BLOCK_H + row % BLOCK_H).to(tl.int64)
@@ -45,6 +53,7 @@ def _rotate_tile(
         s = tl.load(sin + table + column * table_step, mask, other=0.0).to(tl.float32)
         first, second = tl.split(tl.reshape(values, [BLOCK_S * BLOCK_H, triton.next_power_of_2(R) // 2, 2]))
         rotated = tl.reshape(tl.join(-second, first), [BLOCK_S * BLOCK_H, triton.next_power_of_2(R)])
+        _everything_is_loaded(IN_PLACE)
         tl.store(out + column * out_step, (values * c + rotated * s).to(out.dtype.element_ty), mask)
     else:
         column = tl.arange(0, triton.next_power_of_2(HALF))[None, :]
@@ -55,9 +64,10 @@ def _rotate_tile(
         s1 = tl.load(sin + table + column * table_step, mask, other=0.0).to(tl.float32)
         c2 = tl.load(cos + table + (column + HALF) * table_step, mask, other=0.0).to(tl.float32)
         s2 = tl.load(sin + table + (column + HALF) * table_step, mask, other=0.0).to(tl.float32)
+        _everything_is_loaded(IN_PLACE)
         tl.store(out + column * out_step, (first * c1 - second * s1).to(out.dtype.element_ty), mask)
         tl.store(out + (column + HALF) * out_step, (second * c2 + first * s2).to(out.dtype.element_ty), mask)
-    if R < D:
+    if R < D and not IN_PLACE:
         column = R + tl.arange(0, triton.next_power_of_2(D - R))[None, :]
         mask = valid & (column < D)
         tl.store(out + column * out_step, tl.load(x + column * x_step, mask), mask)
@@ -69,7 +79,7 @@ def _rope_kernel(
     q_batch, q_head, q_position, q_step, q_out_batch, q_out_head, q_out_position, q_out_step,
     k_batch, k_head, k_position, k_step, k_out_batch, k_out_head, k_out_position, k_out_step,
     table_batch, table_position, table_step, D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
+    IN_PLACE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch_dependents(PDL)
     wait_for_inputs(PDL)
@@ -86,14 +96,14 @@ def _rope_kernel(
         _rotate_tile(
             q, q_out, cos, sin, batch, head_block, position_block, q_heads, positions,
             q_batch, q_head, q_position, q_step, q_out_batch, q_out_head, q_out_position, q_out_step,
-            table_batch, table_position, table_step, D, R, INTERLEAVED, BLOCK_S, BLOCK_H,
+            table_batch, table_position, table_step, D, R, INTERLEAVED, IN_PLACE, BLOCK_S, BLOCK_H,
         )  # fmt: skip
     if k is not None:  # noqa: SIM102 (the compiler decides the one, the program the other)
         if head_block >= q_blocks:
             _rotate_tile(
                 k, k_out, cos, sin, batch, head_block - q_blocks, position_block, k_heads, positions,
                 k_batch, k_head, k_position, k_step, k_out_batch, k_out_head, k_out_position, k_out_step,
-                table_batch, table_position, table_step, D, R, INTERLEAVED, BLOCK_S, BLOCK_H,
+                table_batch, table_position, table_step, D, R, INTERLEAVED, IN_PLACE, BLOCK_S, BLOCK_H,
             )  # fmt: skip
 
 
@@ -115,8 +125,22 @@ def rope_pair(
     return rotated_q, rotated_k
 
 
+def rope_in_place(x: Tensor, cos: Tensor, sin: Tensor, config: Config | None = None) -> None:
+    """`rope` of halves, written where x is.
+
+    Shapes and dtypes: as of `rope`; no two entries of x share memory.
+    """
+    _rope(x, None, cos, sin, False, config, in_place=True)
+
+
 def _rope(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool, config: Config | None
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    config: Config | None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     B, heads, S, D = q.shape
     k_heads = 0 if k is None else k.shape[1]
@@ -124,7 +148,8 @@ def _rope(
     if cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     table_strides = (0 if cos.dim() == 2 or cos.shape[0] == 1 else cos.stride(0), *cos.stride()[-2:])
-    q_out, k_out = torch.empty_like(q), None if k is None else torch.empty_like(k)
+    q_out = q if in_place else torch.empty_like(q)
+    k_out = None if k is None else torch.empty_like(k)
     k_strides = (0,) * 8 if k is None or k_out is None else (*k.stride(), *k_out.stride())
     BLOCK_S, BLOCK_H = config["BLOCK_S"], config["BLOCK_H"]
     position_blocks = triton.cdiv(S, BLOCK_S)
@@ -132,7 +157,7 @@ def _rope(
     launch(
         _rope_kernel, (B * position_blocks * head_blocks,), q, k, q_out, k_out, cos, sin, S, position_blocks,
         heads, k_heads, *q.stride(), *q_out.stride(), *k_strides, *table_strides,
-        config=config, like=q, D=D, R=cos.shape[-1], INTERLEAVED=interleaved,
+        config=config, like=q, D=D, R=cos.shape[-1], INTERLEAVED=interleaved, IN_PLACE=in_place,
     )  # fmt: skip
     return q_out, k_out
 

@@ -12,6 +12,7 @@ from burnish.ops.layer_norm import layer_norm
 from burnish.ops.linear import linear
 from burnish.ops.linear_add_layer_norm import linear_add_layer_norm
 from burnish.ops.linear_add_rms_norm import linear_add_rms_norm
+from burnish.ops.linear_rope import linear_rope
 from burnish.ops.rms_norm import rms_norm
 from burnish.ops.rope import rope
 from burnish.ops.rope_qk import rope_qk
@@ -27,6 +28,7 @@ __all__ = [
     "linear",
     "linear_add_layer_norm",
     "linear_add_rms_norm",
+    "linear_rope",
     "rms_norm",
     "rope",
     "rope_qk",

@@ -69,7 +69,7 @@ def gluon_parts_why_not(
 
 def gluon_parts_configs(x: Tensor, weight: Tensor) -> list[Any]:
     from burnish.kernels.matmul_configs import Product
-    from burnish.kernels.matmul_wgmma import matmul_wgmma_parts_configs
+    from burnish.kernels.matmul_wgmma_configs import matmul_wgmma_parts_configs
 
     return matmul_wgmma_parts_configs(Product.of(x, weight))
 

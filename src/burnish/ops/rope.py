@@ -39,7 +39,8 @@ def _cost(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Cost:
     return Cost(3 * rotated, 2 * nbytes(x) + nbytes(cos, sin))
 
 
-def _tables(length: int, width: int, offset: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+def rope_tables(length: int, width: int, offset: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions from `offset` on, (length, width) of float64, as samples have them."""
     angles = torch.outer(
         torch.arange(offset, offset + length, dtype=torch.float64),
         10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width),
@@ -50,7 +51,7 @@ def _tables(length: int, width: int, offset: int, interleaved: bool) -> tuple[Te
 
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     def tables(length: int, width: int, offset: int = 0, interleaved: bool = False) -> tuple[Tensor, ...]:
-        return tuple(t.to(device, dtype) for t in _tables(length, width, offset, interleaved))
+        return tuple(t.to(device, dtype) for t in rope_tables(length, width, offset, interleaved))
 
     def tensor(*shape: int, seed: int) -> Tensor:
         return randn(*shape, dtype=dtype, device=device, seed=seed)

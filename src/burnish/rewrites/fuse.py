@@ -126,7 +126,7 @@ def fuse_linear_add_norm(graph_module: fx.GraphModule) -> Outcome:
     }
     count = 0
     for node in list(graph_module.graph.nodes):
-        if node.target not in wider or value(node.args[0]).device.type != "cuda":
+        if node.target not in wider or not _on_cuda(node.args[0]):
             continue
         narrow, wide = wider[node.target]
         one, other, *rest = narrow.bind(*node.args, **node.kwargs)
@@ -138,6 +138,10 @@ def fuse_linear_add_norm(graph_module: fx.GraphModule) -> Outcome:
             graph_module.graph.erase_node(found[0])
             count += 1
     return Outcome(count)
+
+
+def _on_cuda(node: Any) -> bool:
+    return bool(value(node).device.type == "cuda")
 
 
 def _is_plain_linear(node: Any) -> bool:
@@ -265,6 +269,92 @@ def _merge(graph_module: fx.GraphModule, x: fx.Node, group: list[fx.Node]) -> No
     insert(graph_module, group, build, x, weights, biases)
 
 
+# --- a product and the rotation of its heads, on CUDA ---------------------------------------------
+
+
+def fuse_linear_rope(graph_module: fx.GraphModule) -> Outcome:
+    """rope_qk of heads that are parts of one product -> linear_rope, of which the parts leave rotated; on CUDA, where
+    it saves a pass over q and k. (oneDNN has no use for it.)"""
+    count, refused = 0, []
+    for node in list(graph_module.graph.nodes):
+        if node.target is not ops.rope_qk.overload or not _on_cuda(node.args[0]):
+            continue
+        if reason := _rotate_in_product(graph_module, node):
+            refused.append(f"{node.name}: {reason}")
+        else:
+            count += 1
+    return Outcome(count, tuple(refused))
+
+
+def _rotate_in_product(graph_module: fx.GraphModule, node: fx.Node) -> str | None:
+    """Puts linear_rope in place of the product whose parts `node` rotates, or says why not."""
+    q, k, cos, sin, interleaved = ops.rope_qk.bind(*node.args, **node.kwargs)
+    head_dim = value(q).shape[-1]
+    if interleaved or not same(value(cos).shape[-1], head_dim):
+        return "it rotates pairs of neighbours, or a part of each head"
+    paths = [path for side in (q, k) if (path := _path_from_split(side)) is not None]
+    if len(paths) < 2 or paths[0][0] is not paths[1][0]:
+        return "q and k are not heads of two parts of one product that nothing else reads"
+    split, parts = paths[0][0], [path[1] for path in paths]
+    linear: Any = split.args[0]
+    if not _is_plain_linear(linear) or value(linear).dim() != 3 or arguments(split)["dim"] not in (-1, 2):
+        return f"{split.name} does not split the columns of a plain product (B, S, N) that nothing else reads"
+    places = [user.args[1] for user in split.users]
+    if {part.args[1] for part in parts} != {0, 1} or len(set(places)) < len(places):
+        return "q and k are not the first two parts of their product"
+    if not _move_before(linear, cos, sin):
+        return f"the tables depend on {linear.name}"
+    x, weight, bias, _, _ = ops.linear.bind(*linear.args, **linear.kwargs)
+    rotated = sum(value(part).shape[-1] for part in parts)
+    reason = insert(graph_module, [linear], ops.linear_rope, x, weight, bias, cos, sin, head_dim, rotated)
+    if reason is not None:
+        return reason
+    fused: Any = split.args[0]
+    for changed in (fused, *paths[0], *paths[1]):
+        forget_origin(changed)
+    for result in list(node.users):
+        side = q if result.args[1] == 0 else k
+        side.meta |= {key: entry for key, entry in result.meta.items() if key != "val"}  # whose value it has now
+        result.replace_all_uses_with(side)
+        graph_module.graph.erase_node(result)
+    graph_module.graph.erase_node(node)
+    return None
+
+
+def _path_from_split(heads: Any) -> list[fx.Node] | None:
+    """The nodes from a split of (B, S, N) to one part's heads (B, H, S, D), where each has one reader but the split."""
+    swapped = arguments(heads) if heads.target in (aten.transpose.int, aten.permute.default) else {}
+    if {swapped.get("dim0"), swapped.get("dim1")} != {1, 2} and swapped.get("dims") != [0, 2, 1, 3]:
+        return None
+    view = heads.args[0]
+    part = view.args[0] if view.target in (aten.view.default, aten.reshape.default) else None
+    split = part.args[0] if isinstance(part, fx.Node) and part.target is operator.getitem else None
+    if not isinstance(split, fx.Node) or split.target is not aten.split_with_sizes.default:
+        return None
+    path = [part, view, heads]
+    one, two = value(part).shape, value(view).shape
+    if len(two) != 4 or not same(one[:2], two[:2]) or not all(len(step.users) == 1 for step in path):
+        return None
+    return [split, *path]
+
+
+def _move_before(node: fx.Node, *wanted: fx.Node) -> bool:
+    """Moves what computes `wanted` before `node`; False, and nothing moved, where some of it depends on `node`."""
+    order = {other: i for i, other in enumerate(node.graph.nodes)}
+    later: set[fx.Node] = set()
+    pending = list(wanted)
+    while pending:
+        current = pending.pop()
+        if order[current] >= order[node] and current not in later:
+            later.add(current)
+            pending += current.all_input_nodes
+    if node in later:
+        return False
+    for other in sorted(later, key=order.__getitem__):
+        node.prepend(other)
+    return True
+
+
 # --- sums that nobody reads -----------------------------------------------------------------------
 
 
@@ -303,5 +393,6 @@ FUSE: list[Rewrite | GraphPass] = [
     GraphPass("linear_add_norm", fuse_linear_add_norm),
     GraphPass("parallel linears", merge_parallel_linears),
     GraphPass("rope_qk", pair_ropes),
+    GraphPass("linear_rope", fuse_linear_rope),
     GraphPass("unread sums", drop_unread_sums),
 ]

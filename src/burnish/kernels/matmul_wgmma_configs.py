@@ -1,0 +1,61 @@
+"""Which tiles the Gluon product may use for given sizes, the most promising first; for all there is shared memory.
+
+A shape is (BLOCK_M, BLOCK_N, MORE_N, BLOCK_K, TEAMS, STAGES, PER_SM, warps).
+"""
+
+from __future__ import annotations
+
+import triton
+
+from burnish.kernels.launch import Config
+from burnish.kernels.matmul_configs import Product
+
+
+def matmul_wgmma_configs(product: Product) -> list[Config]:
+    """Configs of `matmul_wgmma`; if gated, a shape's columns are those of both halves together."""
+    # Beyond a wave what bounds all of them is traffic from the L2 cache (8 TB/s on H200), so tiles are as large as they
+    # can be; 128x192 fits BERT-base's sizes: 4096 rows are 1, 3 and 4 waves of it.
+    if product.rows <= 160:
+        shapes = [(64, 64, 0, 128, 1, 6, 1, 4), (64, 32, 0, 128, 1, 4, 2, 4), (64, 64, 0, 64, 1, 12, 1, 4)]
+        shapes += [(64, 128, 0, 64, 1, 8, 1, 4)]
+    elif product.rows <= 1024:
+        shapes = [(64, 64, 0, 64, 1, 4, 3, 4), (64, 64, 0, 128, 1, 6, 1, 4), (64, 128, 0, 64, 1, 8, 1, 4)]
+        shapes += [(64, 64, 0, 64, 1, 6, 2, 4), (64, 128, 0, 64, 1, 4, 2, 4), (64, 128, 64, 64, 1, 6, 1, 4)]
+        shapes += [(128, 128, 64, 64, 1, 4, 1, 8), (128, 128, 0, 64, 1, 5, 1, 8)]
+        shapes += [(128, 256, 0, 64, 1, 4, 1, 8), (64, 256, 0, 64, 1, 4, 1, 4)] if product.gated else []
+    else:
+        shapes = [(128, 128, 64, 64, 1, 4, 1, 8), (128, 128, 0, 64, 1, 3, 2, 4)]
+        if product.gated:
+            shapes += [(128, 128, 0, 64, 2, 5, 1, 4), (64, 256, 0, 64, 2, 4, 1, 4), (128, 256, 0, 64, 1, 4, 1, 8)]
+    if product.gated:
+        shapes = [shape for shape in shapes if not shape[2]]
+    configs = [_config(1, m, n // product.halves, *rest) for m, n, *rest in shapes]
+    return configs[: 1 if product.columns * product.depth < 1 << 16 else None]  # so small, whichever it is
+
+
+def matmul_wgmma_rope_configs(product: Product, head_dim: int) -> list[Config]:
+    """Configs of `matmul_wgmma_rope`: those of `matmul_wgmma` whose tiles hold whole heads."""
+    # The last one for heads of 128 and many rows. With twice the rows of a warp group it spills.
+    configs = [*matmul_wgmma_configs(product), _config(1, 128, 128, 0, 64, 1, 5, 1, 8)]
+    fit = (c for c in configs if c["BLOCK_N"] % head_dim == c["MORE_N"] % head_dim == 0)
+    return list(dict.fromkeys(c for c in fit if c["BLOCK_M"] <= 16 * c.num_warps))
+
+
+def matmul_wgmma_parts_configs(product: Product) -> list[Config]:
+    """Configs of `matmul_wgmma_parts`."""
+    shapes = [(64, 32, 0, 64, 1, 8, 2, 4), (64, 64, 0, 128, 1, 3, 2, 4), (64, 64, 0, 64, 1, 6, 2, 4)]
+    if product.rows > 160:
+        shapes += [(64, 128, 0, 64, 1, 3, 2, 4), (64, 128, 64, 64, 1, 5, 1, 4), (128, 128, 0, 64, 1, 4, 1, 8)]
+    configs = []
+    for m, n, more, k, *rest in shapes:
+        tiles = triton.cdiv(product.rows, m) * triton.cdiv(product.columns, n + more)
+        wanted = product.target.num_sms * rest[2] / tiles  # as many as there are places for
+        for split in (1, 2, 3, 4, 6):
+            if wanted / 3 <= split <= max(1.0, 1.2 * wanted) and 2 * k * split <= product.depth:
+                configs.append(_config(split, m, n, more, k, *rest))
+    return configs or [_config(1, 64, 64, 0, 64, 1, 3, 1, 4)]
+
+
+def _config(split: int, m: int, n: int, more: int, k: int, teams: int, stages: int, per_sm: int, warps: int) -> Config:
+    blocks = {"BLOCK_M": m, "BLOCK_N": n, "MORE_N": more, "BLOCK_K": k, "SPLIT_K": split}
+    return Config.of(warps, 1, **blocks, TEAMS=teams, STAGES=stages, PER_SM=per_sm)
