@@ -41,7 +41,7 @@ test-slow: $(STAMP)
 	@$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) -m slow
 
 test-gpu: $(STAMP)
-	@$(OFFLINE) $(BIN)/python -m pytest -m gpu
+	@$(OFFLINE) $(BIN)/python -m pytest -m gpu -n 12  # what takes their time is compiling, on the CPU
 
 sanitize: $(STAMP)
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m tests.gpu.touch_kernels

@@ -1,6 +1,7 @@
-"""`python -m benchmarks.ship FILE`: make a tuning cache the table that comes with the package for that GPU.
+"""`python -m benchmarks.ship FILE...`: make tuning caches the table that comes with the package for their GPU.
 
-FILE is the `tuning-....json` that the cache folder holds after the benchmark groups ran on the GPU. Only what the
+A FILE is the `tuning-....json` that the cache folder holds after benchmark groups ran on the GPU; of several the later
+ones count where both know a size. Only what the
 kernels as they are now were measured with is kept, and of each size the fastest candidates and the best of each Impl.
 """
 
@@ -33,10 +34,16 @@ def _best(times: dict[str, float]) -> dict[str, float]:
     return {name: us for name, us in times.items() if name in kept}
 
 
-def main(path: str) -> None:
-    data = json.loads(Path(path).read_text())
-    name = str(data["device"]).split(" | ")[0]
-    table = table_of(data["families"])
+def main(*paths: str) -> None:
+    caches = [json.loads(Path(path).read_text()) for path in paths]
+    name, *others = dict.fromkeys(str(cache["device"]).split(" | ")[0] for cache in caches)
+    if others:
+        raise SystemExit(f"ship: the files are of {name} and of {', '.join(others)}; a table is for one device")
+    families: Families = {}
+    for cache in caches:
+        for family, entries in cache["families"].items():
+            families.setdefault(family, {}).update(entries)
+    table = table_of(families)
     target = TABLES / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps({"format": FORMAT, "device": name, "families": table}, indent=1) + "\n")
@@ -44,4 +51,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -133,3 +133,19 @@ def test_a_cache_becomes_the_table_of_its_gpu(tmp_path: Path, monkeypatch: pytes
     kept = table["families"][family]["1,2"]
     assert list(kept) == [f"triton {i}" for i in range(6)] + ["torch"]  # the fastest, and the best of each Impl
     assert list(table["families"][f"in model|{family}"]["1,2"]) == list(in_model)  # the winner first
+
+
+def test_several_caches_become_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = f"linear|bf16|{kernels_hash()}"
+    caches = {"one": {"1,2": {"torch": 1.0}, "3,4": {"torch": 2.0}}, "two": {"3,4": {"torch": 3.0}}}
+    paths = [tmp_path / name for name in caches]
+    for path, entries in zip(paths, caches.values(), strict=True):
+        data = {"format": FORMAT, "device": "NVIDIA H200 | sm_90", "families": {family: entries}}
+        path.write_text(json.dumps(data))
+    monkeypatch.setattr(ship, "TABLES", tmp_path / "tables")
+    ship.main(*map(str, paths))
+    table = json.loads((tmp_path / "tables" / "nvidia-h200.json").read_text())
+    assert table["families"] == {family: {"1,2": {"torch": 1.0}, "3,4": {"torch": 3.0}}}
+    paths[0].write_text(paths[0].read_text().replace("H200", "L4"))
+    with pytest.raises(SystemExit, match="of NVIDIA L4 and of NVIDIA H200; a table is for one device"):
+        ship.main(*map(str, paths))

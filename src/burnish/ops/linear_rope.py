@@ -69,8 +69,8 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("shared batched table", (x, weight, None, *(t[None] for t in tables(33, 64)), *grouped))
     yield Sample("float32 tables", (x, weight, bias, *(t.float() for t in tables(33, 64)), *grouped))
     yield Sample("all rotated", (x, weight[:384], bias[:384], *tables(33, 64), *grouped))
-    wide = weights(400, 192, seed=3)  # 1 head each, and 16 columns that are no head
-    yield Sample("head_dim 128", (tensor(1, 40, 192, seed=4), wide, None, *tables(40, 128), 128, 256))
+    wide = weights(400, 256, seed=3)  # 1 head each, and 16 columns that are no head
+    yield Sample("head_dim 128", (tensor(1, 40, 256, seed=4), wide, None, *tables(40, 128), 128, 256))
     few, small = tensor(2, 7, 96, seed=5), (weights(130, 96, seed=6), tensor(130, seed=7))
     yield Sample("head_dim 20", (few, *small, *tables(7, 20), 20, 80))
     across = tensor(2, 96, 7, seed=8).transpose(1, 2)
