@@ -15,6 +15,7 @@ from burnish._memory import return_freed_memory
 from burnish.capture import Program
 from burnish.lower import Executable
 from burnish.ops import linear
+from burnish.outputs import unflattener
 from burnish.pack import pack
 from burnish.places import Places, WeightPlace, find_weight
 from burnish.rewrites import FUSE, RAISE, apply
@@ -30,7 +31,7 @@ class PlainEntry:
     def __init__(
         self, run: Callable[..., Sequence[Any]], executable: Executable, places: Places, out_spec: pytree.TreeSpec
     ) -> None:
-        self.places, self.unflatten = places, _unflatten(out_spec)
+        self.places, self.unflatten = places, unflattener(out_spec)
         self._run, self._count = run, len(executable.weights)
 
     def __call__(self, call: Call) -> Any:
@@ -166,15 +167,6 @@ class Preparer:
             return False
         rows = _hinted_rows(reader.args[0].meta["val"]) if reader is not None else 128  # type: ignore[union-attr]
         return self.tuner.prefers_transposed(linear, rows, value, budget_us=self.tuner.FIRST_BUDGET_US)
-
-
-def _unflatten(spec: pytree.TreeSpec) -> Callable[[Sequence[Any]], Any]:
-    """`spec.unflatten`. For leaves in one container, as most models return, what makes that is looked up here, and not
-    in each call (1 to 2 us)."""
-    if spec.is_leaf() or not all(child.is_leaf() for child in spec.children()):
-        return spec.unflatten
-    make, context = pytree.SUPPORTED_NODES[spec.type].unflatten_fn, spec.context
-    return lambda leaves: make(list(leaves), context)
 
 
 def _copied(graph_module: fx.GraphModule) -> fx.GraphModule:
