@@ -15,6 +15,7 @@ import burnish.ops  # noqa: F401 isort: skip
 
 pytest.importorskip("triton")
 
+from burnish.kernels import attention_wgmma
 from burnish.kernels.launch import Launch, Target, recording
 from tests.kernels.gluon_emulator import emulate
 
@@ -90,6 +91,18 @@ def test_sums_in_parts() -> None:
 
 def attention_inputs(queries: int = 64, head_dim: int = 64) -> tuple[torch.Tensor, ...]:
     return tuple(torch.zeros(1, 2, rows, head_dim, dtype=torch.bfloat16) for rows in (queries, 64, 64))
+
+
+@pytest.mark.parametrize("heads_at_once", [1, 2, 4, 5, 6, 100])
+def test_attention_in_groups_of_heads(heads_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = OPS["attention"]
+    q, k, v = (randn(2, heads, 150, 64, dtype=torch.bfloat16, seed=i) for i, heads in enumerate((6, 3, 3)))
+    bound = op.bind(q, k, v, is_causal=True)
+    expected = op.reference(*bound), oracle(op.reference, *bound)
+    keys_of_a_head = 2 * 150 * 64 * 2 // 2  # two query heads share them
+    monkeypatch.setattr(attention_wgmma, "_IN_CACHE", heads_at_once * keys_of_a_head)
+    for config in attention_wgmma.attention_wgmma_configs(64):
+        assert_close(emulated(op, "gluon", bound, config), *expected)
 
 
 WIDE = torch.zeros(1, 2, 64, 65, dtype=torch.bfloat16)[..., :64]  # rows of 130 bytes
