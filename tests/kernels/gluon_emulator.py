@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from burnish.kernels import attention_wgmma, matmul_wgmma
+from burnish.kernels import attention_wgmma, matmul_wgmma, rope_wgmma
 from burnish.kernels.launch import Launch
 from burnish.ops._activations import activate
 
-MODULES: tuple[ModuleType, ...] = (matmul_wgmma, attention_wgmma)
+MODULES: tuple[ModuleType, ...] = (matmul_wgmma, rope_wgmma, attention_wgmma)
 _PATIENCE = 20.0  # seconds until a wait counts as a deadlock
 
 

@@ -27,6 +27,7 @@ from burnish.kernels.layout import rows_of
 from burnish.kernels.matmul import tile_of
 from burnish.kernels.matmul_configs import Product
 from burnish.kernels.matmul_wgmma_configs import matmul_wgmma_configs, matmul_wgmma_rope_configs
+from burnish.kernels.rope_wgmma import halves_of_heads, rotated_heads, tables_of_rows
 
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # as Triton 3.6 calls it
 HALF_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -103,45 +104,6 @@ def _biased(acc, bias_ptr, stride_bias, n, N):
 
 
 @gluon.jit
-def _halves(acc, HEAD: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """The two halves of each head, (rows, heads, HEAD // 2): they are in the same threads."""
-    return gl.split(gl.permute(gl.reshape(acc, [BLOCK_M, BLOCK_N // HEAD, 2, HEAD // 2]), [0, 1, 3, 2]))
-
-
-@gluon.jit
-def _tables(half, first_m, M, rope, HEAD: gl.constexpr, BLOCK_M: gl.constexpr):
-    """Cosines and sines for a tile's rows, of a head's first half and of its second, each (rows, HEAD // 2)."""
-    cos_ptr, sin_ptr, positions, stride_batch, stride_position, _ = rope
-    LINES: gl.constexpr = gl.SliceLayout(1, half.type.layout)
-    m = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, LINES))
-    line = m // positions * stride_batch + m % positions * stride_position
-    places = line.to(gl.int64)[:, None] + gl.arange(0, HEAD // 2, gl.SliceLayout(0, LINES))[None, :]
-    inside = (m < M)[:, None]
-    first = gl.load(cos_ptr + places, mask=inside, other=0.0), gl.load(sin_ptr + places, mask=inside, other=0.0)
-    places += HEAD // 2
-    return first, (gl.load(cos_ptr + places, mask=inside, other=0.0), gl.load(sin_ptr + places, mask=inside, other=0.0))
-
-
-@gluon.jit
-def _lines(table, LAYOUT: gl.constexpr):
-    """A table for all heads of a tile."""
-    return gl.expand_dims(gl.convert_layout(table, gl.SliceLayout(1, LAYOUT)), 1).to(gl.float32)
-
-
-@gluon.jit
-def _rotated(acc, tables, first_n, rotated, HEAD: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """A tile's heads, turned as far as they are to be."""
-    first, second = _halves(acc, HEAD, BLOCK_M, BLOCK_N)
-    HALVES: gl.constexpr = first.type.layout
-    head = gl.arange(0, BLOCK_N // HEAD, gl.SliceLayout(0, gl.SliceLayout(2, HALVES)))
-    turns = (first_n + head * HEAD < rotated)[None, :][:, :, None]
-    turned = first * _lines(tables[0][0], HALVES) - second * _lines(tables[0][1], HALVES)
-    other = second * _lines(tables[1][0], HALVES) + first * _lines(tables[1][1], HALVES)
-    both = gl.join(gl.where(turns, turned, first), gl.where(turns, other, second))
-    return gl.convert_layout(gl.reshape(gl.permute(both, [0, 1, 3, 2]), [BLOCK_M, BLOCK_N]), acc.type.layout)
-
-
-@gluon.jit
 def _write(acc, first_m, first_n, split, M, N, epilogue, out_ptr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """Adds the residual to a tile and writes it, 16 bytes by each thread, side by side."""
     _, _, residual_ptr, residual_inner, stride_outer, stride_inner, stride_n = epilogue
@@ -182,7 +144,7 @@ def _multiply(
         m, n, split, _ = _place(turn * steps, M, N, steps, BLOCK_M, COLUMNS, SPLIT_K)
         acc = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, MMA)
         if HEAD > 0:  # asked for now: nothing else hides the time that they take to come
-            tables = _tables(_halves(acc, HEAD, BLOCK_M, BLOCK_N)[0], m, M, rope, HEAD, BLOCK_M)
+            tables = tables_of_rows(halves_of_heads(acc, HEAD, BLOCK_M, BLOCK_N)[0], m, M, rope, HEAD, BLOCK_M)
         if OTHER_N > 0:
             OTHER: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, OTHER_N, 16])
             other = gl.zeros((BLOCK_M, OTHER_N), gl.float32, OTHER)
@@ -213,13 +175,13 @@ def _multiply(
         if GATED:
             acc *= _biased(other, bias_ptr, stride_bias, N + columns, 2 * N)
         if HEAD > 0:
-            acc = _rotated(acc, tables, n, rope[5], HEAD, BLOCK_M, BLOCK_N)
+            acc = rotated_heads(acc, tables, n, rope[5], HEAD, BLOCK_M, BLOCK_N)
         _write(acc, m, n, split, M, N, epilogue, out_ptr, BLOCK_M, BLOCK_N)
         if MORE_N > 0:
             columns = n + BLOCK_N + gl.arange(0, MORE_N, gl.SliceLayout(0, OTHER))
             other = activate(_biased(other, bias_ptr, stride_bias, columns, N), ACTIVATION)
             if HEAD > 0:
-                other = _rotated(other, tables, n + BLOCK_N, rope[5], HEAD, BLOCK_M, MORE_N)
+                other = rotated_heads(other, tables, n + BLOCK_N, rope[5], HEAD, BLOCK_M, MORE_N)
             _write(other, m, n + BLOCK_N, split, M, N, epilogue, out_ptr, BLOCK_M, MORE_N)
 
 
