@@ -1,7 +1,8 @@
 """Compiles the launches of Triton Impls ahead of time, without a GPU, and reads what the compiler says of each.
 
 Run as `python -m tests.kernels.aot [--everything] OP...` in a process of its own: the kernels must not be decorated for
-the interpreter. Prints one JSON list of what was compiled; `--rows N...` instead what `kernels_for_rows` finds.
+the interpreter. Prints one JSON list of what was compiled; `--rows N...` instead what `kernels_for_rows`
+finds, `--barriers` what `barriers` does.
 """
 
 from __future__ import annotations
@@ -38,6 +39,13 @@ def specialized(launch: Any, capability: int) -> tuple[Any, ...]:
 
 def compile_launch(launch: Any, capability: int) -> dict[str, Any]:
     """Registers, stack and local memory (spills), and shared memory, in bytes, of one launch's kernel."""
+    compiled = _compile(launch, capability)
+    per_sm = launch.constants.get("PER_SM", 1) if launch.kernel.is_gluon() else 1  # programs that share its memory
+    memory = {"shared": compiled.metadata.shared, "per_sm": per_sm}
+    return {"kernel": launch.kernel.__name__, **memory, **_resources(compiled.asm["cubin"])}
+
+
+def _compile(launch: Any, capability: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -47,10 +55,7 @@ def compile_launch(launch: Any, capability: int) -> dict[str, Any]:
     source = (GluonASTSource if launch.kernel.is_gluon() else ASTSource)(
         launch.kernel, signature, constants, attributes
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options.__dict__)
-    per_sm = launch.constants.get("PER_SM", 1) if launch.kernel.is_gluon() else 1  # programs that share its memory
-    memory = {"shared": compiled.metadata.shared, "per_sm": per_sm}
-    return {"kernel": launch.kernel.__name__, **memory, **_resources(compiled.asm["cubin"])}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options.__dict__)
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
@@ -159,8 +164,54 @@ def kernels_for_rows(rows: list[int]) -> list[list[str]]:
     return needed
 
 
+def barriers() -> list[dict[str, Any]]:
+    """Of Gluon kernels as BERT-base has them: where in shared memory their barriers are initialized, and at which of
+    these places something else is stored."""
+    from burnish.kernels.launch import Launch, Target, recording
+    from burnish.numerics import randn
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return randn(*shape, dtype=torch.float16)
+
+    x, vector = tensor(1, 128, 768), tensor(768)
+    calls: dict[str, tuple[Any, ...]] = {
+        "linear": (x, tensor(768, 768), vector, "gelu"),
+        "linear_add_layer_norm": (x, tensor(768, 768), vector, x, vector, vector),
+        "attention": tuple(tensor(1, 2, 128, 64) for _ in range(3)),
+    }
+    found = []
+    for name, arguments in calls.items():
+        op = find_op(name)
+        bound, impl = op.bind(*arguments), op.impls["gluon"]
+        assert impl.configs is not None
+        launches: list[Launch] = []
+        with recording(launches.append, Target((9, 0), SMS[90])):
+            for config in impl.configs(*bound):
+                impl.fn(*bound, config=config)
+        for launch in launches:
+            if launch.kernel.is_gluon():
+                initialized, stored = _places(_compile(launch, 90).asm["ptx"])
+                found.append({
+                    "kernel": f"{launch.kernel.__name__} {launch.constants}",
+                    "barriers": sorted(initialized), "overwritten": sorted(initialized & stored),
+                })  # fmt: skip
+    return found
+
+
+def _places(ptx: str) -> tuple[set[int], set[int]]:
+    """Offsets in shared memory at which barriers are initialized, and constant ones at which values are stored."""
+    starts = set(re.findall(r"mov\.b32\s+(%r\d+), global_smem;", ptx))
+    sums = re.findall(r"add\.s32\s+(%r\d+), (%r\d+), (\d+);", ptx)
+    offsets = dict.fromkeys(starts, 0) | {to: int(offset) for to, start, offset in sums if start in starts}
+    initialized = {offsets[register] for register in re.findall(r"mbarrier\.init\S*\s+\[(%r\d+)\]", ptx)}
+    return initialized, {int(n or 0) for n in re.findall(r"st\.shared\.\w+\s+\[global_smem(?:\+(\d+))?\]", ptx)}
+
+
 if __name__ == "__main__":
     wanted = sys.argv[1:]
+    if wanted == ["--barriers"]:
+        json.dump(barriers(), sys.stdout)
+        sys.exit()
     if wanted[0] == "--rows":
         json.dump(kernels_for_rows([int(n) for n in wanted[1:]]), sys.stdout)
         sys.exit()
