@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from burnish.tuning import kernels_hash
 from burnish.tuning_store import FORMAT, TABLES, Families
@@ -34,8 +36,11 @@ def _best(times: dict[str, float]) -> dict[str, float]:
     return {name: us for name, us in times.items() if name in kept}
 
 
-def main(*paths: str) -> None:
-    caches = [json.loads(Path(path).read_text()) for path in paths]
+def main(
+    files: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="Tuning caches, the oldest first.")],
+) -> None:
+    """Make tuning caches the table that comes with the package for their GPU."""
+    caches = [json.loads(file.read_text()) for file in files]
     name, *others = dict.fromkeys(str(cache["device"]).split(" | ")[0] for cache in caches)
     if others:
         raise SystemExit(f"ship: the files are of {name} and of {', '.join(others)}; a table is for one device")
@@ -51,4 +56,4 @@ def main(*paths: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    typer.run(main)

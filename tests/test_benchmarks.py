@@ -126,7 +126,7 @@ def test_a_cache_becomes_the_table_of_its_gpu(tmp_path: Path, monkeypatch: pytes
     cache = tmp_path / "tuning.json"
     cache.write_text(json.dumps({"format": FORMAT, "device": "NVIDIA H200 | sm_90 | 132 cores", "families": families}))
     monkeypatch.setattr(ship, "TABLES", tmp_path / "tables")
-    ship.main(str(cache))
+    ship.main([cache])
     table = json.loads((tmp_path / "tables" / "nvidia-h200.json").read_text())
     assert table["device"] == "NVIDIA H200"
     assert set(table["families"]) == {family, f"in model|{family}"}
@@ -143,9 +143,9 @@ def test_several_caches_become_one_table(tmp_path: Path, monkeypatch: pytest.Mon
         data = {"format": FORMAT, "device": "NVIDIA H200 | sm_90", "families": {family: entries}}
         path.write_text(json.dumps(data))
     monkeypatch.setattr(ship, "TABLES", tmp_path / "tables")
-    ship.main(*map(str, paths))
+    ship.main(paths)
     table = json.loads((tmp_path / "tables" / "nvidia-h200.json").read_text())
     assert table["families"] == {family: {"1,2": {"torch": 1.0}, "3,4": {"torch": 3.0}}}
     paths[0].write_text(paths[0].read_text().replace("H200", "L4"))
     with pytest.raises(SystemExit, match="of NVIDIA L4 and of NVIDIA H200; a table is for one device"):
-        ship.main(*map(str, paths))
+        ship.main(paths)
