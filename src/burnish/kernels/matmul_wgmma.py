@@ -143,7 +143,7 @@ def _multiply(
     for turn in range(TEAM, mine, TEAMS):
         m, n, split, _ = _place(turn * steps, M, N, steps, BLOCK_M, COLUMNS, SPLIT_K)
         acc = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, MMA)
-        if HEAD > 0:  # asked for now: nothing else hides the time that they take to come
+        if HEAD > 0:  # asked for before the steps over K: nothing else hides the time that they take to come
             tables = tables_of_rows(halves_of_heads(acc, HEAD, BLOCK_M, BLOCK_N)[0], m, M, rope, HEAD, BLOCK_M)
         if OTHER_N > 0:
             OTHER: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, OTHER_N, 16])
