@@ -399,8 +399,10 @@ def add(a, b):
     return f"{a} and {b}", a + b  # the sum
 '''
     same = 'def add(a, b):\n  # another comment\n\n  return f"{a} and {b}", a +   b\n'
-    assert code_of(source) == code_of(same) == 'defadd(a,b):returnf"{a}and{b}",a+b'
+    assert code_of(source) == code_of(same) == 'defadd(a,b):>returnf"{a}and{b}",a+b<'
     assert code_of(source) != code_of(source.replace("a + b", "a - b"))
+    inside, after = (f"for i in x:\n    f(i)\n{indent}g(i)\n" for indent in ("    ", ""))
+    assert code_of(inside) != code_of(after)
 
 
 def test_the_tables_that_ship_are_read_whole() -> None:

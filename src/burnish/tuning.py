@@ -97,9 +97,12 @@ def kernels_hash() -> str:
 
 
 def code_of(source: str) -> str:
-    """The source without comments, docstrings and white space: what is measured does not depend on them."""
+    """The source without comments, docstrings and white space: what is measured does not depend on them. Of what is
+    indented only where it begins (>) and ends (<) is kept."""
     kept, starts_statement = [], True
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in (tokenize.INDENT, tokenize.DEDENT):
+            kept.append(">" if token.type == tokenize.INDENT else "<")
         if token.type in (tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
             continue
         if not (starts_statement and token.type == tokenize.STRING):
