@@ -21,10 +21,13 @@ def matmul_wgmma_configs(product: Product) -> list[Config]:
     elif product.rows <= 1024:
         shapes = [(64, 64, 0, 64, 1, 4, 3, 4), (64, 64, 0, 128, 1, 6, 1, 4), (64, 128, 0, 64, 1, 8, 1, 4)]
         shapes += [(64, 64, 0, 64, 1, 6, 2, 4), (64, 128, 0, 64, 1, 4, 2, 4), (64, 128, 64, 64, 1, 6, 1, 4)]
+        shapes += [(64, 128, 0, 128, 1, 4, 1, 4)]
         shapes += [(128, 128, 64, 64, 1, 4, 1, 8), (128, 128, 0, 64, 1, 5, 1, 8)]
-        shapes += [(128, 256, 0, 64, 1, 4, 1, 8), (64, 256, 0, 64, 1, 4, 1, 4)] if product.gated else []
+        if product.gated:
+            shapes += [(128, 256, 0, 64, 1, 4, 1, 8), (64, 256, 0, 64, 1, 4, 1, 4)]
     else:
         shapes = [(128, 128, 64, 64, 1, 4, 1, 8), (128, 128, 0, 64, 1, 3, 2, 4)]
+        shapes += [] if product.gated else [(256, 128, 0, 64, 1, 4, 1, 8)]
         if product.gated:
             shapes += [(128, 128, 0, 64, 2, 5, 1, 4), (64, 256, 0, 64, 2, 4, 1, 4), (128, 256, 0, 64, 1, 4, 1, 8)]
     if product.gated:
@@ -43,16 +46,18 @@ def matmul_wgmma_rope_configs(product: Product, head_dim: int) -> list[Config]:
 
 def matmul_wgmma_parts_configs(product: Product) -> list[Config]:
     """Configs of `matmul_wgmma_parts`."""
-    shapes = [(64, 32, 0, 64, 1, 8, 2, 4), (64, 64, 0, 128, 1, 3, 2, 4), (64, 64, 0, 64, 1, 6, 2, 4)]
-    if product.rows > 160:
-        shapes += [(64, 128, 0, 64, 1, 3, 2, 4), (64, 128, 64, 64, 1, 5, 1, 4), (128, 128, 0, 64, 1, 4, 1, 8)]
+    shapes = [(64, 64, 0, 128, 1, 6, 1, 4), (64, 32, 0, 256, 1, 4, 1, 4), (64, 64, 0, 64, 1, 6, 2, 4)]
+    if product.rows <= 160:
+        shapes += [(64, 32, 0, 128, 1, 6, 1, 4), (64, 64, 0, 256, 1, 3, 1, 4)]
+    else:
+        shapes += [(64, 128, 64, 64, 1, 6, 1, 4), (64, 64, 0, 128, 1, 3, 2, 4), (128, 128, 0, 64, 1, 4, 1, 8)]
     configs = []
     for m, n, more, k, *rest in shapes:
         tiles = triton.cdiv(product.rows, m) * triton.cdiv(product.columns, n + more)
         wanted = product.target.num_sms * rest[2] / tiles  # as many as there are places for
-        for split in (1, 2, 3, 4, 6):
-            if wanted / 3 <= split <= max(1.0, 1.2 * wanted) and 2 * k * split <= product.depth:
-                configs.append(_config(split, m, n, more, k, *rest))
+        splits = [s for s in (1, 2, 3, 4, 6) if s <= max(1.0, 1.2 * wanted) and 2 * k * s <= product.depth]
+        enough = [s for s in splits if s >= wanted / 3] or splits[-1:]
+        configs += [_config(split, m, n, more, k, *rest) for split in enough]
     return configs or [_config(1, 64, 64, 0, 64, 1, 3, 1, 4)]
 
 
