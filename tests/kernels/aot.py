@@ -2,11 +2,12 @@
 
 Run as `python -m tests.kernels.aot [--everything] OP...` in a process of its own: the kernels must not be decorated for
 the interpreter. Prints one JSON list of what was compiled; `--rows N...` instead what `kernels_for_rows`
-finds, `--barriers` what `barriers` does.
+finds, `--barriers` and `--shared-attention` what `barriers` and `shared_attention` do.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -188,29 +189,71 @@ def barriers() -> list[dict[str, Any]]:
         with recording(launches.append, Target((9, 0), SMS[90])):
             for config in impl.configs(*bound):
                 impl.fn(*bound, config=config)
-        for launch in launches:
-            if launch.kernel.is_gluon():
-                initialized, stored = _places(_compile(launch, 90).asm["ptx"])
-                found.append({
-                    "kernel": f"{launch.kernel.__name__} {launch.constants}",
-                    "barriers": sorted(initialized), "overwritten": sorted(initialized & stored),
-                })  # fmt: skip
+        found += [_synchronization(launch) for launch in launches if launch.kernel.is_gluon()]
     return found
 
 
+def shared_attention(everything: bool) -> list[dict[str, Any]]:
+    """What `compile_launch` and `barriers` say of attention by teams that share queries, with each config of it; with
+    causality and padding, where most registers are needed, or, with `everything`, with and without in every dtype."""
+    from burnish.kernels.attention_wgmma import attention_wgmma, attention_wgmma_configs
+    from burnish.kernels.launch import Launch, Target, recording
+
+    dtypes, switches = ((torch.bfloat16, torch.float16), (True, False)) if everything else ((torch.bfloat16,), (True,))
+    launches: list[Launch] = []
+    with recording(launches.append, Target((9, 0), SMS[90])):
+        for d, dtype, padded, causal in itertools.product((64, 128), dtypes, switches, switches):
+            q, real = torch.zeros(1, 12, 384, d, dtype=dtype), torch.ones(1, 384, dtype=torch.int64)
+            for config in attention_wgmma_configs(d, 2):
+                if config["SPLIT"] > 1:
+                    attention_wgmma(q, q, q, real if padded else None, causal, None, config=config)
+    return [compile_launch(launch, 90) | _synchronization(launch) for launch in launches]
+
+
+def _synchronization(launch: Any) -> dict[str, Any]:
+    ptx = _compile(launch, 90).asm["ptx"]
+    initialized, overwritten = _places(ptx)
+    return {
+        "kernel": f"{launch.kernel.__name__} {launch.constants}",
+        "barriers": sorted(initialized), "overwritten": sorted(overwritten), "early": _early_arrivals(ptx),
+    }  # fmt: skip
+
+
+def _early_arrivals(ptx: str) -> list[str]:
+    """Arrivals at barriers that follow stores to shared memory without a barrier of the team's warps in between: one
+    thread arrives for all, whose stores it would not wait for."""
+    early, stored = [], False
+    for line in ptx.splitlines():
+        if "st.shared" in line or "stmatrix" in line:
+            stored = True
+        elif re.search(r"\bbar\.sync\s+\d+, 128;", line):
+            stored = False
+        elif stored and "mbarrier.arrive.shared" in line:
+            early.append(line.strip())
+    return early
+
+
 def _places(ptx: str) -> tuple[set[int], set[int]]:
-    """Offsets in shared memory at which barriers are initialized, and constant ones at which values are stored."""
+    """Offsets in shared memory at which barriers are initialized, and those of them at which, by constant addresses,
+    values are stored."""
     starts = set(re.findall(r"mov\.b32\s+(%r\d+), global_smem;", ptx))
     sums = re.findall(r"add\.s32\s+(%r\d+), (%r\d+), (\d+);", ptx)
     offsets = dict.fromkeys(starts, 0) | {to: int(offset) for to, start, offset in sums if start in starts}
     initialized = {offsets[register] for register in re.findall(r"mbarrier\.init\S*\s+\[(%r\d+)\]", ptx)}
-    return initialized, {int(n or 0) for n in re.findall(r"st\.shared\.\w+\s+\[global_smem(?:\+(\d+))?\]", ptx)}
+    overwritten: set[int] = set()
+    for wide, bits, offset in re.findall(r"st\.shared\.(?:v(\d)\.)?\w(\d+)\s+\[global_smem(?:\+(\d+))?\]", ptx):
+        start = int(offset or 0)
+        overwritten |= {place for place in initialized if start - 8 < place < start + int(wide or 1) * int(bits) // 8}
+    return initialized, overwritten
 
 
 if __name__ == "__main__":
     wanted = sys.argv[1:]
     if wanted == ["--barriers"]:
         json.dump(barriers(), sys.stdout)
+        sys.exit()
+    if wanted[0] == "--shared-attention":
+        json.dump(shared_attention("--everything" in wanted), sys.stdout)
         sys.exit()
     if wanted[0] == "--rows":
         json.dump(kernels_for_rows([int(n) for n in wanted[1:]]), sys.stdout)

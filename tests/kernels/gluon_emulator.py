@@ -2,7 +2,7 @@
 Python, on `torch` tensors, the partitions of its warps as threads.
 
 What a Hopper GPU promises is kept, and no more: shared memory starts as NaN, a barrier's wait tells only the parity of
-its phase, and a wait that never ends fails. Layouts mean nothing here.
+its phase, and a wait that never ends fails, as does a copy that nobody waits for. Layouts mean nothing here.
 """
 
 from __future__ import annotations
@@ -103,11 +103,13 @@ class Barrier:
 
     def __init__(self) -> None:
         self.changed, self.count, self.left, self.bytes, self.parity = threading.Condition(), 0, 0, 0, 0
+        self.copied = False  # and not waited for since
 
     def note(self, arrivals: int = 0, nbytes: int = 0) -> None:
         with self.changed:
             self.left -= arrivals
             self.bytes += nbytes
+            self.copied |= nbytes != 0
             assert self.left >= 0, "more arrived than the barrier is for"
             if self.left == 0 and self.bytes == 0:
                 self.left, self.parity = self.count, 1 - self.parity
@@ -116,6 +118,7 @@ class Barrier:
     def wait(self, parity: int) -> None:
         with self.changed:
             assert self.changed.wait_for(lambda: self.parity != parity, _PATIENCE), "deadlock"
+            self.copied = False
 
 
 class Shared:
@@ -132,6 +135,12 @@ class Shared:
 
     def reshape(self, shape: Sequence[int]) -> Shared:
         return Shared(self.data.view(*shape))
+
+    def store(self, value: Block) -> None:
+        self.data.copy_(value.data)
+
+    def load(self, layout: Any) -> Block:
+        return Block(self.data.clone(), layout)
 
 
 class Barriers:
@@ -185,6 +194,11 @@ class Gluon:
 
     def __init__(self, program: int, programs: int, num_warps: int) -> None:
         self._program, self._programs, self._num_warps = program, programs, num_warps
+        self._barriers: list[Barrier] = []
+
+    @staticmethod
+    def static_assert(condition: bool) -> None:
+        assert condition
 
     def program_id(self, axis: int) -> Int:
         return Int(self._program)
@@ -203,10 +217,11 @@ class Gluon:
     def cdiv(a: int, b: int) -> Int:
         return Int(-(-a // b))
 
-    @staticmethod
-    def allocate_shared_memory(dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Any:
+    def allocate_shared_memory(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Any:
         if layout == "barriers":
-            return Barriers(shape[0])
+            barriers = Barriers(shape[0])
+            self._barriers += barriers.all
+            return barriers
         return Shared(torch.full(tuple(shape), float("nan"), dtype=dtype))
 
     @staticmethod
@@ -281,8 +296,7 @@ class Gluon:
     def convert_layout(x: Block, layout: Any) -> Block:
         return Block(x.data, layout)
 
-    @staticmethod
-    def warp_specialize(partitions: Any, num_warps: Sequence[int], registers: Sequence[int]) -> None:
+    def warp_specialize(self, partitions: Any, num_warps: Sequence[int], registers: Sequence[int]) -> None:
         faults: list[BaseException] = []
 
         def run(function: Callable[..., None], args: tuple[Any, ...]) -> None:
@@ -298,6 +312,7 @@ class Gluon:
             thread.join()
         if faults:
             raise faults[0]
+        assert not any(barrier.copied for barrier in self._barriers), "a copy that nobody waited for"
 
 
 MBARRIER = SimpleNamespace(

@@ -41,7 +41,31 @@ def test_nothing_is_stored_where_a_barrier_was_initialized() -> None:
     kernels = _aot("--barriers")
     assert len(kernels) > 10
     assert all(kernel["barriers"] for kernel in kernels)
-    assert not [kernel for kernel in kernels if kernel["overwritten"]]
+    assert not [kernel for kernel in kernels if kernel["overwritten"] or kernel["early"]]
+
+
+def test_attention_by_teams_that_share_queries() -> None:
+    _assert_shared_attention()
+
+
+@pytest.mark.slow
+def test_attention_by_teams_that_share_queries_with_every_mask() -> None:
+    _assert_shared_attention("--everything")
+
+
+def _assert_shared_attention(*arguments: str) -> None:
+    kernels = _aot("--shared-attention", *arguments)
+    assert len(kernels) >= 3
+    faults = [
+        kernel
+        for kernel in kernels
+        if kernel["spills"]
+        or kernel["shared"] > SHARED_MEMORY[90]
+        or kernel["overwritten"]
+        or kernel["early"]
+        or not kernel["barriers"]
+    ]
+    assert not faults
 
 
 def _assert_compiles(*arguments: str) -> None:

@@ -16,7 +16,7 @@ import burnish.ops  # noqa: F401 isort: skip
 pytest.importorskip("triton")
 
 from burnish.kernels import attention_wgmma
-from burnish.kernels.launch import Launch, Target, recording
+from burnish.kernels.launch import Config, Launch, Target, recording
 from tests.kernels.gluon_emulator import emulate
 
 H200 = Target((9, 0), 132)
@@ -103,6 +103,63 @@ def test_attention_in_groups_of_heads(heads_at_once: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(attention_wgmma, "_IN_CACHE", heads_at_once * keys_of_a_head)
     for config in attention_wgmma.attention_wgmma_configs(64):
         assert_close(emulated(op, "gluon", bound, config), *expected)
+
+
+def configs_that_share(head_dim: int) -> list[Config]:
+    configs = attention_wgmma.attention_wgmma_configs(head_dim, 2)
+    return [config for config in configs if config["SPLIT"] > 1]
+
+
+# By teams that share queries: blocks of keys, of 64 or 128, that are fewer than these, not the same number for each, or
+# more than there are stages; queries that see no key at all, or none of a team's; and blocks of queries that hang over.
+SHARED = [
+    ("one key", (1, 2, 2, 40, 1), False, None),
+    ("one block", (2, 2, 1, 100, 40), False, None),
+    ("last block is short", (1, 2, 1, 64, 150), False, None),
+    ("more blocks than stages", (1, 1, 1, 70, 900), False, None),
+    ("causal, more blocks than stages", (1, 2, 1, 130, 900), True, None),
+    ("causal, as many keys", (2, 6, 3, 200, 200), True, None),
+    ("causal, queries before the first key", (1, 2, 2, 200, 70), True, None),
+    ("padding from some key on", (3, 2, 1, 90, 300), False, "right"),
+    ("padding up to some key", (3, 2, 2, 64, 300), False, "left"),
+    ("padding up to some key, causal", (3, 2, 1, 300, 300), True, "left"),
+    ("no real token", (2, 1, 1, 64, 200), False, "all"),
+]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("sizes", "causal", "padded"), [case[1:] for case in SHARED], ids=[case[0] for case in SHARED])
+def test_attention_by_teams_that_share_queries(
+    sizes: tuple[int, ...], causal: bool, padded: str | None, head_dim: int
+) -> None:
+    op = OPS["attention"]
+    batch, heads, key_heads, lq, lk = sizes
+    shapes = (batch, lq, heads, head_dim), (batch, lk, key_heads, head_dim), (batch, lk, key_heads, head_dim)
+    q, k, v = (randn(*shape, dtype=torch.bfloat16, seed=i).transpose(1, 2) for i, shape in enumerate(shapes))
+    real = None
+    if padded is not None:
+        lengths = torch.linspace(0, lk, batch).long() if padded != "all" else torch.zeros(batch, dtype=torch.int64)
+        real = torch.arange(lk) < lengths[:, None]
+        real = real.flip(1) if padded == "left" else real
+    bound = op.bind(q, k, v, key_padding_mask=real, is_causal=causal)
+    expected = op.reference(*bound), oracle(op.reference, *bound)
+    for config in configs_that_share(head_dim):
+        assert_close(emulated(op, "gluon", bound, config), *expected)
+
+
+def test_teams_share_queries_where_there_are_few() -> None:
+    def most(batch: int, heads: int, lq: int, lk: int) -> int:
+        q, k = (torch.empty(batch, heads, rows, 64, dtype=torch.bfloat16) for rows in (lq, lk))
+        with recording(lambda launch: None, H200):
+            return attention_wgmma.useful_split(q, k)
+
+    assert most(1, 12, 384, 384) == 2
+    assert most(1, 12, 64, 64) == 1, "one block of keys"
+    assert [most(1, heads, 64, 512) for heads in (263, 264)] == [2, 1], "two programs for each of 132 multiprocessors"
+    for head_dim in (64, 128):
+        alone, by_two = (attention_wgmma.attention_wgmma_configs(head_dim, n) for n in (1, 2))
+        assert {config["SPLIT"] for config in alone} == {1}
+        assert set(alone) < set(by_two)
 
 
 WIDE = torch.zeros(1, 2, 64, 65, dtype=torch.bfloat16)[..., :64]  # rows of 130 bytes

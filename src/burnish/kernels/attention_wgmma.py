@@ -1,6 +1,7 @@
 """Attention forward on Hopper by warps with roles: one loads keys and values, teams of four attend for 64 queries each.
 
 A block's scores are computed while the values of the one before are summed, and its exponentials are taken meanwhile.
+Where queries are few, SPLIT teams share 64: each sees every SPLIT-th block of keys, and the first adds up the sums.
 In Gluon, as `burnish.kernels.matmul_wgmma`. 1x32x2048x64 causal, 8 key heads, bfloat16, H200: 48 us (cuDNN 57, in
 Triton 59); with heads of 128: 65 (82, 91).
 Source: Shah et al., "FlashAttention-3", arXiv:2407.08608; otherwise as in `burnish.kernels.attention`.
@@ -20,10 +21,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra import cuda as tl_cuda
 
 from burnish.kernels.attention_inputs import as_bytes
-from burnish.kernels.launch import Config, launch
+from burnish.kernels.launch import Config, launch, target_of
 from burnish.kernels.matmul_wgmma import HALF_TYPES, async_load
 
 _ROWS = gl.constexpr(64)  # queries of a team
+_LOADERS = gl.constexpr(24)  # registers of a thread that loads
 _LOWEST = gl.constexpr(torch.finfo(torch.float32).min)
 _IN_CACHE = 16 << 20  # bytes of keys and values that the L2 cache keeps, of H200's 50 MB
 
@@ -31,7 +33,7 @@ _IN_CACHE = 16 << 20  # bytes of keys and values that the L2 cache keeps, of H20
 @gluon.jit
 def _load(
     descs, buffers, barriers, place, blocks,
-    TEAMS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+    TEAMS: gl.constexpr, SPLIT: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One warp: the teams' queries, then keys and values block by block."""
     q_desc, k_desc, v_desc = descs
@@ -41,17 +43,24 @@ def _load(
     if PDL:
         tl_cuda.gdc_launch_dependents()
         tl_cuda.gdc_wait()
-    for team in gl.static_range(TEAMS):
-        mbarrier.expect(q_full.index(team), q_desc.block_type.nbytes)
-        async_load(q_desc, [batch, head, row + team * _ROWS, 0], q_full.index(team), qs.index(team))
-    for i in range(blocks):
-        stage = i % STAGES
-        mbarrier.wait(k_empty.index(stage), (i // STAGES + 1) & 1, pred=i >= STAGES)
-        mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-        async_load(k_desc, [batch, key_head, i * BLOCK_N, 0], k_full.index(stage), ks.index(stage))
-        mbarrier.wait(v_empty.index(stage), (i // STAGES + 1) & 1, pred=i >= STAGES)
-        mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-        async_load(v_desc, [batch, key_head, i * BLOCK_N, 0], v_full.index(stage), vs.index(stage))
+    for group in gl.static_range(TEAMS // SPLIT):
+        mbarrier.expect(q_full.index(group), q_desc.block_type.nbytes)
+        async_load(q_desc, [batch, head, row + group * _ROWS, 0], q_full.index(group), qs.index(group))
+    for first in range(0, blocks, SPLIT):
+        # The keys of all shares go ahead of values: no team waits for keys behind the values of another.
+        for share in gl.static_range(SPLIT):
+            _load_block(k_desc, ks, k_full, k_empty, batch, key_head, first + share, blocks, BLOCK_N, STAGES)
+        for share in gl.static_range(SPLIT):
+            _load_block(v_desc, vs, v_full, v_empty, batch, key_head, first + share, blocks, BLOCK_N, STAGES)
+
+
+@gluon.jit
+def _load_block(desc, buffer, full, empty, batch, head, i, blocks, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    stage = i % STAGES
+    there = i < blocks
+    mbarrier.wait(empty.index(stage), (i // STAGES + 1) & 1, pred=(i >= STAGES) & there)
+    mbarrier.expect(full.index(stage), desc.block_type.nbytes, pred=there)
+    async_load(desc, [batch, head, i * BLOCK_N, 0], full.index(stage), buffer.index(stage), pred=there)
 
 
 @gluon.jit
@@ -90,12 +99,42 @@ def _weigh(scores, row_max, row_sum, scale, WEIGHTS: gl.constexpr, DTYPE: gl.con
 
 
 @gluon.jit
+def _hand_over(acc, row_max, row_sum, shares, SHARE: gl.constexpr):
+    """Leaves what a team has found among its keys to the first of those that share its queries."""
+    accs, maxima, sums, left = shares
+    accs.index(SHARE - 1).store(acc)
+    maxima.index(SHARE - 1).store(row_max)
+    sums.index(SHARE - 1).store(row_sum)
+    mbarrier.arrive(left.index(SHARE - 1), count=1)
+
+
+@gluon.jit
+def _add_up(acc, row_max, row_sum, shares, SPLIT: gl.constexpr):
+    """A team's sums with those of the teams that share its queries. A share without keys has the lowest maximum."""
+    accs, maxima, sums, left = shares
+    for share in gl.static_range(SPLIT - 1):
+        mbarrier.wait(left.index(share), 0)
+        their_max = maxima.index(share).load(row_max.type.layout)
+        new_max = gl.maximum(row_max, their_max)
+        keep, take = gl.exp2(row_max - new_max), gl.exp2(their_max - new_max)
+        row_sum = row_sum * keep + sums.index(share).load(row_sum.type.layout) * take
+        acc = acc * _by_row(keep, acc) + accs.index(share).load(acc.type.layout) * _by_row(take, acc)
+        row_max = new_max
+    return acc, row_sum
+
+
+@gluon.jit
+def _by_row(factors, acc):
+    return gl.convert_layout(factors, gl.SliceLayout(1, acc.type.layout))[:, None]
+
+
+@gluon.jit
 def _attend(
-    buffers, barriers, place, blocks, out_ptr, padding_ptr, heads, lq, lk, scale, stride_pb, stride_pn,
-    TEAM: gl.constexpr, CAUSAL: gl.constexpr, PADDING: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, PDL: gl.constexpr,
+    buffers, barriers, shares, place, blocks, out_ptr, padding_ptr, heads, lq, lk, scale, stride_pb, stride_pn,
+    TEAM: gl.constexpr, SPLIT: gl.constexpr, CAUSAL: gl.constexpr, PADDING: gl.constexpr, D: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: 64 queries against the blocks of keys."""
+    """Four warps: 64 queries against the blocks of keys, or every SPLIT-th of them."""
     qs, ks, vs = buffers
     q_full, k_full, k_empty, v_full, v_empty = barriers
     batch, head, _, row = place
@@ -103,30 +142,33 @@ def _attend(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    GROUP: gl.constexpr = TEAM // SPLIT
+    SHARE: gl.constexpr = TEAM % SPLIT
     if PDL:
         tl_cuda.gdc_wait()
-    first = row + TEAM * _ROWS
+    first = row + GROUP * _ROWS
     padding_ptr += batch.to(gl.int64) * stride_pb
     row_max = gl.full((_ROWS,), _LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
     row_sum = gl.zeros((_ROWS,), gl.float32, gl.SliceLayout(1, SCORES))
     acc = gl.zeros((_ROWS, D), gl.float32, SUMS)
     nothing = gl.zeros((_ROWS, BLOCK_N), gl.float32, SCORES)
-    q = qs.index(TEAM).reshape([_ROWS, D])
-    first_real = _real_keys(padding_ptr, 0, lk, stride_pn, PADDING, BLOCK_N, SCORES)
-    mbarrier.wait(q_full.index(TEAM), 0)
-    mbarrier.wait(k_full.index(0), 0)
-    scores = warpgroup_mma(q, ks.index(0).reshape([BLOCK_N, D]).permute((1, 0)), nothing, use_acc=False)
-    mbarrier.arrive(k_empty.index(0), count=1)
-    scores = _hide(scores, first_real, 0, first, lq, lk, CAUSAL, PADDING, BLOCK_N)
+    q = qs.index(GROUP).reshape([_ROWS, D])
+    start = SHARE * BLOCK_N
+    first_real = _real_keys(padding_ptr, start, lk, stride_pn, PADDING, BLOCK_N, SCORES)
+    mbarrier.wait(q_full.index(GROUP), 0)
+    mbarrier.wait(k_full.index(SHARE), 0)
+    scores = warpgroup_mma(q, ks.index(SHARE).reshape([BLOCK_N, D]).permute((1, 0)), nothing, use_acc=False)
+    mbarrier.arrive(k_empty.index(SHARE), count=1)
+    scores = _hide(scores, first_real, start, first, lq, lk, CAUSAL, PADDING, BLOCK_N)
     weights, _, row_max, row_sum = _weigh(scores, row_max, row_sum, scale, WEIGHTS, DTYPE)
-    for i in range(1, blocks):
-        stage, before = i % STAGES, (i - 1) % STAGES
+    for i in range(SHARE + SPLIT, blocks, SPLIT):
+        stage, before = i % STAGES, (i - SPLIT) % STAGES
         # Asked for before the wait for the keys: nothing else hides the time that they take to come.
         real = _real_keys(padding_ptr, i * BLOCK_N, lk, stride_pn, PADDING, BLOCK_N, SCORES)
         mbarrier.wait(k_full.index(stage), i // STAGES & 1)
         key = ks.index(stage).reshape([BLOCK_N, D])
         scores = warpgroup_mma(q, key.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        mbarrier.wait(v_full.index(before), (i - 1) // STAGES & 1)
+        mbarrier.wait(v_full.index(before), (i - SPLIT) // STAGES & 1)
         acc = warpgroup_mma(weights, vs.index(before).reshape([BLOCK_N, D]), acc, is_async=True)
         scores = warpgroup_mma_wait(1, deps=(scores,))
         mbarrier.arrive(k_empty.index(stage), count=1)
@@ -134,19 +176,24 @@ def _attend(
         next_weights, keep, row_max, row_sum = _weigh(scores, row_max, row_sum, scale, WEIGHTS, DTYPE)
         acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
         mbarrier.arrive(v_empty.index(before), count=1)
-        acc *= gl.convert_layout(keep, gl.SliceLayout(1, SUMS))[:, None]
+        acc *= _by_row(keep, acc)
         weights = next_weights
-    last = (blocks - 1) % STAGES
-    mbarrier.wait(v_full.index(last), (blocks - 1) // STAGES & 1)
-    acc = warpgroup_mma(weights, vs.index(last).reshape([BLOCK_N, D]), acc)
-    # A query that saw no key has a sum of zero and gives zeros.
-    acc *= gl.convert_layout(1.0 / gl.where(row_sum == 0, 1.0, row_sum), gl.SliceLayout(1, SUMS))[:, None]
-    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    result = gl.convert_layout(acc.to(DTYPE), OUT)
-    rows = first + gl.arange(0, _ROWS, gl.SliceLayout(1, OUT))
-    columns = gl.arange(0, D, gl.SliceLayout(0, OUT))
-    places = ((batch * lq + rows).to(gl.int64) * heads + head) * D
-    gl.store(out_ptr + places[:, None] + columns[None, :], result, mask=(rows < lq)[:, None])
+    last = blocks - 1 - (blocks - 1 - SHARE) % SPLIT  # of this team
+    mbarrier.wait(v_full.index(last % STAGES), last // STAGES & 1)
+    acc = warpgroup_mma(weights, vs.index(last % STAGES).reshape([BLOCK_N, D]), acc)
+    if SHARE > 0:
+        _hand_over(acc, row_max, row_sum, shares, SHARE)
+    else:
+        if SPLIT > 1:
+            acc, row_sum = _add_up(acc, row_max, row_sum, shares, SPLIT)
+        # A query that saw no key has a sum of zero and gives zeros.
+        acc *= _by_row(1.0 / gl.where(row_sum == 0, 1.0, row_sum), acc)
+        OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+        result = gl.convert_layout(acc.to(DTYPE), OUT)
+        rows = first + gl.arange(0, _ROWS, gl.SliceLayout(1, OUT))
+        columns = gl.arange(0, D, gl.SliceLayout(0, OUT))
+        places = ((batch * lq + rows).to(gl.int64) * heads + head) * D
+        gl.store(out_ptr + places[:, None] + columns[None, :], result, mask=(rows < lq)[:, None])
 
 
 @gluon.jit(do_not_specialize=["heads", "groups", "together", "lq", "lk", "stride_pb"])
@@ -168,29 +215,44 @@ def attention_wgmma_kernel(
     PADDING: gl.constexpr,
     D: gl.constexpr,
     TEAMS: gl.constexpr,
+    SPLIT: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     PER_SM: gl.constexpr,
+    TEAM_REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    qs = gl.allocate_shared_memory(q_desc.dtype, [TEAMS, 1, 1, _ROWS, D], q_desc.layout)
+    # A share's values are released in its next round: with fewer stages than shares, this one would wait for that.
+    gl.static_assert(TEAMS % SPLIT == 0 and (SPLIT == 1 or SPLIT == TEAMS) and STAGES >= SPLIT)
+    GROUPS: gl.constexpr = TEAMS // SPLIT  # of 64 queries
+    qs = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, 1, 1, _ROWS, D], q_desc.layout)
     ks = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout)
     vs = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_N, D], v_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [TEAMS, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for team in gl.static_range(TEAMS):
-        mbarrier.init(q_full.index(team), count=1)
+    for group in gl.static_range(GROUPS):
+        mbarrier.init(q_full.index(group), count=1)
     for s in gl.static_range(STAGES):
         mbarrier.init(k_full.index(s), count=1)
-        mbarrier.init(k_empty.index(s), count=TEAMS)
+        mbarrier.init(k_empty.index(s), count=GROUPS)
         mbarrier.init(v_full.index(s), count=1)
-        mbarrier.init(v_empty.index(s), count=TEAMS)
+        mbarrier.init(v_empty.index(s), count=GROUPS)
+    shares = (qs, qs, qs, q_full)
+    if SPLIT > 1:  # not for one team: Triton gives the place of barriers that nobody waits for to other things
+        # Eight columns stay together, as a row's four threads hold them, and neighbouring rows are in other banks.
+        accs = gl.allocate_shared_memory(gl.float32, [SPLIT - 1, _ROWS, D], gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
+        maxima = gl.allocate_shared_memory(gl.float32, [SPLIT - 1, _ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        sums = gl.allocate_shared_memory(gl.float32, [SPLIT - 1, _ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        left = gl.allocate_shared_memory(gl.int64, [SPLIT - 1, 1], mbarrier.MBarrierLayout())
+        for s in gl.static_range(SPLIT - 1):
+            mbarrier.init(left.index(s), count=1)
+        shares = (accs, maxima, sums, left)
 
     # Heads whose keys fit the L2 cache run together, of each the last queries first: they see the most keys if causal.
-    rows: gl.constexpr = TEAMS * _ROWS
+    rows: gl.constexpr = GROUPS * _ROWS
     parts = gl.cdiv(lq, rows)
     batch_heads = gl.num_programs(0) // parts
     first_head = gl.program_id(0) // (together * parts) * together
@@ -202,7 +264,8 @@ def attention_wgmma_kernel(
     stop = lk
     if CAUSAL:
         stop = min(lk, row + rows + (lk - lq))
-    blocks = gl.cdiv(gl.maximum(stop, 1), BLOCK_N)
+    # Of teams that share queries each has a block, be it one past the last key, where nothing is seen.
+    blocks = gl.cdiv(gl.maximum(stop, (SPLIT - 1) * BLOCK_N + 1), BLOCK_N)
     place = (batch, head, head // groups, row)
     buffers = (qs, ks, vs)
     barriers = (q_full, k_full, k_empty, v_full, v_empty)
@@ -210,24 +273,24 @@ def attention_wgmma_kernel(
     if TEAMS == 1:
         gl.warp_specialize(
             [
-                (_attend, (buffers, barriers, place, blocks, out_ptr, padding_ptr, heads, lq, lk, scale, stride_pb,
-                           stride_pn, 0, CAUSAL, PADDING, D, BLOCK_N, STAGES, PDL)),
-                (_load, (descs, buffers, barriers, place, blocks, TEAMS, BLOCK_N, STAGES, PDL)),
+                (_attend, (buffers, barriers, shares, place, blocks, out_ptr, padding_ptr, heads, lq, lk, scale,
+                           stride_pb, stride_pn, 0, SPLIT, CAUSAL, PADDING, D, BLOCK_N, STAGES, PDL)),
+                (_load, (descs, buffers, barriers, place, blocks, TEAMS, SPLIT, BLOCK_N, STAGES, PDL)),
             ],
             [1],
-            [24],
+            [_LOADERS],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (_attend, (buffers, barriers, place, blocks, out_ptr, padding_ptr, heads, lq, lk, scale, stride_pb,
-                           stride_pn, 0, CAUSAL, PADDING, D, BLOCK_N, STAGES, PDL)),
-                (_attend, (buffers, barriers, place, blocks, out_ptr, padding_ptr, heads, lq, lk, scale, stride_pb,
-                           stride_pn, 1, CAUSAL, PADDING, D, BLOCK_N, STAGES, PDL)),
-                (_load, (descs, buffers, barriers, place, blocks, TEAMS, BLOCK_N, STAGES, PDL)),
+                (_attend, (buffers, barriers, shares, place, blocks, out_ptr, padding_ptr, heads, lq, lk, scale,
+                           stride_pb, stride_pn, 0, SPLIT, CAUSAL, PADDING, D, BLOCK_N, STAGES, PDL)),
+                (_attend, (buffers, barriers, shares, place, blocks, out_ptr, padding_ptr, heads, lq, lk, scale,
+                           stride_pb, stride_pn, 1, SPLIT, CAUSAL, PADDING, D, BLOCK_N, STAGES, PDL)),
+                (_load, (descs, buffers, barriers, place, blocks, TEAMS, SPLIT, BLOCK_N, STAGES, PDL)),
             ],
             [4, 1],
-            [240, 24],
+            [TEAM_REGISTERS, _LOADERS],
         )  # fmt: skip
 
 
@@ -247,16 +310,17 @@ def attention_wgmma(
     (B, Lq, Hq, D). Compute capability 9.0 only.
     """
     (batch, heads, lq, d), (_, key_heads, lk, _) = q.shape, k.shape
-    config = config or attention_wgmma_configs(d)[0]
+    config = config or attention_wgmma_configs(d, useful_split(q, k))[0]
     out = torch.empty((batch, lq, heads, d), dtype=q.dtype, device=q.device)
     padding, strides = q, [0, 0]
     if key_padding_mask is not None:
         padding, strides = as_bytes(key_padding_mask), [*key_padding_mask.stride()]
-    threads = 32 * 4 * (config["TEAMS"] + 1)
+    teams, rows = config["TEAMS"], config["TEAMS"] // config["SPLIT"] * _ROWS.value
+    registers = 65536 // (32 * 4 * (teams + 1) * config["PER_SM"]) // 8 * 8  # all that there are
     together = max(1, _IN_CACHE * heads // key_heads // (2 * lk * d * k.element_size()))
     launch(
         attention_wgmma_kernel,
-        (triton.cdiv(lq, _ROWS.value * config["TEAMS"]) * batch * heads,),
+        (triton.cdiv(lq, rows) * batch * heads,),
         _described(q, _ROWS.value),
         _described(k, config["BLOCK_N"]),
         _described(v, config["BLOCK_N"]),
@@ -265,7 +329,8 @@ def attention_wgmma(
         *strides,
         config=config,
         like=q,
-        registers=65536 // (threads * config["PER_SM"]) // 8 * 8,  # all that there are
+        registers=registers,
+        TEAM_REGISTERS=(registers * (teams + 1) - _LOADERS.value) // teams // 8 * 8,
         CAUSAL=is_causal,
         PADDING=key_padding_mask is not None,
         D=d,
@@ -279,12 +344,23 @@ def _described(t: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(t, list(t.shape), list(t.stride()), block, layout)
 
 
-def attention_wgmma_configs(d: int) -> list[Config]:
-    """Configs of `attention_wgmma` for heads of `d` columns, the most promising first."""
-    # (TEAMS, BLOCK_N, STAGES, PER_SM). H200, us: 1x32/8x2048x64 causal 48, 48, 52; 1x32/8x2048x128 causal 65, 69, 72.
-    shapes = (
-        [(1, 128, 2, 2), (2, 128, 2, 1), (1, 64, 3, 2)] if d <= 64 else [(2, 128, 2, 1), (1, 64, 2, 2), (2, 64, 4, 1)]
-    )
-    return [
-        Config.of(4, 1, TEAMS=teams, BLOCK_N=n, STAGES=stages, PER_SM=per_sm) for teams, n, stages, per_sm in shapes
-    ]
+def useful_split(q: Tensor, k: Tensor) -> int:
+    """How many teams may share 64 queries: one where there are enough queries for all multiprocessors."""
+    few = q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], _ROWS.value) < 2 * target_of(q).num_sms
+    return 2 if few and k.shape[2] > 64 else 1
+
+
+def attention_wgmma_configs(d: int, split: int = 1) -> list[Config]:
+    """Configs of `attention_wgmma` for heads of `d` columns, in which up to `split` teams share queries, the most
+    promising first."""
+    # (TEAMS, SPLIT, BLOCK_N, STAGES, PER_SM). H200, us: 1x32/8x2048x64 causal 48, 48, 52; x128 65, 69, 72 (SPLIT 1).
+    # 1x12x384x64 padded 5.6 by two teams, 6.1 by one, 6.3 by three, which are not offered.
+    if d <= 64:
+        shared = [(2, 2, 64, 6, 1), (2, 2, 128, 4, 1)]
+        shapes = [(1, 1, 128, 2, 2), (2, 1, 128, 2, 1), (1, 1, 64, 3, 2)]
+    else:
+        shared = [(2, 2, 64, 4, 1)]
+        shapes = [(2, 1, 128, 2, 1), (1, 1, 64, 2, 2), (2, 1, 64, 4, 1)]
+    names = ("TEAMS", "SPLIT", "BLOCK_N", "STAGES", "PER_SM")
+    useful = [shape for shape in shared if shape[1] <= split] + shapes
+    return [Config.of(4, 1, **dict(zip(names, shape, strict=True))) for shape in useful]

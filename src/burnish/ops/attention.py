@@ -327,9 +327,9 @@ def _gluon_configs(
     window: int | None,
     scale: float | None,
 ) -> Sequence[Any]:
-    from burnish.kernels.attention_wgmma import attention_wgmma_configs
+    from burnish.kernels.attention_wgmma import attention_wgmma_configs, useful_split
 
-    return attention_wgmma_configs(q.shape[3])
+    return attention_wgmma_configs(q.shape[3], useful_split(q, k))
 
 
 @attention.impl("gluon", why_not=_attention_cuda.gluon_why_not, configs=_gluon_configs)
