@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,3 +41,29 @@ def test_launches_of_one_kernel_have_one_key(monkeypatch: pytest.MonkeyPatch) ->
     key = warm_up._key(first)
     assert warm_up._key(again) == key
     assert key not in [warm_up._key(other) for other in others]
+
+
+def test_kernels_are_loaded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first launch would build a launcher with the C compiler, one after the other."""
+    loaded: list[object] = []
+
+    class Compiled:
+        def _init_handles(self) -> None:
+            loaded.append(self)
+
+    class Kernel:
+        def warmup(self, *args: Any, **options: Any) -> Compiled:
+            return Compiled()
+
+    kernel = Kernel()
+    launches = [replace(launch_of(100, torch.bfloat16, config), kernel=kernel) for config in (0, 0, 1)]
+
+    @contextmanager
+    def replaying(record: Callable[[Launch], None]) -> Iterator[None]:
+        yield
+        for launch in launches:
+            record(launch)
+
+    monkeypatch.setattr(warm_up, "recording", replaying)
+    warm_up.warm_up([])
+    assert len(loaded) == 2

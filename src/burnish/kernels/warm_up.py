@@ -1,4 +1,4 @@
-"""Compiles what a list of calls would launch, several kernels at a time."""
+"""Compiles and loads what a list of calls would launch, several kernels at a time."""
 
 from __future__ import annotations
 
@@ -8,26 +8,39 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
+
 from burnish.kernels.launch import Launch, recording
 
 
 def warm_up(calls: Iterable[Callable[[], Any]]) -> None:
-    """Compiles every kernel that the calls launch and runs none of those. What does not compile fails when it is
-    called."""
+    """Compiles every kernel that the calls launch, and loads it on the current device; runs none of those. What does
+    not compile fails when it is called."""
     launches: list[Launch] = []
     with recording(launches.append):
         for call in calls:
             with contextlib.suppress(Exception):  # whoever measures the call hears of it
                 call()
     distinct = {_key(launch): launch for launch in launches}
-    # The compiler's passes and ptxas run outside Python's lock.
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    # The compiler's passes, ptxas and the C compiler run outside Python's lock.
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1), initializer=_use_device, initargs=(_device(),)) as pool:
         list(pool.map(_compile, distinct.values()))
+
+
+def _device() -> int | None:
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+
+def _use_device(device: int | None) -> None:
+    if device is not None:
+        torch.cuda.set_device(device)
 
 
 def _compile(launch: Launch) -> None:
     with contextlib.suppress(Exception):
-        launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants, **launch.options)
+        compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants, **launch.options)
+        # What a first launch would do: it compiles a launcher in C (0.25 s) and loads the kernel.
+        compiled._init_handles()
 
 
 def _key(launch: Launch) -> Any:
