@@ -58,12 +58,30 @@ class AddRMSNorm(nn.Module):
         return self.weight * normed.to(total.dtype), total
 
 
+class RMSNorm(nn.Module):
+    """As Hugging Face's Llama spells it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * normed.to(x.dtype)
+
+
 def cases() -> Iterator[Case]:
     mlps = {"d1024-i11008": (1024, 11008, (2048,)), "d4096-i14336": (4096, 14336, (4096, 16, 1))}
     for size, (width, inner, lengths) in mlps.items():
         for tokens in lengths:
             name = f"gated-mlp-{size}-t{tokens}"
             yield Case(name, partial(_gated_mlp, name=name, width=width, inner=inner, tokens=tokens))
+    for tokens in (1, 16):
+        name = f"rms-norm-linear-k4096-n6144-t{tokens}"
+        yield Case(name, partial(_rms_norm_linear, name=name, width=4096, columns=6144, tokens=tokens))
+        name = f"rms-norm-gated-mlp-d4096-i14336-t{tokens}"
+        yield Case(name, partial(_rms_norm_gated_mlp, name=name, width=4096, inner=14336, tokens=tokens))
     for rows, width in ((16384, 4096), (4096, 8192)):
         name = f"add-rms-norm-{rows}x{width}"
         yield Case(name, partial(_add_rms_norm, name=name, rows=rows, width=width))
@@ -85,6 +103,23 @@ def _gated_mlp(session: Session, *, name: str, width: int, inner: int, tokens: i
     x = randn(1, tokens, width, dtype=torch.bfloat16, device="cuda", seed=1)
     weights = torch.cat([model.gate_proj.weight, model.up_proj.weight]), model.down_proj.weight
     return _run(session, name, "gated_mlp", (x, *weights), model, {"x": x}, _liger_mlp(model, x))
+
+
+def _rms_norm_linear(session: Session, *, name: str, width: int, columns: int, tokens: int) -> list[Record]:
+    torch.manual_seed(0)
+    norm, linear = RMSNorm(width), nn.Linear(width, columns, bias=False)
+    model = nn.Sequential(norm, linear).to("cuda", torch.bfloat16).requires_grad_(False)
+    x = randn(1, tokens, width, dtype=torch.bfloat16, device="cuda", seed=1)
+    return _run(session, name, "rms_norm_linear", (x, norm.weight, 1e-6, linear.weight), model, {"input": x}, {})
+
+
+def _rms_norm_gated_mlp(session: Session, *, name: str, width: int, inner: int, tokens: int) -> list[Record]:
+    torch.manual_seed(0)
+    norm, mlp = RMSNorm(width), GatedMLP(width, inner)
+    model = nn.Sequential(norm, mlp).to("cuda", torch.bfloat16).requires_grad_(False)
+    x = randn(1, tokens, width, dtype=torch.bfloat16, device="cuda", seed=1)
+    weights = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), mlp.down_proj.weight
+    return _run(session, name, "rms_norm_gated_mlp", (x, norm.weight, 1e-6, *weights), model, {"input": x}, {})
 
 
 def _add_rms_norm(session: Session, *, name: str, rows: int, width: int) -> list[Record]:

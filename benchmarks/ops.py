@@ -147,6 +147,38 @@ def _gated_mlp(
     return F.linear(hidden, down_weight, down_bias)
 
 
+def _rms_norm_linear(
+    x: Tensor, norm_weight: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    return _linear(_rms_norm(x, norm_weight, eps), weight, bias, activation, None)
+
+
+def _layer_norm_linear(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    return _linear(_layer_norm(x, norm_weight, norm_bias, eps), weight, bias, activation, None)
+
+
+def _rms_norm_gated_mlp(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    normed = _rms_norm(x, norm_weight, eps)
+    return _gated_mlp(normed, gate_up_weight, down_weight, gate_up_bias, down_bias, activation)
+
+
 def _rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """As Llama spells it: half-split, all dimensions rotated."""
     first, second = x.chunk(2, dim=-1)
@@ -242,6 +274,23 @@ def _gated_mlp_arguments(rows: int, width: int, inner: int) -> Maker:
     return arguments
 
 
+def _norm_linear_arguments(rows: int, k: int, n: int, activation: str, rms: bool) -> Maker:
+    def arguments(dtype: torch.dtype) -> Arguments:
+        x, weight, bias, *_ = _linear_arguments(rows, k, n)(dtype)
+        vectors = _tensors((k,), (k,))(dtype)
+        return x, *(vectors[:1] if rms else vectors), 1e-5, weight, None if rms else bias, activation
+
+    return arguments
+
+
+def _norm_gated_mlp_arguments(rows: int, width: int, inner: int) -> Maker:
+    def arguments(dtype: torch.dtype) -> Arguments:
+        x, *weights = _gated_mlp_arguments(rows, width, inner)(dtype)
+        return x, *_tensors((width,))(dtype), 1e-6, *weights
+
+    return arguments
+
+
 def _rope_arguments(heads: int, seq: int, head_dim: int) -> Maker:
     def arguments(dtype: torch.dtype) -> Arguments:
         angles = torch.arange(seq)[:, None] / 10_000 ** (torch.arange(0, head_dim, 2) / head_dim)
@@ -325,6 +374,15 @@ BENCHED: dict[str, tuple[Callable[..., object], dict[str, Maker]]] = {
         _linear_add_rms_norm,
         {"m128 k1024 n1024": lambda dtype: _branch_end(128, 1024, 1024, dtype)},
     ),
+    "layer_norm_linear": (
+        _layer_norm_linear,
+        {
+            "m1 k768 n2304": _norm_linear_arguments(1, 768, 2304, "none", rms=False),
+            "m16 k768 n3072 gelu_tanh": _norm_linear_arguments(16, 768, 3072, "gelu_tanh", rms=False),
+        },
+    ),
+    "rms_norm_linear": (_rms_norm_linear, {"m1 k1024 n1536": _norm_linear_arguments(1, 1024, 1536, "none", rms=True)}),
+    "rms_norm_gated_mlp": (_rms_norm_gated_mlp, {"t1 d1024 i2816": _norm_gated_mlp_arguments(1, 1024, 2816)}),
     "linear_rope": (_linear_rope, {"m128 k1024 h16/4 d64": _linear_rope_arguments(128, 1024, 16, 4, 64)}),
     "gated_mlp": (
         _gated_mlp,

@@ -10,6 +10,7 @@ from torch import Tensor
 from burnish.kernels.families import FAMILIES
 from burnish.kernels.launch import Config
 from burnish.kernels.matmul_configs import Product
+from burnish.kernels.norm_prologue import Norm
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,19 @@ def gated_mlp(
     activation: str,
     down: bool,
     config: GatedConfig | None,
+    norm: Norm | None = None,
 ) -> Tensor:
     """`linear(act(gate) * up, down_weight, down_bias)` where `gate, up` are the halves of `linear(x, gate_up_weight)`.
 
     Shapes: x (..., K), gate_up_weight (2*I, K), down_weight (N, I), the contiguous result (..., N); dtypes and strides
     as the family's launcher wants them; torch does the second product unless `down`. Between the products lies one
-    tensor (..., I) instead of torch's three.
+    tensor (..., I) instead of torch's three. With a norm (families gemv and skinny), of x normalized.
     Source: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
     """
     multiply = FAMILIES[family].multiply
     gate = None if config is None else config.gate
-    hidden = multiply(x, gate_up_weight, gate_up_bias, activation, gated=True, config=gate)
+    normed = {} if norm is None else {"norm": norm}
+    hidden = multiply(x, gate_up_weight, gate_up_bias, activation, gated=True, config=gate, **normed)
     if not down:
         return F.linear(hidden, down_weight, down_bias)
     return multiply(hidden, down_weight, down_bias, config=None if config is None else config.down)

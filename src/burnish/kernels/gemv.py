@@ -1,6 +1,7 @@
 """`act(x @ weight.T + bias) + residual` for a few rows of x: bound by reading the weight, once, as fast as memory goes.
 
-With `GATED` the weight has two halves of rows, gate and up, and the result is `act(gate) * up`.
+With `GATED` the weight has two halves of rows, gate and up, and the result is `act(gate) * up`. With a `NORM`, x is
+normalized on its way.
 """
 
 from __future__ import annotations
@@ -13,8 +14,18 @@ from torch import Tensor
 
 from burnish.kernels.launch import Config, launch, launch_dependents, wait_for_inputs
 from burnish.kernels.layout import rows_of
-from burnish.kernels.matmul import epilogue, row_offsets
+from burnish.kernels.matmul import epilogue, prefetch_weight, row_offsets
 from burnish.kernels.matmul_configs import Product
+from burnish.kernels.norm_prologue import (
+    Norm,
+    norm_arguments,
+    norm_constants,
+    normalize_block,
+    prefetch_vector,
+    row_statistics,
+)
+
+_AHEAD = 32 << 10  # bytes of weight that a program with a norm asks for before its wait
 
 
 @triton.jit
@@ -38,8 +49,18 @@ def gemv_kernel(
     stride_residual_outer,
     stride_residual_inner,
     stride_residual_n,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    norm_weight_step,
+    norm_bias_step,
+    eps,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
+    NORM: tl.constexpr,  # none, rms or layer
+    NORM_ROWS: tl.constexpr,
+    NORM_BLOCK: tl.constexpr,
+    NORM_AT_ONCE: tl.constexpr,
+    AHEAD: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -65,7 +86,19 @@ def gemv_kernel(
     weight_up = weight
     if GATED:
         weight_up = tl.load(weight_ptrs + to_up, mask=mask, other=0.0)
+    if NORM != "none" and PDL:  # the next ones too: the statistics are no time to wait for memory
+        prefetch_vector(norm_weight_ptr, norm_weight_step, K, AHEAD * BLOCK_K)
+        prefetch_vector(norm_bias_ptr, norm_bias_step, K, AHEAD * BLOCK_K)
+        prefetch_weight(weight_ptr, n, N, stride_weight_n, 0, 1, AHEAD * BLOCK_K)
+        if GATED:
+            prefetch_weight(weight_ptr + to_up, n, N, stride_weight_n, 0, 1, AHEAD * BLOCK_K)
     wait_for_inputs(PDL)
+    if NORM != "none":
+        rows = x_ptr + row_offsets(m, x_inner, stride_x_outer, stride_x_inner)
+        mean, scale = row_statistics(
+            rows, m < M, K, stride_x_k, eps, NORM, NORM_ROWS, NORM_BLOCK, NORM_AT_ONCE
+        )  # fmt: skip
+        mean, scale = mean[:, None, None], scale[:, None, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), tl.float32)
     for start in range(0, K, BLOCK_K):
@@ -77,6 +110,11 @@ def gemv_kernel(
             mask = weight_mask & (start + BLOCK_K + k < K)[None, None, :]
             x = tl.load(x_ptrs, mask=x_mask & (start + k < K)[None, None, :], other=0.0).to(tl.float32)
         next_weight = tl.load(weight_ptrs, mask=mask, other=0.0)
+        if NORM != "none":
+            x = normalize_block(
+                x, mean, scale, norm_weight_ptr, norm_bias_ptr, norm_weight_step, norm_bias_step,
+                (start + k)[None, None, :], K, NORM, EVEN_K,
+            ).to(x_ptr.dtype.element_ty).to(tl.float32)  # fmt: skip
         acc += x * weight.to(tl.float32)
         weight = next_weight
         if GATED:
@@ -135,9 +173,12 @@ def gemv(
     activation: str = "none",
     residual: Tensor | None = None,
     gated: bool = False,
+    norm: Norm | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """`act(x @ weight.T + bias) + residual`, or `act(gate) * up` of the two halves of `x @ weight.T + bias` if gated.
+
+    With a norm, of x normalized, which is rounded to x's dtype before the product.
 
     Shapes: x (..., K) of at most BLOCK_M rows, weight (N, K), or (2*N, K) if gated, contiguous along K, bias its rows'
     number, residual and the contiguous result (..., N). All of one dtype: float16, bfloat16 or float32; sums are
@@ -156,11 +197,16 @@ def gemv(
         *(rows.inner, rows.stride_outer, rows.stride_inner, x.stride(-1)),
         *(weight.stride(0), columns * weight.stride(0), 1 if bias is None else bias.stride(0)),
         *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1)),
+        *norm_arguments(norm),
     )
+    block_bytes = config["BLOCK_N"] * config["BLOCK_K"] * x.element_size() * (2 if gated else 1)
+    blocks = triton.next_power_of_2(triton.cdiv(x.shape[-1], config["BLOCK_K"]))
     constants: dict[str, Any] = {
         "ACTIVATION": activation,
         "GATED": gated,
         "EVEN_K": x.shape[-1] % config["BLOCK_K"] == 0,
+        "AHEAD": 1 if norm is None else max(1, min(blocks, _AHEAD // block_bytes)),
+        **norm_constants(norm, rows.count, x.shape[-1], config.num_warps),
     }
     launch(gemv_kernel, (triton.cdiv(columns, config["BLOCK_N"]),), *arguments, config=config, like=x, **constants)
     return out

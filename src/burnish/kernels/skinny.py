@@ -20,7 +20,16 @@ from burnish.kernels.counters import counters
 from burnish.kernels.launch import Config, launch, launch_dependents, wait_for_inputs
 from burnish.kernels.layout import copyable, rows_of
 from burnish.kernels.matmul import dot, finish, prefetch_weight, row_offsets
-from burnish.kernels.matmul_configs import Product, fitting, programs_per_sm, shared_memory
+from burnish.kernels.matmul_configs import Product, fitting, programs_per_sm, shared_memory, stage_bytes
+from burnish.kernels.norm_prologue import (
+    Norm,
+    for_each_row,
+    norm_arguments,
+    norm_constants,
+    normalize_block,
+    prefetch_vector,
+    row_statistics,
+)
 
 _AHEAD = 128 << 10  # bytes of weight that a program asks for before its wait; at two programs an SM, half of H200's L2
 
@@ -49,8 +58,17 @@ def skinny_kernel(
     stride_residual_outer,
     stride_residual_inner,
     stride_residual_n,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    norm_weight_step,
+    norm_bias_step,
+    eps,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
+    NORM: tl.constexpr,  # none, rms or layer
+    NORM_ROWS: tl.constexpr,
+    NORM_BLOCK: tl.constexpr,
+    NORM_AT_ONCE: tl.constexpr,
     EVEN_K: tl.constexpr,
     AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -75,6 +93,9 @@ def skinny_kernel(
         prefetch_weight(weight_ptr, n, N, stride_weight_n, first, ahead, BLOCK_K)
         if GATED:
             prefetch_weight(weight_ptr + to_up, n, N, stride_weight_n, first, ahead, BLOCK_K)
+        if NORM != "none":
+            prefetch_vector(norm_weight_ptr, norm_weight_step, K, NORM_BLOCK * NORM_AT_ONCE)
+            prefetch_vector(norm_bias_ptr, norm_bias_step, K, NORM_BLOCK * NORM_AT_ONCE)
 
     x_ptrs = x_ptr + row_offsets(m, x_inner, stride_x_outer, stride_x_inner)[:, None]
     x_ptrs += (first * BLOCK_K + k).to(tl.int64)[None, :] * stride_x_k
@@ -83,6 +104,14 @@ def skinny_kernel(
     weight_ptrs = weight_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * stride_weight_n
     weight_ptrs += (first * BLOCK_K + k)[None, :]
     wait_for_inputs(PDL)
+    if NORM != "none":
+        row = tl.arange(0, NORM_ROWS)
+        rows = x_ptr + row_offsets(row, x_inner, stride_x_outer, stride_x_inner)
+        mean, scale = row_statistics(
+            rows, row < M, K, stride_x_k, eps, NORM, NORM_ROWS, NORM_BLOCK, NORM_AT_ONCE
+        )  # fmt: skip
+        mean = for_each_row(mean, BLOCK_M, NORM_ROWS)[:, None]
+        scale = for_each_row(scale, BLOCK_M, NORM_ROWS)[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(first, last):
@@ -91,6 +120,11 @@ def skinny_kernel(
         else:
             inside = (step * BLOCK_K + k < K)[None, :]
             x = tl.load(x_ptrs, mask=x_mask & inside, other=0.0)
+        if NORM != "none":
+            x = normalize_block(
+                x, mean, scale, norm_weight_ptr, norm_bias_ptr, norm_weight_step, norm_bias_step,
+                (step * BLOCK_K + k)[None, :], K, NORM, EVEN_K,
+            ).to(x_ptr.dtype.element_ty)  # fmt: skip
         if TMA:
             weight = weight_desc.load([tile * BLOCK_N, step * BLOCK_K])
         elif EVEN_K:
@@ -119,13 +153,16 @@ def skinny_configs(product: Product) -> list[Config]:
     """Configs of `skinny`, the most promising first."""
     block_m = max(16, triton.next_power_of_2(product.rows))
     # (BLOCK_N, BLOCK_K, TMA, warps, stages), BLOCK_N of each half if gated. What counts is the memory in flight: two
-    # programs an SM, or one with deep blocks, whose loads are long runs of each row.
+    # programs an SM, or one with deep blocks, whose loads are long runs of each row. H200, 16 rows, us: 28672x4096
+    # gated 57.9 with the first, 61 to 62 with three stages; 4096x14336 30.2 with the first, 30.9 and more with others.
     if product.gated:
-        shapes = [(64, 128, 0, 4, 3), (64, 128, 1, 4, 3), (32, 128, 0, 4, 4), (64, 256, 0, 4, 2), (64, 64, 1, 4, 5)]
-        shapes += [(32, 256, 0, 4, 3)] if block_m < 64 else []  # with 64 it spills
+        shapes = [(64, 128, 1, 4, 4), (64, 128, 0, 4, 4), (64, 128, 0, 4, 3), (64, 64, 1, 4, 5)]
+        shapes += [(32, 128, 0, 4, 4)] if block_m < 64 else []  # with more rows this and the next ones spill
+        shapes += [(32, 256, 0, 4, 3), (64, 256, 1, 4, 3)] if block_m == 16 else []
     elif block_m < 64:
-        shapes = [(64, 128, 0, 4, 5), (64, 128, 1, 4, 5), (64, 256, 0, 4, 3), (32, 256, 0, 4, 4), (128, 128, 0, 8, 3)]
-        shapes += [(32, 128, 0, 4, 5)]
+        shapes = [(32, 256, 1, 4, 6)] if block_m == 16 else []
+        shapes += [(64, 256, 0, 4, 4), (64, 128, 0, 4, 5), (64, 128, 1, 4, 5), (32, 256, 0, 4, 4)]
+        shapes += [(128, 128, 0, 8, 3), (32, 128, 0, 4, 5)]
     else:  # x is read as often as there are tiles, so they are larger
         shapes = [(128, 128, 1, 8, 4), (128, 128, 0, 8, 4), (64, 128, 1, 4, 4), (64, 128, 0, 4, 4), (64, 256, 0, 4, 3)]
         shapes += [(32, 128, 0, 4, 5)]
@@ -136,11 +173,20 @@ def skinny_configs(product: Product) -> list[Config]:
         if tma and not product.target.tma:
             continue
         block_k = max(64 if tma else 16, min(k, triton.next_power_of_2(product.depth)))
+        if product.depth % block_k:
+            block_k = min(block_k, 64)  # masks of wider blocks take so many registers that they spill
         blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT_K": 1, "TMA": tma}
         whole = Config.of(num_warps=warps, num_stages=stages, **blocks)
         for split in _splits(product, whole):
             configs.append(Config.of(num_warps=warps, num_stages=stages, **{**blocks, "SPLIT_K": split}))
     return fitting(configs, product)[:10]
+
+
+def fits_normed(config: Config, product: Product) -> bool:
+    """Whether shared memory has a place for a normalized block of x, and for the norm's weight and bias, as well."""
+    rows = config["BLOCK_M"] * product.dtype.itemsize + 2 * 4 * config.num_stages
+    nbytes = stage_bytes(config, product) * config.num_stages + rows * config["BLOCK_K"]
+    return nbytes <= shared_memory(product.target) - 2048
 
 
 def _splits(product: Product, config: Config) -> list[int]:
@@ -161,9 +207,12 @@ def skinny(
     activation: str = "none",
     residual: Tensor | None = None,
     gated: bool = False,
+    norm: Norm | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """`act(x @ weight.T + bias) + residual`, or `act(gate) * up` of the two halves of `x @ weight.T + bias` if gated.
+
+    With a norm, of x normalized, which is rounded to x's dtype before the product.
 
     Shapes: x (..., K) of at most BLOCK_M rows, weight (N, K), or (2*N, K) if gated, contiguous along K, bias its rows'
     number, residual and the contiguous result (..., N). All of one dtype: float16 or bfloat16; sums are float32, and
@@ -172,7 +221,7 @@ def skinny(
     """
     columns = weight.shape[0] // 2 if gated else weight.shape[0]
     product = Product.of(x, weight, gated)
-    config = config or skinny_configs(product)[0]
+    config = config or next(c for c in skinny_configs(product) if norm is None or fits_normed(c, product))
     if config["TMA"] and not copyable(weight, *weight.stride()):
         config = Config.of(config.num_warps, config.num_stages, **{**dict(config.blocks), "TMA": 0})
     out = x.new_empty((*x.shape[:-1], columns))
@@ -195,12 +244,14 @@ def skinny(
         *(rows.inner, rows.stride_outer, rows.stride_inner, x.stride(-1)),
         *(weight.stride(0), columns * weight.stride(0), 1 if bias is None else bias.stride(0)),
         *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1)),
+        *norm_arguments(norm),
     )
     constants: dict[str, Any] = {
         "ACTIVATION": in_half(activation, x.dtype),
         "GATED": gated,
         "EVEN_K": x.shape[-1] % block_k == 0,
         "AHEAD": max(1, _AHEAD // (product.halves * block_n * block_k * x.element_size())),
+        **norm_constants(norm, rows.count, x.shape[-1], config.num_warps),
     }
     launch(skinny_kernel, (tiles, split), *arguments, config=config, like=x, **constants)
     return out

@@ -9,11 +9,14 @@ from burnish.ops.cached_attention import cached_attention
 from burnish.ops.embedding_layer_norm import embedding_layer_norm
 from burnish.ops.gated_mlp import gated_mlp
 from burnish.ops.layer_norm import layer_norm
+from burnish.ops.layer_norm_linear import layer_norm_linear
 from burnish.ops.linear import linear
 from burnish.ops.linear_add_layer_norm import linear_add_layer_norm
 from burnish.ops.linear_add_rms_norm import linear_add_rms_norm
 from burnish.ops.linear_rope import linear_rope
 from burnish.ops.rms_norm import rms_norm
+from burnish.ops.rms_norm_gated_mlp import rms_norm_gated_mlp
+from burnish.ops.rms_norm_linear import rms_norm_linear
 from burnish.ops.rope import rope
 from burnish.ops.rope_qk import rope_qk
 
@@ -25,11 +28,14 @@ __all__ = [
     "embedding_layer_norm",
     "gated_mlp",
     "layer_norm",
+    "layer_norm_linear",
     "linear",
     "linear_add_layer_norm",
     "linear_add_rms_norm",
     "linear_rope",
     "rms_norm",
+    "rms_norm_gated_mlp",
+    "rms_norm_linear",
     "rope",
     "rope_qk",
 ]
