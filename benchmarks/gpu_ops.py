@@ -77,11 +77,10 @@ def cases() -> Iterator[Case]:
         for tokens in lengths:
             name = f"gated-mlp-{size}-t{tokens}"
             yield Case(name, partial(_gated_mlp, name=name, width=width, inner=inner, tokens=tokens))
-    for tokens in (1, 16):
-        name = f"rms-norm-linear-k4096-n6144-t{tokens}"
-        yield Case(name, partial(_rms_norm_linear, name=name, width=4096, columns=6144, tokens=tokens))
-        name = f"rms-norm-gated-mlp-d4096-i14336-t{tokens}"
-        yield Case(name, partial(_rms_norm_gated_mlp, name=name, width=4096, inner=14336, tokens=tokens))
+    name = "rms-norm-linear-k4096-n6144-t1"
+    yield Case(name, partial(_rms_norm_linear, name=name, width=4096, columns=6144, tokens=1))
+    name = "rms-norm-gated-mlp-d4096-i14336-t1"
+    yield Case(name, partial(_rms_norm_gated_mlp, name=name, width=4096, inner=14336, tokens=1))
     for rows, width in ((16384, 4096), (4096, 8192)):
         name = f"add-rms-norm-{rows}x{width}"
         yield Case(name, partial(_add_rms_norm, name=name, rows=rows, width=width))
@@ -192,7 +191,9 @@ def _run(
     variants = {"burnish": captured(partial(fastest, *bound))}
     if model is not None:
         variants |= peers(model, inputs, session.wants)
-    variants |= more | {f"impl {n}": captured(run) for n, run in impls.items() if n != choice.impl}
+    rest = {f"impl {n}": run for n, run in impls.items() if n != choice.impl}
+    variants |= {n: run for n, run in more.items() if session.wants(n)}
+    variants |= {n: captured(run) for n, run in rest.items() if session.wants(n)}
     kernels = {variant: len(kernels_of(run)) for variant, run in variants.items()}
     result = session.time(variants, cold_l2=True)
     cost = op.cost(*bound)

@@ -153,18 +153,6 @@ def _rms_norm_linear(
     return _linear(_rms_norm(x, norm_weight, eps), weight, bias, activation, None)
 
 
-def _layer_norm_linear(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str,
-) -> Tensor:
-    return _linear(_layer_norm(x, norm_weight, norm_bias, eps), weight, bias, activation, None)
-
-
 def _rms_norm_gated_mlp(
     x: Tensor,
     norm_weight: Tensor | None,
@@ -274,11 +262,10 @@ def _gated_mlp_arguments(rows: int, width: int, inner: int) -> Maker:
     return arguments
 
 
-def _norm_linear_arguments(rows: int, k: int, n: int, activation: str, rms: bool) -> Maker:
+def _norm_linear_arguments(rows: int, k: int, n: int) -> Maker:
     def arguments(dtype: torch.dtype) -> Arguments:
-        x, weight, bias, *_ = _linear_arguments(rows, k, n)(dtype)
-        vectors = _tensors((k,), (k,))(dtype)
-        return x, *(vectors[:1] if rms else vectors), 1e-5, weight, None if rms else bias, activation
+        x, weight, *_ = _linear_arguments(rows, k, n)(dtype)
+        return x, *_tensors((k,))(dtype), 1e-6, weight
 
     return arguments
 
@@ -374,14 +361,7 @@ BENCHED: dict[str, tuple[Callable[..., object], dict[str, Maker]]] = {
         _linear_add_rms_norm,
         {"m128 k1024 n1024": lambda dtype: _branch_end(128, 1024, 1024, dtype)},
     ),
-    "layer_norm_linear": (
-        _layer_norm_linear,
-        {
-            "m1 k768 n2304": _norm_linear_arguments(1, 768, 2304, "none", rms=False),
-            "m16 k768 n3072 gelu_tanh": _norm_linear_arguments(16, 768, 3072, "gelu_tanh", rms=False),
-        },
-    ),
-    "rms_norm_linear": (_rms_norm_linear, {"m1 k1024 n1536": _norm_linear_arguments(1, 1024, 1536, "none", rms=True)}),
+    "rms_norm_linear": (_rms_norm_linear, {"m1 k1024 n1536": _norm_linear_arguments(1, 1024, 1536)}),
     "rms_norm_gated_mlp": (_rms_norm_gated_mlp, {"t1 d1024 i2816": _norm_gated_mlp_arguments(1, 1024, 2816)}),
     "linear_rope": (_linear_rope, {"m128 k1024 h16/4 d64": _linear_rope_arguments(128, 1024, 16, 4, 64)}),
     "gated_mlp": (

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from burnish.kernels.families import FAMILIES
+from burnish.kernels.gemv import Norm
 from burnish.kernels.launch import Config
 from burnish.kernels.matmul_configs import Product
-from burnish.kernels.norm_prologue import Norm
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def gated_mlp(
 
     Shapes: x (..., K), gate_up_weight (2*I, K), down_weight (N, I), the contiguous result (..., N); dtypes and strides
     as the family's launcher wants them; torch does the second product unless `down`. Between the products lies one
-    tensor (..., I) instead of torch's three. With a norm (families gemv and skinny), of x normalized.
+    tensor (..., I) instead of torch's three. With a norm (family gemv), of x normalized.
     Source: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
     """
     multiply = FAMILIES[family].multiply

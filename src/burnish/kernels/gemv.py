@@ -1,12 +1,13 @@
 """`act(x @ weight.T + bias) + residual` for a few rows of x: bound by reading the weight, once, as fast as memory goes.
 
-With `GATED` the weight has two halves of rows, gate and up, and the result is `act(gate) * up`. With a `NORM`, x is
-normalized on its way.
+With `GATED` the weight has two halves of rows, gate and up, and the result is `act(gate) * up`. With `NORMED`, x is
+normalized as by `rms_norm`. That divides each row by one number, which the loop over K finds on its way and which the
+sums are divided by in the end.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -14,18 +15,15 @@ from torch import Tensor
 
 from burnish.kernels.launch import Config, launch, launch_dependents, wait_for_inputs
 from burnish.kernels.layout import rows_of
-from burnish.kernels.matmul import epilogue, prefetch_weight, row_offsets
+from burnish.kernels.matmul import epilogue, row_offsets
 from burnish.kernels.matmul_configs import Product
-from burnish.kernels.norm_prologue import (
-    Norm,
-    norm_arguments,
-    norm_constants,
-    normalize_block,
-    prefetch_vector,
-    row_statistics,
-)
 
-_AHEAD = 32 << 10  # bytes of weight that a program with a norm asks for before its wait
+
+class Norm(NamedTuple):
+    """RMS normalization of x (..., K): its weight, (K,) of its own dtype or None, and eps."""
+
+    weight: Tensor | None
+    eps: float
 
 
 @triton.jit
@@ -50,17 +48,11 @@ def gemv_kernel(
     stride_residual_inner,
     stride_residual_n,
     norm_weight_ptr,
-    norm_bias_ptr,
-    norm_weight_step,
-    norm_bias_step,
+    stride_norm_weight,
     eps,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
-    NORM: tl.constexpr,  # none, rms or layer
-    NORM_ROWS: tl.constexpr,
-    NORM_BLOCK: tl.constexpr,
-    NORM_AT_ONCE: tl.constexpr,
-    AHEAD: tl.constexpr,
+    NORMED: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -86,23 +78,19 @@ def gemv_kernel(
     weight_up = weight
     if GATED:
         weight_up = tl.load(weight_ptrs + to_up, mask=mask, other=0.0)
-    if NORM != "none" and PDL:  # the next ones too: the statistics are no time to wait for memory
-        prefetch_vector(norm_weight_ptr, norm_weight_step, K, AHEAD * BLOCK_K)
-        prefetch_vector(norm_bias_ptr, norm_bias_step, K, AHEAD * BLOCK_K)
-        prefetch_weight(weight_ptr, n, N, stride_weight_n, 0, 1, AHEAD * BLOCK_K)
-        if GATED:
-            prefetch_weight(weight_ptr + to_up, n, N, stride_weight_n, 0, 1, AHEAD * BLOCK_K)
     wait_for_inputs(PDL)
-    if NORM != "none":
-        rows = x_ptr + row_offsets(m, x_inner, stride_x_outer, stride_x_inner)
-        mean, scale = row_statistics(
-            rows, m < M, K, stride_x_k, eps, NORM, NORM_ROWS, NORM_BLOCK, NORM_AT_ONCE
-        )  # fmt: skip
-        mean, scale = mean[:, None, None], scale[:, None, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), tl.float32)
+    squares = tl.zeros((BLOCK_M, 1, BLOCK_K), tl.float32)
     for start in range(0, K, BLOCK_K):
         weight_ptrs += BLOCK_K
+        if NORMED and norm_weight_ptr is not None:
+            # First, because values that meet are laid out as the one loaded last: the largest is to stay where it is.
+            norm_weight_ptrs = norm_weight_ptr + ((start + k) * stride_norm_weight)[None, None, :]
+            if EVEN_K:
+                norm_weight = tl.load(norm_weight_ptrs)
+            else:
+                norm_weight = tl.load(norm_weight_ptrs, mask=(start + k < K)[None, None, :], other=0.0)
         if EVEN_K:
             mask = weight_mask & (tl.full((1, 1, 1), start + BLOCK_K, tl.int32) < K)
             x = tl.load(x_ptrs, mask=x_mask, other=0.0).to(tl.float32)
@@ -110,11 +98,10 @@ def gemv_kernel(
             mask = weight_mask & (start + BLOCK_K + k < K)[None, None, :]
             x = tl.load(x_ptrs, mask=x_mask & (start + k < K)[None, None, :], other=0.0).to(tl.float32)
         next_weight = tl.load(weight_ptrs, mask=mask, other=0.0)
-        if NORM != "none":
-            x = normalize_block(
-                x, mean, scale, norm_weight_ptr, norm_bias_ptr, norm_weight_step, norm_bias_step,
-                (start + k)[None, None, :], K, NORM, EVEN_K,
-            ).to(x_ptr.dtype.element_ty).to(tl.float32)  # fmt: skip
+        if NORMED:
+            squares += x * x
+            if norm_weight_ptr is not None:
+                x *= norm_weight.to(tl.float32)
         acc += x * weight.to(tl.float32)
         weight = next_weight
         if GATED:
@@ -123,9 +110,16 @@ def gemv_kernel(
             weight_up = next_up
         x_ptrs += BLOCK_K * stride_x_k
 
+    acc = tl.sum(acc, axis=2)
+    up = tl.sum(up, axis=2) if GATED else None
+    if NORMED:
+        scale = tl.rsqrt(tl.sum(squares, axis=2) / K + eps)
+        acc *= scale
+        if GATED:
+            up *= scale
     result = epilogue(
-        tl.sum(acc, axis=2),
-        tl.sum(up, axis=2) if GATED else None,
+        acc,
+        up,
         m,
         n,
         bias_ptr,
@@ -178,7 +172,7 @@ def gemv(
 ) -> Tensor:
     """`act(x @ weight.T + bias) + residual`, or `act(gate) * up` of the two halves of `x @ weight.T + bias` if gated.
 
-    With a norm, of x normalized, which is rounded to x's dtype before the product.
+    With a norm, of x normalized in float32; the normalized x is not rounded.
 
     Shapes: x (..., K) of at most BLOCK_M rows, weight (N, K), or (2*N, K) if gated, contiguous along K, bias its rows'
     number, residual and the contiguous result (..., N). All of one dtype: float16, bfloat16 or float32; sums are
@@ -189,6 +183,7 @@ def gemv(
     out = x.new_empty((*x.shape[:-1], columns))
     rows, residual_rows = rows_of(x), out if residual is None else residual
     extra = rows_of(residual_rows)
+    scale, eps = (None, None) if norm is None else norm
     assert rows is not None
     assert extra is not None
     arguments: tuple[Any, ...] = (
@@ -197,16 +192,13 @@ def gemv(
         *(rows.inner, rows.stride_outer, rows.stride_inner, x.stride(-1)),
         *(weight.stride(0), columns * weight.stride(0), 1 if bias is None else bias.stride(0)),
         *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1)),
-        *norm_arguments(norm),
+        *(scale, 1 if scale is None else scale.stride(0), eps),
     )
-    block_bytes = config["BLOCK_N"] * config["BLOCK_K"] * x.element_size() * (2 if gated else 1)
-    blocks = triton.next_power_of_2(triton.cdiv(x.shape[-1], config["BLOCK_K"]))
     constants: dict[str, Any] = {
         "ACTIVATION": activation,
         "GATED": gated,
+        "NORMED": norm is not None,
         "EVEN_K": x.shape[-1] % config["BLOCK_K"] == 0,
-        "AHEAD": 1 if norm is None else max(1, min(blocks, _AHEAD // block_bytes)),
-        **norm_constants(norm, rows.count, x.shape[-1], config.num_warps),
     }
     launch(gemv_kernel, (triton.cdiv(columns, config["BLOCK_N"]),), *arguments, config=config, like=x, **constants)
     return out

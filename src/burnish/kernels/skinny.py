@@ -20,16 +20,7 @@ from burnish.kernels.counters import counters
 from burnish.kernels.launch import Config, launch, launch_dependents, wait_for_inputs
 from burnish.kernels.layout import copyable, rows_of
 from burnish.kernels.matmul import dot, finish, prefetch_weight, row_offsets
-from burnish.kernels.matmul_configs import Product, fitting, programs_per_sm, shared_memory, stage_bytes
-from burnish.kernels.norm_prologue import (
-    Norm,
-    for_each_row,
-    norm_arguments,
-    norm_constants,
-    normalize_block,
-    prefetch_vector,
-    row_statistics,
-)
+from burnish.kernels.matmul_configs import Product, fitting, programs_per_sm, shared_memory
 
 _AHEAD = 128 << 10  # bytes of weight that a program asks for before its wait; at two programs an SM, half of H200's L2
 
@@ -58,17 +49,8 @@ def skinny_kernel(
     stride_residual_outer,
     stride_residual_inner,
     stride_residual_n,
-    norm_weight_ptr,
-    norm_bias_ptr,
-    norm_weight_step,
-    norm_bias_step,
-    eps,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
-    NORM: tl.constexpr,  # none, rms or layer
-    NORM_ROWS: tl.constexpr,
-    NORM_BLOCK: tl.constexpr,
-    NORM_AT_ONCE: tl.constexpr,
     EVEN_K: tl.constexpr,
     AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -93,9 +75,6 @@ def skinny_kernel(
         prefetch_weight(weight_ptr, n, N, stride_weight_n, first, ahead, BLOCK_K)
         if GATED:
             prefetch_weight(weight_ptr + to_up, n, N, stride_weight_n, first, ahead, BLOCK_K)
-        if NORM != "none":
-            prefetch_vector(norm_weight_ptr, norm_weight_step, K, NORM_BLOCK * NORM_AT_ONCE)
-            prefetch_vector(norm_bias_ptr, norm_bias_step, K, NORM_BLOCK * NORM_AT_ONCE)
 
     x_ptrs = x_ptr + row_offsets(m, x_inner, stride_x_outer, stride_x_inner)[:, None]
     x_ptrs += (first * BLOCK_K + k).to(tl.int64)[None, :] * stride_x_k
@@ -104,14 +83,6 @@ def skinny_kernel(
     weight_ptrs = weight_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * stride_weight_n
     weight_ptrs += (first * BLOCK_K + k)[None, :]
     wait_for_inputs(PDL)
-    if NORM != "none":
-        row = tl.arange(0, NORM_ROWS)
-        rows = x_ptr + row_offsets(row, x_inner, stride_x_outer, stride_x_inner)
-        mean, scale = row_statistics(
-            rows, row < M, K, stride_x_k, eps, NORM, NORM_ROWS, NORM_BLOCK, NORM_AT_ONCE
-        )  # fmt: skip
-        mean = for_each_row(mean, BLOCK_M, NORM_ROWS)[:, None]
-        scale = for_each_row(scale, BLOCK_M, NORM_ROWS)[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(first, last):
@@ -120,11 +91,6 @@ def skinny_kernel(
         else:
             inside = (step * BLOCK_K + k < K)[None, :]
             x = tl.load(x_ptrs, mask=x_mask & inside, other=0.0)
-        if NORM != "none":
-            x = normalize_block(
-                x, mean, scale, norm_weight_ptr, norm_bias_ptr, norm_weight_step, norm_bias_step,
-                (step * BLOCK_K + k)[None, :], K, NORM, EVEN_K,
-            ).to(x_ptr.dtype.element_ty)  # fmt: skip
         if TMA:
             weight = weight_desc.load([tile * BLOCK_N, step * BLOCK_K])
         elif EVEN_K:
@@ -182,13 +148,6 @@ def skinny_configs(product: Product) -> list[Config]:
     return fitting(configs, product)[:10]
 
 
-def fits_normed(config: Config, product: Product) -> bool:
-    """Whether shared memory has a place for a normalized block of x, and for the norm's weight and bias, as well."""
-    rows = config["BLOCK_M"] * product.dtype.itemsize + 2 * 4 * config.num_stages
-    nbytes = stage_bytes(config, product) * config.num_stages + rows * config["BLOCK_K"]
-    return nbytes <= shared_memory(product.target) - 2048
-
-
 def _splits(product: Product, config: Config) -> list[int]:
     """In how many parts to sum over K: 1 where each SM has a tile, else as many as run at once, or one for each SM."""
     tiles = triton.cdiv(product.columns, config["BLOCK_N"])
@@ -207,12 +166,9 @@ def skinny(
     activation: str = "none",
     residual: Tensor | None = None,
     gated: bool = False,
-    norm: Norm | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """`act(x @ weight.T + bias) + residual`, or `act(gate) * up` of the two halves of `x @ weight.T + bias` if gated.
-
-    With a norm, of x normalized, which is rounded to x's dtype before the product.
 
     Shapes: x (..., K) of at most BLOCK_M rows, weight (N, K), or (2*N, K) if gated, contiguous along K, bias its rows'
     number, residual and the contiguous result (..., N). All of one dtype: float16 or bfloat16; sums are float32, and
@@ -221,7 +177,7 @@ def skinny(
     """
     columns = weight.shape[0] // 2 if gated else weight.shape[0]
     product = Product.of(x, weight, gated)
-    config = config or next(c for c in skinny_configs(product) if norm is None or fits_normed(c, product))
+    config = config or skinny_configs(product)[0]
     if config["TMA"] and not copyable(weight, *weight.stride()):
         config = Config.of(config.num_warps, config.num_stages, **{**dict(config.blocks), "TMA": 0})
     out = x.new_empty((*x.shape[:-1], columns))
@@ -244,14 +200,12 @@ def skinny(
         *(rows.inner, rows.stride_outer, rows.stride_inner, x.stride(-1)),
         *(weight.stride(0), columns * weight.stride(0), 1 if bias is None else bias.stride(0)),
         *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1)),
-        *norm_arguments(norm),
     )
     constants: dict[str, Any] = {
         "ACTIVATION": in_half(activation, x.dtype),
         "GATED": gated,
         "EVEN_K": x.shape[-1] % block_k == 0,
         "AHEAD": max(1, _AHEAD // (product.halves * block_n * block_k * x.element_size())),
-        **norm_constants(norm, rows.count, x.shape[-1], config.num_warps),
     }
     launch(skinny_kernel, (tiles, split), *arguments, config=config, like=x, **constants)
     return out

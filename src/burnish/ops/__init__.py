@@ -9,7 +9,6 @@ from burnish.ops.cached_attention import cached_attention
 from burnish.ops.embedding_layer_norm import embedding_layer_norm
 from burnish.ops.gated_mlp import gated_mlp
 from burnish.ops.layer_norm import layer_norm
-from burnish.ops.layer_norm_linear import layer_norm_linear
 from burnish.ops.linear import linear
 from burnish.ops.linear_add_layer_norm import linear_add_layer_norm
 from burnish.ops.linear_add_rms_norm import linear_add_rms_norm
@@ -28,7 +27,6 @@ __all__ = [
     "embedding_layer_norm",
     "gated_mlp",
     "layer_norm",
-    "layer_norm_linear",
     "linear",
     "linear_add_layer_norm",
     "linear_add_rms_norm",

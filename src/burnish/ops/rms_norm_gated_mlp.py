@@ -10,10 +10,9 @@ from torch import Tensor
 
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
-from burnish.ops._norm_products import Way, check_norm_vectors, cost_of, ways
+from burnish.ops._norm_products import Way, check_norm_weight, cost_of, ways
 from burnish.ops._norms import rms_norm_reference
 from burnish.ops.gated_mlp import gated_mlp
-from burnish.ops.rms_norm import rms_norm
 
 
 def _check(
@@ -27,7 +26,7 @@ def _check(
     activation: str,
 ) -> None:
     gated_mlp.check(x, gate_up_weight, down_weight, gate_up_bias, down_bias, activation)
-    check_norm_vectors(x, norm_weight)
+    check_norm_weight(x, norm_weight)
 
 
 def _cost(
@@ -41,7 +40,7 @@ def _cost(
     activation: str,
 ) -> Cost:
     products = (gate_up_weight, down_weight, gate_up_bias, down_bias, activation)
-    return cost_of(rms_norm, gated_mlp, (x, norm_weight, eps), products)
+    return cost_of(gated_mlp, (x, norm_weight, eps), products)
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
@@ -92,7 +91,8 @@ def rms_norm_gated_mlp(
     Shapes: x (..., K); norm_weight (K,) or None; gate_up_weight (2*I, K), the gate's rows first; down_weight (N, I);
     gate_up_bias (2*I,); down_bias (N,); the result (..., N), contiguous.
     Dtypes: all the same floating one, but norm_weight may differ. Normalized in float32 (float64 for float64) and
-    rounded to x's dtype before the product. `activation` is silu, gelu (erf) or gelu_tanh.
+    rounded to x's dtype before the product; an Impl may leave that rounding out. `activation` is silu, gelu (erf) or
+    gelu_tanh.
     Errors: ValueError for sizes that do not fit and for an unknown activation, TypeError for dtypes that differ.
     Source: the pre-norm branches of Touvron et al., "LLaMA", arXiv:2302.13971.
     """
@@ -135,5 +135,5 @@ def _register(name: str, way: Way) -> None:
     rms_norm_gated_mlp.impl(name, why_not=way.why_not, configs=way.configs)(impl)
 
 
-for _name, _way in ways(rms_norm, gated_mlp).items():
+for _name, _way in ways(gated_mlp).items():
     _register(_name, _way)

@@ -10,23 +10,22 @@ from torch import Tensor
 
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
-from burnish.ops._norm_products import Way, check_norm_vectors, cost_of, ways
+from burnish.ops._norm_products import Way, check_norm_weight, cost_of, ways
 from burnish.ops._norms import rms_norm_reference
 from burnish.ops.linear import linear
-from burnish.ops.rms_norm import rms_norm
 
 
 def _check(
     x: Tensor, norm_weight: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None, activation: str
 ) -> None:
     linear.check(x, weight, bias, activation)
-    check_norm_vectors(x, norm_weight)
+    check_norm_weight(x, norm_weight)
 
 
 def _cost(
     x: Tensor, norm_weight: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None, activation: str
 ) -> Cost:
-    return cost_of(rms_norm, linear, (x, norm_weight, eps), (weight, bias, activation))
+    return cost_of(linear, (x, norm_weight, eps), (weight, bias, activation))
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
@@ -64,7 +63,8 @@ def rms_norm_linear(
 
     Shapes: x (..., K); norm_weight (K,) or None; weight (N, K); bias (N,) or None; the result (..., N), contiguous.
     Dtypes: x, weight and bias the same floating one; norm_weight may differ. Normalized in float32 (float64 for
-    float64) and rounded to that dtype before the product. `activation` as in `linear`.
+    float64) and rounded to that dtype before the product; an Impl may leave that rounding out. `activation` as in
+    `linear`.
     Errors: ValueError for sizes that do not fit and for an unknown activation, TypeError for dtypes that differ.
     Source: the pre-norm branches of Touvron et al., "LLaMA", arXiv:2302.13971.
     """
@@ -100,5 +100,5 @@ def _register(name: str, way: Way) -> None:
     rms_norm_linear.impl(name, why_not=way.why_not, configs=way.configs)(impl)
 
 
-for _name, _way in ways(rms_norm, linear).items():
+for _name, _way in ways(linear).items():
     _register(_name, _way)

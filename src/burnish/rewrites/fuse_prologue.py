@@ -1,7 +1,7 @@
-"""A norm and the product that alone reads it -> one Op, for few rows on CUDA.
+"""An RMS norm and the product that alone reads it -> one Op, for few rows on CUDA.
 
-With few rows a product's kernel normalizes x itself, and the norm has no kernel of its own. Each of its programs does
-so anew: with many rows a separate norm is faster. So this applies only where the number of rows is known and small, as
+With few rows a product's kernel normalizes x itself, and the norm has no kernel of its own. With more, products run on
+tensor cores, and none of those kernels does so. So this applies only where the number of rows is known and small, as
 when a model decodes one token at a time.
 """
 
@@ -18,26 +18,19 @@ from burnish import ops
 from burnish.kernels.layout import MAX_GEMV_ROWS
 from burnish.op import Op
 from burnish.ops._common import HALF_TYPES
-from burnish.ops._norm_products import MOST_ROWS
 from burnish.rewrites import fuse
 from burnish.rewrites.rewrite import Outcome, insert, set_value, value
 
-_NORMS: dict[Any, Op] = {op.overload: op for op in (ops.rms_norm, ops.layer_norm)}
-_AFTER_SUM = {ops.add_rms_norm.overload, ops.add_layer_norm.overload}
-_AFTER_PRODUCT: dict[Any, tuple[Op, Op]] = {
-    ops.linear_add_rms_norm.overload: (ops.linear_add_rms_norm, ops.rms_norm),
-    ops.linear_add_layer_norm.overload: (ops.linear_add_layer_norm, ops.layer_norm),
+_NORM, _AFTER_SUM, _AFTER_PRODUCT = (op.overload for op in (ops.rms_norm, ops.add_rms_norm, ops.linear_add_rms_norm))
+_FUSED: dict[Any, tuple[Op, Op]] = {
+    ops.linear.overload: (ops.linear, ops.rms_norm_linear),
+    ops.gated_mlp.overload: (ops.gated_mlp, ops.rms_norm_gated_mlp),
 }
-_PRODUCTS: dict[Any, Op] = {op.overload: op for op in (ops.linear, ops.gated_mlp, ops.linear_rope)}
-_FUSED = {
-    (ops.rms_norm.name, ops.linear.name): ops.rms_norm_linear,
-    (ops.layer_norm.name, ops.linear.name): ops.layer_norm_linear,
-    (ops.rms_norm.name, ops.gated_mlp.name): ops.rms_norm_gated_mlp,
-}
+_ROTATED = ops.linear_rope.overload
 
 
 def fuse_norm_prologue(graph_module: fx.GraphModule) -> Outcome:
-    """linear(rms_norm(x)) -> rms_norm_linear(x), and so for layer_norm and for gated_mlp.
+    """linear(rms_norm(x)) -> rms_norm_linear(x), and so for gated_mlp.
 
     A norm that ends a branch goes along: linear_add_rms_norm becomes linear, with the residual in its epilogue, and the
     norm moves into what reads it. Of `add_rms_norm` only the norm would move: the addition would stay a kernel.
@@ -45,11 +38,11 @@ def fuse_norm_prologue(graph_module: fx.GraphModule) -> Outcome:
     graph_module.graph.eliminate_dead_code()  # so that what still has a user is read
     count, refused = 0, []
     for node in list(graph_module.graph.nodes):
-        if node.target not in {*_NORMS, *_AFTER_SUM, *_AFTER_PRODUCT} or not fuse._on_cuda(node.args[0]):
+        if node.target not in (_NORM, _AFTER_SUM, _AFTER_PRODUCT) or not fuse._on_cuda(node.args[0]):
             continue
-        results = [node] if node.target in _NORMS else _items(node, 0)
+        results = [node] if node.target == _NORM else _items(node, 0)
         readers = [(reader, normed) for normed in results for reader in normed.users]
-        if not any(reader.target in _PRODUCTS and reader.args[:1] == (normed,) for reader, normed in readers):
+        if not any(reader.target in (*_FUSED, _ROTATED) and reader.args[:1] == (normed,) for reader, normed in readers):
             continue
         reason = _refuse(node, readers) or _move(graph_module, node, readers[0][0])
         if reason:
@@ -69,51 +62,43 @@ def _refuse(node: fx.Node, readers: list[tuple[fx.Node, fx.Node]]) -> str | None
     reader, normed = readers[0]
     shape, dtype = value(normed).shape, value(normed).dtype
     if not all(isinstance(size, int) for size in shape[:-1]):
-        return f"the number of rows of {tuple(shape)} is not fixed; up to {MOST_ROWS} a product normalizes them itself"
+        return f"the number of rows of {tuple(shape)} is not fixed; up to {MAX_GEMV_ROWS} a product normalizes them"
     rows = math.prod(shape[:-1])
-    if rows > MOST_ROWS:
-        return f"there are {rows} rows; up to {MOST_ROWS} a product normalizes them itself"
+    if rows > MAX_GEMV_ROWS:
+        return f"there are {rows} rows; up to {MAX_GEMV_ROWS} a product normalizes them"
     if len(readers) > 1:
         return f"its result is read by {', '.join(reader.name for reader, _ in readers)}"
     if normed in reader.args[1:] or normed in reader.kwargs.values():
         return f"{reader.name} reads it as more than its x"
-    if node.target in _AFTER_SUM:
+    if node.target == _AFTER_SUM:
         return "the addition before it would be a kernel of its own, so that none is saved"
-    if reader.target is ops.linear_rope.overload:
+    if reader.target == _ROTATED:
         return f"{reader.name} rotates heads in its epilogue, and has no norm in its prologue"
-    product = _PRODUCTS[reader.target]
-    if (_norm_of(node).name, product.name) not in _FUSED:
-        return f"no Op joins {_norm_of(node).name} and {product.name}"
+    product, _ = _FUSED[reader.target]
     bound = product.bind(*reader.args, **reader.kwargs)
     if product is ops.linear and bound[4] is not None:
         return f"{reader.name} adds a residual"
-    if dtype not in HALF_TYPES and (dtype != torch.float32 or rows > MAX_GEMV_ROWS):
-        return f"there are {rows} rows of {dtype}; the kernels take half types, and up to {MAX_GEMV_ROWS} of float32"
+    if dtype not in (*HALF_TYPES, torch.float32):
+        return f"it is of {dtype}; the kernel takes float16, bfloat16 and float32"
     if any(value(bound[i]).stride(1) != 1 for i in product.weights):
-        return f"a weight of {reader.name} is stored (K, N); the kernels read rows of (N, K)"
+        return f"a weight of {reader.name} is stored (K, N); the kernel reads rows of (N, K)"
     return None
-
-
-def _norm_of(node: fx.Node) -> Op:
-    """The norm in `node`, as the Op that does nothing else."""
-    return _AFTER_PRODUCT[node.target][1] if node.target in _AFTER_PRODUCT else _NORMS[node.target]
 
 
 def _move(graph_module: fx.GraphModule, node: fx.Node, reader: fx.Node) -> str | None:
     """Puts the fused Op in the place of `reader`, or says why it cannot be."""
-    norm, product = _norm_of(node), _PRODUCTS[reader.target]
+    product, fused = _FUSED[reader.target]
     total = None
-    if node.target in _AFTER_PRODUCT:
-        wide, _ = _AFTER_PRODUCT[node.target]
-        x, weight, bias, residual, *norm_args, _ = wide.bind(*node.args, **node.kwargs)
+    if node.target == _AFTER_PRODUCT:
+        x, weight, bias, residual, norm_weight, eps, _ = ops.linear_add_rms_norm.bind(*node.args, **node.kwargs)
         total = _sum_before(node, x, weight, bias, residual)
-        norm_args = [total, *norm_args]
+        norm_args: tuple[Any, ...] = (total, norm_weight, eps)
     else:
-        norm_args = list(norm.bind(*node.args, **node.kwargs))
+        norm_args = ops.rms_norm.bind(*node.args, **node.kwargs)
     _, *product_args = product.bind(*reader.args, **reader.kwargs)
     if product is ops.linear:
         product_args.pop()  # the residual, which is None
-    reason = insert(graph_module, [reader], _FUSED[norm.name, product.name], *norm_args, *product_args)
+    reason = insert(graph_module, [reader], fused, *norm_args, *product_args)
     if total is not None:
         for old in _items(node, 1) if reason is None else ():
             total.meta |= {key: entry for key, entry in old.meta.items() if key != "val"}
