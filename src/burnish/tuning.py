@@ -206,10 +206,11 @@ class Tuner:
         if times is not None and _covers(times, candidates):
             return chosen(times, "cached", sizes)
         near = None if thorough else _nearest(remembered, key.sizes)
-        if near is not None and _covers(near.times, candidates):
+        if near is not None and near.times.keys() & candidates.keys():
             # One call to warm up and as many as it takes not to mistake the machine's noise for a difference.
             costs_us = (1 + FEWEST_SAMPLES) * sum(filter(math.isfinite, near.times.values())) * near.ratio
-            if near.distance <= 1 or costs_us > budget_us:
+            # An Impl that only these sizes have is no reason not to take what is best there.
+            if near.distance <= 1 or costs_us > budget_us or not _covers(near.times, candidates):
                 return chosen(near.times, "nearby", near.sizes)
             if device == "cuda":  # what is compiled already, and was among the best
                 best = sorted(near.times, key=near.times.__getitem__)[:_NEIGHBOURS_BEST]
