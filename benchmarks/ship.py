@@ -1,8 +1,8 @@
 """`python -m benchmarks.ship FILE...`: make tuning caches the table that comes with the package for their GPU.
 
 A FILE is the `tuning-....json` that the cache folder holds after benchmark groups ran on the GPU; of several the later
-ones count where both know a size. Only what the
-kernels as they are now were measured with is kept, and of each size the fastest candidates and the best of each Impl.
+ones count where both know a size. Only what was measured with the kernels as they are now is kept, and of each size the
+fastest candidates and the best of each Impl.
 """
 
 from __future__ import annotations

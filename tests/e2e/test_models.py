@@ -210,7 +210,7 @@ def test_products_rotate_their_heads_as_on_cuda(
     case: zoo.Case, rotates: bool, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rewritten as for CUDA, run here. Qwen3 normalizes queries and keys before it rotates them."""
-    monkeypatch.setattr(fuse, "_on_cuda", lambda node: True)
+    monkeypatch.setattr(fuse, "on_cuda", lambda node: True)
     model = case.build()
     fast = burnish.optimize(model, (), inputs_of(case), cache="off")
     wanted = {"linear_rope": case.layers} if rotates else {"rope_qk": case.layers}

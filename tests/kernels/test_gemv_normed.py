@@ -68,16 +68,19 @@ def test_every_config() -> None:
             assert_close(gemv(x, weight, None, "silu", norm=Norm(scale, 1e-5), config=config), eager, truth)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_normalized_x_is_not_rounded(dtype: torch.dtype) -> None:
-    """Differences of pairs that are nearly alike would show it: half of them would be 0 or twice what they are."""
+def test_the_normalized_x_is_not_rounded() -> None:
+    """Differences of pairs that are nearly alike would show it. In float16: the interpreter cuts bfloat16 off."""
+    dtype = torch.float16
     x = randn(4, 32).repeat_interleave(2, dim=1)
     x[:, 1::2] *= 1 + 1 / 64
     weight = torch.eye(64)[::2] - torch.eye(64)[1::2]
     x, weight, scale = x.to(dtype), weight.to(dtype), 1 + _tensor(64, seed=7, dtype=dtype)
     wide = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-5) * scale.double()
-    result = gemv(x, weight, norm=Norm(scale, 1e-5))
-    torch.testing.assert_close(result, (wide @ weight.double().t()).to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-5)
+    exact = (wide @ weight.double().t()).to(dtype)
+    result, separate = gemv(x, weight, norm=Norm(scale, 1e-5)), rms_norm_linear.reference(x, scale, 1e-5, weight)
+    # Sums in float32 may round at a tie the other way.
+    assert (result != exact).sum() <= 2
+    assert (separate != exact).sum() > exact.numel() // 2
 
 
 @pytest.mark.parametrize("factor", [3e4, 5e-5])

@@ -377,7 +377,7 @@ POSITIONS = torch.arange(5.0).expand(2, 5) + torch.tensor([[0.0], [3.0]])
 @pytest.fixture
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rewrites as for CUDA, of graphs that run here."""
-    monkeypatch.setattr("burnish.rewrites.fuse._on_cuda", lambda node: True)
+    monkeypatch.setattr("burnish.rewrites.fuse.on_cuda", lambda node: True)
 
 
 @pytest.mark.usefixtures("as_on_cuda")

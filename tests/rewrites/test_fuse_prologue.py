@@ -27,7 +27,7 @@ WIDTH, HEADS = 32, 4
 @pytest.fixture
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rewrites as for CUDA, of graphs that run here."""
-    monkeypatch.setattr("burnish.rewrites.fuse._on_cuda", lambda node: True)
+    monkeypatch.setattr("burnish.rewrites.fuse.on_cuda", lambda node: True)
 
 
 class Block(nn.Module):

@@ -126,7 +126,7 @@ def fuse_linear_add_norm(graph_module: fx.GraphModule) -> Outcome:
     }
     count = 0
     for node in list(graph_module.graph.nodes):
-        if node.target not in wider or not _on_cuda(node.args[0]):
+        if node.target not in wider or not on_cuda(node.args[0]):
             continue
         narrow, wide = wider[node.target]
         one, other, *rest = narrow.bind(*node.args, **node.kwargs)
@@ -140,7 +140,7 @@ def fuse_linear_add_norm(graph_module: fx.GraphModule) -> Outcome:
     return Outcome(count)
 
 
-def _on_cuda(node: Any) -> bool:
+def on_cuda(node: Any) -> bool:
     return bool(value(node).device.type == "cuda")
 
 
@@ -277,7 +277,7 @@ def fuse_linear_rope(graph_module: fx.GraphModule) -> Outcome:
     it saves a pass over q and k. (oneDNN has no use for it.)"""
     count, refused = 0, []
     for node in list(graph_module.graph.nodes):
-        if node.target is not ops.rope_qk.overload or not _on_cuda(node.args[0]):
+        if node.target is not ops.rope_qk.overload or not on_cuda(node.args[0]):
             continue
         if reason := _rotate_in_product(graph_module, node):
             refused.append(f"{node.name}: {reason}")

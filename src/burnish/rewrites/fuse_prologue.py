@@ -38,7 +38,7 @@ def fuse_norm_prologue(graph_module: fx.GraphModule) -> Outcome:
     graph_module.graph.eliminate_dead_code()  # so that what still has a user is read
     count, refused = 0, []
     for node in list(graph_module.graph.nodes):
-        if node.target not in (_NORM, _AFTER_SUM, _AFTER_PRODUCT) or not fuse._on_cuda(node.args[0]):
+        if node.target not in (_NORM, _AFTER_SUM, _AFTER_PRODUCT) or not fuse.on_cuda(node.args[0]):
             continue
         results = [node] if node.target == _NORM else _items(node, 0)
         readers = [(reader, normed) for normed in results for reader in normed.users]
