@@ -27,7 +27,7 @@ from benchmarks.runner import verdicts
 from burnish import numerics, optimize, tuning_store
 from burnish.prepare import GraphEntry
 from burnish.runtime.module import OptimizedModule
-from burnish.tuning import kernels_hash
+from burnish.tuning import is_current
 from tests.zoo import BIG
 from tests.zoo.case import padding_mask, seeded
 
@@ -177,7 +177,7 @@ def _time_optimize(model: nn.Module, inputs: Inputs, device: str) -> Result:
 
 def _require_table() -> None:
     """RuntimeError where no times are known yet: with empty caches they could only be the table's."""
-    if not any(kernels_hash() in family.split("|") for family in tuning_store.read_all()):
+    if not any(map(is_current, tuning_store.read_all())):
         raise RuntimeError(
             "no table ships for this device and the kernels as they are; `python -m benchmarks.ship FILE` makes one"
         )

@@ -14,7 +14,8 @@ from typing import Annotated
 
 import typer
 
-from burnish.tuning import kernels_hash
+import burnish.ops  # noqa: F401  (is_current asks them)
+from burnish.tuning import is_current
 from burnish.tuning_store import FORMAT, TABLES, Families
 
 _FASTEST = 6
@@ -24,7 +25,7 @@ def table_of(families: Families) -> Families:
     """The entries worth shipping."""
     table: Families = {}
     for family, entries in families.items():
-        if kernels_hash() in family.split("|"):
+        if is_current(family):
             table[family] = {sizes: _best(times) for sizes, times in entries.items()}
     return table
 

@@ -14,7 +14,8 @@ from benchmarks.tables import group_tables, registry_table, renew
 from burnish.bench import RECORD_KEYS, save_records
 from burnish.numerics import oracle
 from burnish.op import OPS
-from burnish.tuning import kernels_hash
+from burnish.ops import linear
+from burnish.sources import kernels_hash
 from burnish.tuning_store import FORMAT
 
 
@@ -119,7 +120,7 @@ def test_registry_table_has_every_op() -> None:
 
 
 def test_a_cache_becomes_the_table_of_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    family, of_older_kernels = f"linear|bf16|{kernels_hash()}", "linear|bf16|0123456789ab"
+    family, of_older_kernels = f"linear|bf16|{kernels_hash(linear)}", "linear|bf16|0123456789ab"
     times = {f"triton {i}": 10.0 + i for i in range(9)} | {"torch": 99.0}
     in_model = {"triton 3": 500.0, "triton 0": 501.0}
     families = {family: {"1,2": times}, f"in model|{family}": {"1,2": in_model}, of_older_kernels: {"1,2": times}}
@@ -136,7 +137,7 @@ def test_a_cache_becomes_the_table_of_its_gpu(tmp_path: Path, monkeypatch: pytes
 
 
 def test_several_caches_become_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    family = f"linear|bf16|{kernels_hash()}"
+    family = f"linear|bf16|{kernels_hash(linear)}"
     caches = {"one": {"1,2": {"torch": 1.0}, "3,4": {"torch": 2.0}}, "two": {"3,4": {"torch": 3.0}}}
     paths = [tmp_path / name for name in caches]
     for path, entries in zip(paths, caches.values(), strict=True):

@@ -19,7 +19,7 @@ from burnish.hardware import device
 from burnish.measure import measure
 from burnish.op import ImplUnavailable
 from burnish.ops import attention, linear, rms_norm
-from burnish.tuning import Key, Tuner, code_of, key_of
+from burnish.tuning import Key, Tuner, key_of
 from burnish.tuning_store import cache_path, clear_cache
 
 BUDGET_US = 1_000.0
@@ -399,20 +399,6 @@ def test_a_table_that_comes_with_the_package_counts_where_nothing_was_measured(
     assert '"a"' not in cache_path().read_text(), "the table stays where it is"
     (tmp_path / f"{info.slug}.json").write_text(json.dumps({"format": 1, "device": "Another", "families": families}))
     assert tuning_store.read_all() == {"f": {"2": {"b": 5.0}}}
-
-
-def test_the_hash_of_kernels_is_that_of_their_code() -> None:
-    source = '''"""Adds."""
-
-def add(a, b):
-    """Adds two."""
-    return f"{a} and {b}", a + b  # the sum
-'''
-    same = 'def add(a, b):\n  # another comment\n\n  return f"{a} and {b}", a +   b\n'
-    assert code_of(source) == code_of(same) == 'defadd(a,b):>returnf"{a}and{b}",a+b<'
-    assert code_of(source) != code_of(source.replace("a + b", "a - b"))
-    inside, after = (f"for i in x:\n    f(i)\n{indent}g(i)\n" for indent in ("    ", ""))
-    assert code_of(inside) != code_of(after)
 
 
 def test_the_tables_that_ship_are_read_whole() -> None:

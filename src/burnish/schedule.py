@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from burnish._memory import return_freed_memory
+from burnish.ahead import compile_ahead, launches_ahead
 from burnish.capture import CaptureError, Program, capture
 from burnish.checks import Checks
 from burnish.choose import choose_by_measuring, choose_differentiable, choose_for_new_size
@@ -211,6 +212,7 @@ class Schedule:
         chosen, seen = choose_by_measuring(prepared, call, self.tuner)
         if not self.model.training and self._why_not_captured(prepared, call) is None:
             choose_in_model(prepared, chosen, seen, self.tuner, ModelContest(prepared, self.model, call))
+        ahead = launches_ahead(prepared, seen, self.tuner)
         del seen  # the activations
         if self.settings.verify:
             chosen = checks.verify_values(prepared, chosen, self.tuner)
@@ -227,6 +229,7 @@ class Schedule:
         if served.optimized_us > _SLOWER * max(served.original_us, times["original"]) and not self.settings.impls:
             served.kept_original = "no Impl beat the original"
             return original_entry(self.model)
+        compile_ahead(ahead)
         return entry
 
     def _entry_for_new_size(self, prepared: Prepared, call: Call, checks: Checks, served: Served) -> tuple[Entry, Any]:

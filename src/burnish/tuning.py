@@ -8,13 +8,9 @@ factor of two; only where there is none is it measured, within the caller's time
 from __future__ import annotations
 
 import functools
-import hashlib
-import io
 import math
-import tokenize
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,7 +18,8 @@ from torch import Tensor
 
 from burnish import tuning_store
 from burnish.measure import FEWEST_SAMPLES, measure, measure_captured
-from burnish.op import ImplUnavailable, Op, find_impl
+from burnish.op import OPS, ImplUnavailable, Op, find_impl
+from burnish.sources import kernels_hash
 from burnish.tuning_store import Families
 
 CacheMode = Literal["readwrite", "readonly", "off"]
@@ -84,31 +81,14 @@ def key_of(op: Op, args: Sequence[Any], differentiable: bool = False) -> Key:
         else:
             family.append(repr(arg))
     if any(isinstance(arg, Tensor) and arg.is_cuda for arg in args):
-        family.append(kernels_hash())
+        family.append(kernels_hash(op))
     return Key("|".join(family), tuple(sizes))
 
 
-@functools.cache
-def kernels_hash() -> str:
-    """Of the kernels' code: what was measured of one version says nothing of the next."""
-    sources = sorted(Path(__file__).parent.joinpath("kernels").glob("*.py"))
-    code = "".join(code_of(source.read_text(encoding="utf-8")) for source in sources)
-    return hashlib.sha256(code.encode()).hexdigest()[:12]
-
-
-def code_of(source: str) -> str:
-    """The source without comments, docstrings and white space: what is measured does not depend on them. Of what is
-    indented only where it begins (>) and ends (<) is kept."""
-    kept, starts_statement = [], True
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type in (tokenize.INDENT, tokenize.DEDENT):
-            kept.append(">" if token.type == tokenize.INDENT else "<")
-        if token.type in (tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
-            continue
-        if not (starts_statement and token.type == tokenize.STRING):
-            kept.append("".join(token.string.split()))
-        starts_statement = token.type == tokenize.NEWLINE
-    return "".join(kept)
+def is_current(family: str) -> bool:
+    """Whether a family was measured with its Op's kernels as they are now. False for what no GPU was asked."""
+    name, *rest = family.removeprefix(_IN_MODEL).split("|")
+    return name in OPS and kernels_hash(OPS[name]) in rest
 
 
 def _layout(tensor: Tensor) -> str:
@@ -222,6 +202,10 @@ class Tuner:
         times = self._measure(op, candidates, [args, *variants], device, budget_us)
         self._remember(key.family, sizes, times)
         return chosen(times, "measured", sizes)
+
+    def known_sizes(self, key: Key) -> list[tuple[int, ...]]:
+        """The other sizes of the family that were measured, the nearest first."""
+        return [near.numbers for near in _neighbours(self._disk.get(key.family, {}), key.sizes) if near.distance > 0]
 
     def rivals(self, op: Op, args: Sequence[Any], choice: Choice) -> list[tuple[Callable[..., Any], Choice]]:
         """What else might be fastest in a model: the best few of each Impl that were measured and are not far behind
@@ -342,19 +326,26 @@ class _Neighbour:
     ones are as a whole."""
 
     sizes: str
+    numbers: tuple[int, ...]
     distance: float
     ratio: float
     times: dict[str, float]
 
 
 def _nearest(entries: dict[str, dict[str, float]], sizes: Sequence[int]) -> _Neighbour | None:
+    return next(iter(_neighbours(entries, sizes)), None)
+
+
+def _neighbours(entries: dict[str, dict[str, float]], sizes: Sequence[int]) -> list[_Neighbour]:
+    """All that were measured, the nearest first."""
     neighbours = []
     for text, times in entries.items():
-        other = [int(size) for size in text.split(",") if size]
+        other = tuple(int(size) for size in text.split(",") if size)
         if len(other) == len(sizes):
             steps = [math.log2(max(a, 1) / max(b, 1)) for a, b in zip(sizes, other, strict=True)]
-            neighbours.append(_Neighbour(text, max(map(abs, steps), default=0.0), 2 ** sum(steps), times))
-    return min(neighbours, key=lambda neighbour: neighbour.distance, default=None)
+            distance = max(map(abs, steps), default=0.0)
+            neighbours.append(_Neighbour(text, other, distance, 2 ** sum(steps), times))
+    return sorted(neighbours, key=lambda neighbour: neighbour.distance)
 
 
 def _sizes_text(sizes: Sequence[int]) -> str:

@@ -1,0 +1,75 @@
+"""Hashes of the kernels' code: what was measured of one version says nothing of the next."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import io
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+from burnish.op import Op
+
+_PACKAGE = Path(__file__).parent
+
+
+@functools.cache
+def kernels_hash(op: Op) -> str:
+    """Of the kernels that the Op's Impls may run: of every file in `burnish.kernels` that its files import, and those
+    import, wherever the import stands. Other Ops' kernels can change without it."""
+    seen: set[Path] = set()
+    to_visit = [file for impl in op.impls.values() if (file := _file(impl.fn.__module__))]
+    while to_visit:
+        file = to_visit.pop()
+        if file not in seen:
+            seen.add(file)
+            to_visit += _imported(file)
+    kernels = sorted(file for file in seen if file.parent.name == "kernels")
+    return hashlib.sha256("".join(map(_code, kernels)).encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _imported(file: Path) -> list[Path]:
+    """The files of `burnish.ops` and `burnish.kernels` that a file imports."""
+    statements = (
+        node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)
+    )
+    return [found for node in statements for found in _named(node)]
+
+
+def _named(node: ast.ImportFrom) -> Iterator[Path]:
+    module = node.module or ""
+    if file := _file(module):
+        yield file
+    else:
+        yield from (file for alias in node.names if (file := _file(f"{module}.{alias.name}")))
+
+
+def _file(module: str) -> Path | None:
+    package, *path = module.split(".")
+    if package != "burnish" or path[:1] not in (["ops"], ["kernels"]):
+        return None
+    file = _PACKAGE.joinpath(*path).with_suffix(".py")
+    return file if file.is_file() else None
+
+
+@functools.cache
+def _code(file: Path) -> str:
+    return code_of(file.read_text(encoding="utf-8"))
+
+
+def code_of(source: str) -> str:
+    """The source without comments, docstrings and white space: what is measured does not depend on them. Of what is
+    indented only where it begins (>) and ends (<) is kept."""
+    kept, starts_statement = [], True
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in (tokenize.INDENT, tokenize.DEDENT):
+            kept.append(">" if token.type == tokenize.INDENT else "<")
+        if token.type in (tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
+            continue
+        if not (starts_statement and token.type == tokenize.STRING):
+            kept.append("".join(token.string.split()))
+        starts_statement = token.type == tokenize.NEWLINE
+    return "".join(kept)
