@@ -94,6 +94,9 @@ def cases() -> Iterator[Case]:
     for batch, length in ((32, 4096), (1, 8192)):
         name = f"decode-attention-b{batch}-l{length}-gqa32x8-d128-bf16"
         yield Case(name, partial(_decode_attention, name=name, batch=batch, length=length))
+    for batch, choice, top_k, top_p in ((1, "greedy", 0, 1.0), (16, "greedy", 0, 1.0), (1, "k50-p0.9", 50, 0.9)):
+        name = f"sample-token-{choice}-b{batch}-v128256-bf16"
+        yield Case(name, partial(_sample_token, name=name, batch=batch, top_k=top_k, top_p=top_p))
 
 
 def _gated_mlp(session: Session, *, name: str, width: int, inner: int, tokens: int) -> list[Record]:
@@ -145,6 +148,17 @@ def _decode_attention(session: Session, *, name: str, batch: int, length: int) -
     args = (q, k, v, torch.tensor(length, device="cuda"))
     more = _backends(q, k, v, enable_gqa=True)
     return _run(session, name, "cached_attention", args, None, {}, more)
+
+
+def _sample_token(session: Session, *, name: str, batch: int, top_k: int, top_p: float) -> list[Record]:
+    """Against torch's argmax, or what `generate` does with torch's generator."""
+    from benchmarks.ops import BENCHED
+
+    logits = randn(batch, 128256, dtype=torch.bfloat16, device="cuda", seed=1)
+    number = torch.tensor(1, device="cuda")
+    args = OPS["sample_token"].bind(logits, number, number, 0.8, top_k, top_p, do_sample=top_k > 0)
+    more = {"torch": captured(partial(BENCHED["sample_token"][0], *args))}
+    return _run(session, name, "sample_token", args, None, {}, more)
 
 
 def _backends(

@@ -177,6 +177,26 @@ def _rope_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) 
     return _rope(q, cos, sin, interleaved), _rope(k, cos, sin, interleaved)
 
 
+def _append_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """As Hugging Face's static cache has it, but into copies: the Op leaves its inputs as they are."""
+    position = lengths + torch.arange(k.shape[2])
+    return k_cache.index_copy(2, position, k), v_cache.index_copy(2, position, v)
+
+
+def _rope_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _rope(q, cos, sin, interleaved), *_append_kv(k_cache, v_cache, _rope(k, cos, sin, interleaved), v, lengths)
+
+
 def _linear_rope(
     x: Tensor, weight: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, head_dim: int, rotated: int
 ) -> Tensor:
@@ -237,6 +257,39 @@ def _embedding_layer_norm(
     return F.layer_norm(total, total.shape[-1:], weight, bias, eps)
 
 
+def _sample_token(
+    logits: Tensor,
+    seed: Tensor | None,
+    step: Tensor | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    do_sample: bool,
+) -> Tensor:
+    """As Hugging Face's `generate` has it, with torch's generator; without min_p."""
+    if not do_sample:
+        return logits.argmax(dim=-1)
+    scores = logits.float() / temperature
+    if top_k:
+        scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        ordered, order = scores.sort()
+        gone = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+        gone[:, -1] = False
+        scores = scores.masked_fill(gone.scatter(1, order, gone), -torch.inf)
+    return torch.multinomial(scores.softmax(dim=-1), 1).squeeze(1)
+
+
+def _penalize_repetition(
+    logits: Tensor, tokens: Tensor, length: Tensor, penalty: float, start: Tensor | None
+) -> Tensor:
+    """As Hugging Face's processor has it, which slices on the host."""
+    tokens = tokens[:, : int(length)]
+    score = logits.gather(1, tokens)
+    return logits.scatter(1, tokens, torch.where(score < 0, score * penalty, score / penalty))
+
+
 def _tensors(*shapes: tuple[int, ...]) -> Maker:
     return lambda dtype: tuple(randn(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes))
 
@@ -295,6 +348,23 @@ def _rope_qk_arguments(heads: int, key_heads: int, seq: int, head_dim: int) -> M
     return arguments
 
 
+def _append_kv_arguments(heads: int, most: int, length: int, seq: int, head_dim: int) -> Maker:
+    def arguments(dtype: torch.dtype) -> Arguments:
+        cache, new = (1, heads, most, head_dim), (1, heads, seq, head_dim)
+        return *_tensors(cache, cache, new, new)(dtype), torch.tensor(length)
+
+    return arguments
+
+
+def _rope_append_arguments(heads: int, key_heads: int, most: int, length: int, seq: int, head_dim: int) -> Maker:
+    def arguments(dtype: torch.dtype) -> Arguments:
+        q, k, *tables = _rope_qk_arguments(heads, key_heads, seq, head_dim)(dtype)
+        k_cache, v_cache, _, v, lengths = _append_kv_arguments(key_heads, most, length, seq, head_dim)(dtype)
+        return q, k, v, *tables, k_cache, v_cache, lengths
+
+    return arguments
+
+
 def _linear_rope_arguments(rows: int, width: int, heads: int, key_heads: int, head_dim: int) -> Maker:
     def arguments(dtype: torch.dtype) -> Arguments:
         rotated = (heads + key_heads) * head_dim
@@ -331,6 +401,25 @@ def _embedding_arguments(batch: int, seq: int, width: int) -> Maker:
         tables = _tensors((30_522, width), (512, width), (2, width), (width,), (width,))(dtype)
         word, position, kind, weight, bias = tables
         return ids, word, torch.arange(seq)[None], position, torch.zeros_like(ids), kind, weight, bias, 1e-12
+
+    return arguments
+
+
+def _sample_arguments(rows: int, size: int, top_k: int, top_p: float, do_sample: bool) -> Maker:
+    """One token stands out, so that every generator draws it; the time depends on no logit."""
+
+    def arguments(dtype: torch.dtype) -> Arguments:
+        (logits,) = _tensors((rows, size))(dtype)
+        logits[:, size // 3] = 200.0
+        return logits, torch.tensor(0), torch.tensor(1), 0.8, top_k, top_p, 0.0, do_sample
+
+    return arguments
+
+
+def _penalize_arguments(rows: int, size: int, length: int) -> Maker:
+    def arguments(dtype: torch.dtype) -> Arguments:
+        tokens = torch.randint(size, (rows, length), generator=torch.Generator().manual_seed(0))
+        return *_tensors((rows, size))(dtype), tokens, torch.tensor(length), 1.2
 
     return arguments
 
@@ -373,6 +462,14 @@ BENCHED: dict[str, tuple[Callable[..., object], dict[str, Maker]]] = {
     ),
     "rope": (_rope, {"h16 s128 d64": _rope_arguments(16, 128, 64)}),
     "rope_qk": (_rope_qk, {"h16/4 s128 d64": _rope_qk_arguments(16, 4, 128, 64)}),
+    "append_kv": (_append_kv, {"h4 s1 into 512 d64": _append_kv_arguments(4, 512, 300, 1, 64)}),
+    "rope_append": (
+        _rope_append,
+        {
+            "h16/4 s1 into 512 d64": _rope_append_arguments(16, 4, 512, 300, 1, 64),
+            "h16/4 s128 into 512 d64": _rope_append_arguments(16, 4, 512, 0, 128, 64),
+        },
+    ),
     "attention": (
         _attention,
         {
@@ -390,5 +487,13 @@ BENCHED: dict[str, tuple[Callable[..., object], dict[str, Maker]]] = {
         },
     ),
     "embedding_layer_norm": (_embedding_layer_norm, {"b8 s128 n384": _embedding_arguments(8, 128, 384)}),
+    "sample_token": (
+        _sample_token,
+        {
+            "b1 v32000 greedy": _sample_arguments(1, 32_000, 0, 1.0, False),
+            "b1 v32000 top-k 50 top-p 0.9": _sample_arguments(1, 32_000, 50, 0.9, True),
+        },
+    ),
+    "penalize_repetition": (_penalize_repetition, {"b1 v32000 s512": _penalize_arguments(1, 32_000, 512)}),
 }
 """For each Op how a model spells it with PyTorch's functions, and arguments for each size, made from a dtype."""

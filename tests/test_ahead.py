@@ -56,7 +56,7 @@ def test_known_sizes_are_asked_for_as_a_call_would(monkeypatch: pytest.MonkeyPat
 
     asked: list[tuple[Op, tuple[Any, ...]]] = []
 
-    def choose(op: Op, args: tuple[Any, ...], *, budget_us: float) -> tuple[Callable[..., Any], Choice]:
+    def choose(op: Op, args: tuple[Any, ...], *, budget_us: float, in_place: bool) -> tuple[Callable[..., Any], Choice]:
         assert budget_us == 0
         asked.append((op, args))
         return op.reference, Choice("triton", config="a")

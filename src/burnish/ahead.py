@@ -45,7 +45,7 @@ def _calls(prepared: Prepared, seen: Seen, tuner: Tuner) -> Iterator[Callable[[]
         for sizes in tuner.known_sizes(key)[:_MOST_SIZES]:
             others = _resized(args, values, sizes)
             if others is not None and key_of(slot.op, others).family == key.family:
-                function, choice = tuner.choose(slot.op, others, budget_us=0)
+                function, choice = tuner.choose(slot.op, others, budget_us=0, in_place=slot.in_place)
                 if choice.config is not None:
                     yield partial(function, *others)
 

@@ -13,6 +13,7 @@ import io
 import logging
 import os
 import re
+import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from torch.utils import _pytree as pytree
 from burnish import huggingface
 from burnish.graph.trace import clean
 from burnish.record import StepRecord
+from burnish.runtime.module import State
 
 
 class CaptureError(RuntimeError):
@@ -191,9 +193,11 @@ def _export(
     args, kwargs = tuple(inputs[0]), inputs[1]
 
     def free(leaf: Any) -> Any:
+        if isinstance(leaf, State):  # whose leaves `torch.export` takes as a list
+            return list(map(free, pytree.tree_leaves(leaf)))
         return dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO) if isinstance(leaf, Tensor) else None
 
-    free_args, free_kwargs = pytree.tree_map(free, (args, kwargs))
+    free_args, free_kwargs = pytree.tree_map(free, (args, kwargs), is_leaf=lambda value: isinstance(value, State))
     given = frozenset(name for name, leaf in kwargs.items() if leaf is not None)
 
     def export() -> torch.export.ExportedProgram:
@@ -202,7 +206,7 @@ def _export(
             shapes = dict(inspect.signature(model.forward).bind(*free_args, **free_kwargs).arguments)
             return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
 
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), _appending():
         if attention_interface:
             with (
                 contextlib.suppress(huggingface.NotExpressible),
@@ -210,6 +214,12 @@ def _export(
             ):
                 return export(), took_over
         return export(), False
+
+
+def _appending() -> contextlib.AbstractContextManager[Any]:
+    """Where a KV cache could be among the inputs, nothing is to be written into it."""
+    kv_cache = sys.modules.get("burnish.runtime.kv_cache")
+    return contextlib.nullcontext() if kv_cache is None else kv_cache.appending()
 
 
 @contextlib.contextmanager

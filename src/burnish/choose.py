@@ -75,7 +75,12 @@ def choose_by_measuring(prepared: Prepared, call: Call, tuner: Tuner) -> tuple[C
     for slot in prepared.executable.slots:
         args, *others = seen.arguments[seen.keys[slot.name]]
         chosen.functions[slot.name], chosen.choices[slot.name] = tuner.choose(
-            slot.op, args, budget_us=tuner.FIRST_BUDGET_US, thorough=True, variants=others
+            slot.op,
+            args,
+            budget_us=tuner.FIRST_BUDGET_US,
+            thorough=True,
+            variants=others,
+            in_place=slot.in_place,
         )
     seen.compile(chosen)
     return chosen, seen
@@ -99,7 +104,9 @@ def _choose_on_cuda(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
         else:
             args = seen.arguments[seen.keys[slot.name]][0]
             left_us = max(0.0, (ends - time.perf_counter()) * 1e6)
-            chosen.functions[slot.name], chosen.choices[slot.name] = tuner.choose(slot.op, args, budget_us=left_us)
+            chosen.functions[slot.name], chosen.choices[slot.name] = tuner.choose(
+                slot.op, args, budget_us=left_us, in_place=slot.in_place
+            )
     seen.compile(chosen)
     return chosen
 
@@ -117,7 +124,7 @@ def _choose_on_the_way(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
                 chosen.reject(slot)
             else:
                 chosen.functions[slot.name], chosen.choices[slot.name] = tuner.choose(
-                    slot.op, args, budget_us=max(budget, 0)
+                    slot.op, args, budget_us=max(budget, 0), in_place=slot.in_place
                 )
             budget -= (time.perf_counter() - started) * 1e6
             return chosen.functions[slot.name](*args)

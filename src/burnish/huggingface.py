@@ -32,12 +32,14 @@ class NotExpressible(Exception):
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a mask says: which keys are padding (batch, length; True = real), causality, window."""
+    """What a mask says: which keys are padding (batch, length; True = real), causality, window; and whether it is one
+    over a whole KVCache, whose newest tokens the queries are."""
 
     mask: Tensor
     padding: Tensor | None
     is_causal: bool
     window: int | None
+    cached: bool
 
 
 @contextlib.contextmanager
@@ -121,6 +123,7 @@ class _Takeover:
 
     def __init__(self, position_ids_given: bool) -> None:
         self.meanings: list[Meaning] = []
+        self.appended = _appended()
         # Positions that the model makes itself are one run, whatever tracing can see of it.
         self.known = _PLAIN if position_ids_given else _PLAIN | {_PACKED}
 
@@ -151,15 +154,13 @@ class _Takeover:
         )
         parts = {getattr(part, "__qualname__", ""): part for part in _parts(mask_function)}
         is_causal = "causal_mask_function" in parts
-        plain = (
-            parts.keys() <= self.known
-            and not kwargs.get("use_vmap")
-            and isinstance(q_offset, int)
-            and q_offset == kv_offset == 0
-        )
-        if plain and (not is_causal or _equal(q_length, kv_length)):
+        # Only a KVCache's queries begin where only the device knows.
+        cached = isinstance(q_offset, Tensor) and is_causal
+        aligned = cached or (isinstance(q_offset, int) and q_offset == 0)
+        plain = parts.keys() <= self.known and not kwargs.get("use_vmap") and aligned and kv_offset == 0
+        if plain and (cached or not is_causal or _equal(q_length, kv_length)):
             window = _enclosed(parts[_WINDOW], "sliding_window") if _WINDOW in parts else None
-            self.meanings.append(Meaning(mask, attention_mask, is_causal, window))
+            self.meanings.append(Meaning(mask, attention_mask, is_causal, window, cached))
         return mask
 
     def attention(
@@ -191,8 +192,20 @@ class _Takeover:
         else:
             causal = False
             bias = attention_mask if bias is None else _with_mask(bias, attention_mask)
+        if known is not None and known.cached and bias is None:
+            filled = next((before for keys, before in self.appended if keys is key), None)
+            if filled is None:
+                raise NotExpressible(f"{type(module).__name__} attends to something else than the cache it appended to")
+            out = ops.cached_attention(query, key, value, filled + query.shape[2], padding, window, scaling)
+            return out.transpose(1, 2), None
         out = ops.attention(query, key, value, bias, padding, causal, window, scaling)
         return out.transpose(1, 2), None
+
+
+def _appended() -> list[tuple[Tensor, Tensor]]:
+    """The keys of caches that were appended to in this capture, and how many tokens those held before."""
+    kv_cache = sys.modules.get("burnish.runtime.kv_cache")
+    return [] if kv_cache is None else kv_cache.appended()
 
 
 def _equal(q_length: int | torch.SymInt, kv_length: int | torch.SymInt) -> bool:

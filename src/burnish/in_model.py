@@ -52,7 +52,7 @@ def choose_in_model(prepared: Prepared, chosen: Chosen, seen: Seen, tuner: Tuner
     ends = time.perf_counter() + _BUDGET_SECONDS
     for key, slots in sorted(groups.items(), key=lambda group: -total_us(group[1])):
         op, args, winner = slots[0].op, seen.arguments[key][0], chosen.choices[slots[0].name]
-        rivals = tuner.rivals(op, args, winner)
+        rivals = tuner.rivals(op, args, winner, slots[0].in_place)
         if not rivals or time.perf_counter() > ends:
             continue
         tried: dict[str, float] = {}

@@ -6,6 +6,7 @@ which slot, so that a new batch or sequence size costs a dictionary, not a compi
 
 from __future__ import annotations
 
+import operator
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,13 +20,14 @@ from burnish.places import find_weight
 
 class Slot:
     """The place of one Op node in the generated code. Calling it runs the Op's reference, so that unbound code is right
-    too."""
+    too. `in_place`: all that the Op donates are inputs of the model that nothing else reads, a KV cache's."""
 
-    def __init__(self, name: str, op: Op, origin: str) -> None:
+    def __init__(self, name: str, op: Op, origin: str, in_place: bool) -> None:
         self.name = self.__name__ = self.__qualname__ = name
         self.__module__ = "burnish.slots"
         self.op = op
         self.origin = origin
+        self.in_place = in_place
 
     def __call__(self, *args: Any) -> Any:
         return self.op.reference(*args)
@@ -37,11 +39,14 @@ class Executable:
     Attributes:
         slots: every Op node's slot, in the order of execution.
         weights: where the weights are read from, in the order in which `bind(...)` takes them.
+        donated: which of the flat inputs are written to.
+        borrowed: which of the flat outputs are inputs, as they came in or written to.
         source: the generated Python, for reading.
     """
 
     def __init__(self, graph_module: fx.GraphModule, model: nn.Module | None = None) -> None:
         graph, self.slots, paths = _slotted(graph_module)
+        self.donated, self.borrowed = _shared(graph, len(paths))
         self.weights = [
             find_weight((model, graph_module) if model is not None else (graph_module,), path) for path in paths
         ]
@@ -92,7 +97,7 @@ def _slotted(graph_module: fx.GraphModule) -> tuple[fx.Graph, list[Slot], list[s
         op = op_of(node.target) if node.op == "call_function" else None
         new = graph.node_copy(node, lambda n: mapping[n])
         if op is not None:
-            slot = Slot(f"{op.name}_{len(slots)}", op, node.name)
+            slot = Slot(f"{op.name}_{len(slots)}", op, node.name, _may_write(node, op))
             slots.append(slot)
             new.target = slot
             args = op.bind(*new.args, **new.kwargs)
@@ -101,6 +106,32 @@ def _slotted(graph_module: fx.GraphModule) -> tuple[fx.Graph, list[Slot], list[s
             new.target = fast
         mapping[node] = new
     return graph, slots, list(weight_nodes)
+
+
+def _may_write(node: fx.Node, op: Op) -> bool:
+    """Whether nothing but the node reads what its Op donates; who asks for a size reads nothing."""
+    args = op.bind(*node.args, **node.kwargs)
+    given = [args[i] for i in op.donates]
+    readers = {user for arg in given for user in arg.users if user.target is not torch.ops.aten.sym_size.int}
+    return bool(given) and readers == {node} and all(arg.op == "placeholder" for arg in given)
+
+
+def _shared(graph: fx.Graph, weights: int) -> tuple[frozenset[int], frozenset[int]]:
+    """`donated` and `borrowed` of an Executable."""
+    nodes = list(graph.nodes)
+    inputs = [node for node in nodes if node.op == "placeholder"][weights:]
+    slots = [node for node in nodes if isinstance(node.target, Slot) and node.target.in_place]
+    written = [node.args[i] for node in slots for i in node.target.op.donates]
+    changed = {(node, result) for node in slots for result in node.target.op.donates.values()}
+    (outputs,) = nodes[-1].args
+
+    def is_borrowed(output: Any) -> bool:
+        if not isinstance(output, fx.Node) or output in inputs:
+            return isinstance(output, fx.Node)
+        return output.target is operator.getitem and tuple(output.args) in changed
+
+    donated = frozenset(i for i, node in enumerate(inputs) if node in written)
+    return donated, frozenset(i for i, output in enumerate(outputs) if is_borrowed(output))
 
 
 def _settled(graph: fx.Graph, arg: Any, is_weight: bool) -> Any:

@@ -66,7 +66,8 @@ class Impl:
     `fn` takes inputs that `why_not` found nothing against, never writes to them, and returns fresh memory laid out like
     the reference's result. `differentiable` says that autograd can go through `fn` itself. `configs`, where an Impl has
     them, lists ways to run `fn` on given inputs (its keyword `config`), the most promising first; each has a distinct
-    str(). Without the keyword `fn` uses the first.
+    str(). Without the keyword `fn` uses the first. `in_place`, of an Op that donates, takes what `fn` takes, writes
+    into the donated arguments, which share memory with nothing, and returns these same tensors in the results' places.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Impl:
     reasons: Callable[..., list[str]]  # takes every argument of the Op positionally, as Op.bind gives them
     bind: Callable[..., tuple[Any, ...]]
     configs: Callable[..., Sequence[Any]] | None = None
+    in_place: Callable[..., Result] | None = None
 
     def why_not(self, *args: Any, **kwargs: Any) -> list[str]:
         """Every reason why this Impl cannot take these inputs; empty when it can."""
@@ -96,6 +98,7 @@ class Op:
         samples: Callable[[torch.device, torch.dtype], Iterator[Sample]],
         check: Callable[..., None] | None = None,
         shape: Callable[..., Result] | None = None,
+        donates: Mapping[str, int] | None = None,
     ) -> None:
         functools.update_wrapper(self, reference)
         self.name = reference.__name__
@@ -108,6 +111,8 @@ class Op:
         self._defaults = tuple(p.default for p in parameters.values())
         # Positions of the matrices that a model keeps, as the tuner wants to know them.
         self.weights = tuple(i for i, name in enumerate(self._names) if name.endswith("weight"))
+        # By position the arguments whose memory an Impl's `in_place` reuses, each with its result's position.
+        self.donates = {self._names.index(name): result for name, result in (donates or {}).items()}
         self._required = sum(default is inspect.Parameter.empty for default in self._defaults)
         self._with_backward: dict[str, Callable[..., Result]] = {}
         self.impls: dict[str, Impl] = {}
@@ -162,18 +167,23 @@ class Op:
         why_not: Callable[..., list[str]] | None = None,
         differentiable: bool = False,
         configs: Callable[..., Sequence[Any]] | None = None,
+        in_place: Callable[..., Result] | None = None,
     ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
         """Register the decorated function as an Impl, preferred after those registered before it.
 
         `why_not` takes all arguments of the Op positionally and returns every reason against; without it the Impl takes
-        everything. `configs` takes the same arguments. ValueError for a name that is taken.
+        everything. `configs` takes the same arguments. `in_place` is the Impl without copies of what the Op donates.
+        ValueError for a name that is taken, and for an `in_place` where the Op donates nothing.
         """
         if name in self.impls:
             raise ValueError(f"{self.name} has an Impl {name!r} already; choose another name")
+        if in_place is not None and not self.donates:
+            raise ValueError(f"{self.name} donates no argument that the Impl {name!r} could write into in place")
 
         def register(fn: Callable[..., Result]) -> Callable[..., Result]:
             description = (inspect.getdoc(fn) or "").split("\n")[0]
-            impl = Impl(name, fn, differentiable, description, why_not or _always_available, self.bind, configs)
+            reasons = why_not or _always_available
+            impl = Impl(name, fn, differentiable, description, reasons, self.bind, configs, in_place)
             reference = self.impls.pop("reference", None)
             self.impls[name] = impl
             if reference is not None:  # the fallback stays last
@@ -268,20 +278,23 @@ def op(
     samples: Callable[[torch.device, torch.dtype], Iterator[Sample]],
     check: Callable[..., None] | None = None,
     shape: Callable[..., Result] | None = None,
+    donates: Mapping[str, int] | None = None,
 ) -> Callable[[Callable[..., Result]], Op]:
     """Turn the decorated reference into an Op of the same name and register it. ValueError for a name that is taken.
 
     `cost` and `check` take all arguments positionally; `check` raises ValueError or TypeError on bad ones, naming them.
     `shape` gives empty results like the reference's, where running that on symbolic sizes takes long (attention's 90
-    ms, in each layer of a model). The reference is fully annotated; it returns fresh memory, contiguous unless its
-    docstring says otherwise.
+    ms, in each layer of a model). `donates` names arguments of which a result is a changed copy, each with that
+    result's position: who has no further use for such an argument may have it changed in place (`Impl.in_place`); the
+    Op itself writes to none. The reference is fully annotated; it returns fresh memory, contiguous unless its docstring
+    says otherwise.
     """
 
     def register(reference: Callable[..., Result]) -> Op:
         name = reference.__name__
         if name in OPS:
             raise ValueError(f"an Op named {name!r} is registered already; choose another name")
-        OPS[name] = Op(reference, cost, samples, check, shape)
+        OPS[name] = Op(reference, cost, samples, check, shape, donates)
         return OPS[name]
 
     return register

@@ -33,6 +33,7 @@ class PlainEntry:
     ) -> None:
         self.places, self.unflatten = places, unflattener(out_spec)
         self._run, self._count = run, len(executable.weights)
+        self.donated, self.borrowed = executable.donated, executable.borrowed
 
     def __call__(self, call: Call) -> Any:
         weights = self.places.read()
@@ -57,7 +58,9 @@ class GraphEntry:
         self.plain = plain
         self.refused: str | None = None
         self._weights: list[Tensor] = []
-        self._captured = CapturedCall(pool, plain.run, call.leaves, static_outputs)
+        self._captured = CapturedCall(
+            pool, plain.run, call.leaves, static_outputs, donated=plain.donated, borrowed=plain.borrowed
+        )
 
     def __call__(self, call: Call) -> Any:
         if self.refused is not None:

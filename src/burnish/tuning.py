@@ -130,10 +130,12 @@ class Tuner:
         budget_us: float,
         thorough: bool = False,
         variants: Sequence[Sequence[Any]] = (),
+        in_place: bool = False,
     ) -> tuple[Callable[..., Any], Choice]:
         """The callable for `op(*args)`, and the choice that it stands for.
 
         Args:
+            in_place: the callable may write into what the Op donates.
             budget_us: how many microseconds may be spent on measuring; 0 means look up only.
             thorough: measure these very sizes unless they are remembered; a neighbour's choice will not do.
             variants: further argument lists of the same signature (other layers' weights), measured in turn, so that
@@ -144,7 +146,7 @@ class Tuner:
         if known is None:
             known = self._explicit(op, args) or self._choose(op, key, args, budget_us, thorough, variants)
             self.choices[key] = known
-        return _callable(op, args, known), known
+        return _callable(op, args, known, in_place), known
 
     def _explicit(self, op: Op, args: Sequence[Any]) -> Choice | None:
         name = self.explicit.get(op.name)
@@ -207,7 +209,9 @@ class Tuner:
         """The other sizes of the family that were measured, the nearest first."""
         return [near.numbers for near in _neighbours(self._disk.get(key.family, {}), key.sizes) if near.distance > 0]
 
-    def rivals(self, op: Op, args: Sequence[Any], choice: Choice) -> list[tuple[Callable[..., Any], Choice]]:
+    def rivals(
+        self, op: Op, args: Sequence[Any], choice: Choice, in_place: bool
+    ) -> list[tuple[Callable[..., Any], Choice]]:
         """What else might be fastest in a model: the best few of each Impl that were measured and are not far behind
         the chosen one, the nearest first."""
         most = _RIVAL * choice.times_us.get(choice.candidate, 0.0)
@@ -218,7 +222,7 @@ class Tuner:
             known = sum(rival.impl == impl for rival in found)
             if name != choice.candidate and choice.times_us[name] <= most and known < _OF_ONE_IMPL:
                 found.append(replace(choice, impl=impl, config=config))
-        return [(_callable(op, args, rival), rival) for rival in found[:_RIVALS]]
+        return [(_callable(op, args, rival, in_place), rival) for rival in found[:_RIVALS]]
 
     def settle(self, op: Op, args: Sequence[Any], choice: Choice) -> None:
         """Remembers what was fastest in a model, for this signature."""
@@ -235,7 +239,8 @@ class Tuner:
         budget_us: float,
     ) -> dict[str, float]:
         functions = {
-            name: _callable(op, arguments[0], Choice(impl, config=config))
+            # In place, where that is possible: to write the same again changes nothing.
+            name: _callable(op, arguments[0], Choice(impl, config=config), in_place=True)
             for name, (impl, config) in candidates.items()
         }
         if device == "cpu":
@@ -300,12 +305,13 @@ def _candidates(op: Op, args: Sequence[Any], able: Sequence[str]) -> dict[str, t
     return found
 
 
-def _callable(op: Op, args: Sequence[Any], choice: Choice) -> Callable[..., Any]:
+def _callable(op: Op, args: Sequence[Any], choice: Choice, in_place: bool) -> Callable[..., Any]:
     impl = op.impls[choice.impl]
+    function = (impl.in_place if in_place else None) or impl.fn
     if choice.config is None or impl.configs is None:
-        return impl.fn
+        return function
     config = next((config for config in impl.configs(*args) if str(config) == choice.config), None)
-    return impl.fn if config is None else functools.partial(impl.fn, config=config)
+    return function if config is None else functools.partial(function, config=config)
 
 
 def _covers(times: Mapping[str, float], candidates: Mapping[str, tuple[str, str | None]]) -> bool:

@@ -2,7 +2,8 @@
 
 Run as `python -m tests.kernels.aot [--everything] OP...` in a process of its own: the kernels must not be decorated for
 the interpreter. Prints one JSON list of what was compiled; `--rows N...` instead what `kernels_for_rows`
-finds, `--barriers` and `--shared-attention` what `barriers` and `shared_attention` do.
+finds, `--barriers` and `--shared-attention` what `barriers` and `shared_attention` do, `--vocabularies` what
+`full_vocabularies` does.
 """
 
 from __future__ import annotations
@@ -141,6 +142,9 @@ def kernels_for_rows(rows: list[int]) -> list[list[str]]:
         ("attention", "triton"): lambda n: (*[tensor(1, 4, n, 64)] * 3, None, torch.ones(1, n, dtype=torch.int64)),
         ("attention", "gluon"): lambda n: (*[tensor(1, 4, n, 64)] * 3, None, torch.ones(1, n, dtype=torch.int64)),
         ("rope", "triton"): lambda n: (tensor(1, 4, n, 64), tensor(1, n, 64), tensor(1, n, 64)),
+        ("rope_append", "triton"): lambda n: (
+            *[tensor(1, 4, n, 64)] * 3, *[tensor(1, n, 64)] * 2, *[tensor(1, 4, 1024, 64)] * 2, torch.tensor([0])
+        ),
         ("linear_rope", "torch_triton"): lambda n: (
             tensor(1, n, 64), weight, None, tensor(1, n, 64), tensor(1, n, 64), 64, 128
         ),
@@ -191,6 +195,29 @@ def barriers() -> list[dict[str, Any]]:
                 impl.fn(*bound, config=config)
         found += [_synchronization(launch) for launch in launches if launch.kernel.is_gluon()]
     return found
+
+
+def full_vocabularies() -> list[dict[str, Any]]:
+    """What `compile_launch` says of sampling from the largest vocabularies, with each config."""
+    from burnish.kernels.launch import Launch, Target, recording
+
+    op, number = find_op("sample_token"), torch.tensor(0)
+    impl = op.impls["triton"]
+    assert impl.configs is not None
+    jobs: dict[str, tuple[str, Any, int]] = {}
+    for capability, (dtype, shape), choice in itertools.product(
+        CAPABILITIES,
+        ((torch.bfloat16, (1, 128256)), (torch.float32, (16, 262144))),
+        ({"do_sample": False}, {}, {"top_k": 50, "top_p": 0.9, "min_p": 0.1}),
+    ):
+        bound = op.bind(torch.empty(shape, dtype=dtype), number, number, **choice)
+        launches: list[Launch] = []
+        with recording(launches.append, Target(divmod(capability, 10), SMS[capability])):
+            for config in impl.configs(*bound)[: None if dtype == torch.bfloat16 else 1]:
+                impl.fn(*bound, config=config)
+        for launch in launches:
+            jobs.setdefault(_key(launch, capability), (f"{op.name} {shape} {choice}", launch, capability))
+    return [_compiled(job) for job in jobs.values()]
 
 
 def shared_attention(everything: bool) -> list[dict[str, Any]]:
@@ -254,6 +281,9 @@ if __name__ == "__main__":
         sys.exit()
     if wanted[0] == "--shared-attention":
         json.dump(shared_attention("--everything" in wanted), sys.stdout)
+        sys.exit()
+    if wanted == ["--vocabularies"]:
+        json.dump(full_vocabularies(), sys.stdout)
         sys.exit()
     if wanted[0] == "--rows":
         json.dump(kernels_for_rows([int(n) for n in wanted[1:]]), sys.stdout)

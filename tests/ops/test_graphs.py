@@ -29,6 +29,7 @@ FEATURES = {  # of each Op, samples that together use every argument
     "rms_norm_gated_mlp": ("5 rows", "transposed"),
     "rms_norm_linear": ("5 rows", "transposed"),
     "rope": ("partial interleaved", "heads last in memory", "table per row"),
+    "rope_append": ("partial interleaved", "table and length for each"),
     "rope_qk": ("partial interleaved", "table per row"),
 }
 
@@ -88,6 +89,7 @@ def _double(value: Any) -> Any:
 SMALL = {  # float64 inputs small enough for numerical derivatives
     "add_layer_norm": lambda r: (r(2, 5), r(2, 5), r(5), r(5), 1e-2),
     "add_rms_norm": lambda r: (r(2, 5), r(2, 5), r(5), 1e-2),
+    "append_kv": lambda r: (r(2, 1, 4, 2), r(2, 1, 4, 3), r(2, 1, 2, 2), r(2, 1, 2, 3), torch.tensor([1, 3])),
     "attention": lambda r: (
         r(2, 2, 3, 2),
         r(2, 1, 3, 2),
@@ -118,6 +120,17 @@ SMALL = {  # float64 inputs small enough for numerical derivatives
     "rms_norm_gated_mlp": lambda r: (r(2, 3), r(3), 1e-2, r(4, 3), r(3, 2), r(4), r(3), "gelu"),
     "rms_norm_linear": lambda r: (r(2, 3), r(3), 1e-2, r(4, 3), r(4), "tanh"),
     "rope": lambda r: (r(1, 2, 3, 6), r(3, 4), r(3, 4), True),
+    "rope_append": lambda r: (
+        r(1, 2, 2, 4),
+        r(1, 1, 2, 4),
+        r(1, 1, 2, 3),
+        r(2, 2),
+        r(2, 2),
+        r(1, 1, 4, 4),
+        r(1, 1, 4, 3),
+        torch.tensor(1),
+        True,
+    ),
     "rope_qk": lambda r: (r(1, 2, 3, 6), r(1, 1, 3, 6), r(3, 4), r(3, 4), True),
 }
 

@@ -1,8 +1,9 @@
-"""Attention of a few new queries over a cache, its keys split among programs: bound by reading k and v.
+"""Attention of a few new queries over a cache, its keys split among programs: bound by reading k and v, or by latency.
 
 The query heads that share a key head are rows of one block, so that k and v are read once for all of them. The number
-of filled keys is read on the device: one launch, and one captured graph, serve every length. Each program leaves its
-part in memory, and the last to arrive for a key head adds them up.
+of filled keys is read on the device: one launch, and one captured graph, serve every length. A program takes every
+SPLITS-th block of keys, so that where its first one lies is known before the length is. Each program leaves its part in
+memory, and the last to arrive for a key head loads them all at once and adds them up.
 Source of the method: Dao et al., "Flash-Decoding for long-context inference" (2023).
 """
 
@@ -18,67 +19,97 @@ from torch import Tensor
 from burnish.kernels.attention_configs import padded
 from burnish.kernels.attention_inputs import as_bytes
 from burnish.kernels.counters import counters
-from burnish.kernels.launch import Config, Target, launch, launch_dependents, target_of, wait_for_inputs
+from burnish.kernels.launch import Config, Target, launch, launch_dependents, prefetch, target_of, wait_for_inputs
 from burnish.kernels.matmul import dot
 
 _FAR = 1 << 29
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # exp2(-inf - lowest) is 0 where exp2(-inf - -inf) is NaN
+_MERGED = 1 << 16  # bytes of parts that are added up at once: 128 registers of each of 128 threads
+_GUESSED = 1 << 22  # bytes of a cache that is read to its end sooner than its length is known
+_AHEAD = 1 << 24  # bytes that are asked for before the kernel ahead is done: a third of the L2 cache of an H100
 
 
 @triton.jit
-def _part(
-    q, k, v, padding, lengths, batch, key_head, split, lq, most, window, scale, groups, stride_qb, stride_qh, stride_qm,
-    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_pb, stride_pn, stride_length,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, ONE: tl.constexpr,
-):  # fmt: skip
-    """The unscaled result, largest score and sum of weights over one part of the keys, and how many parts there are."""
-    length = tl.minimum(tl.load(lengths + batch * stride_length).to(tl.int32), most)
+def _first_and_stop(length, split, lq, window, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
+    """Where the program's first block starts, and how many blocks there are for all programs."""
     begin = 0
     if WINDOW:
         begin = tl.maximum(length - lq - window + 1, 0) // BLOCK_N * BLOCK_N
-    blocks = tl.cdiv(length - begin, BLOCK_N)
-    each = tl.maximum(tl.cdiv(blocks, SPLITS), 1)
-    first = begin + split * each * BLOCK_N
-    stop = tl.minimum(first + each * BLOCK_N, length)
+    return begin + split * BLOCK_N, tl.cdiv(length - begin, BLOCK_N)
 
-    row = tl.arange(0, ROWS)
+
+@triton.jit
+def _prefetch_rows(x, stride_n, start, stop, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Asks for the BLOCK_N rows of x from `start` on, those before `stop`, which there has to be one of."""
+    LINE: tl.constexpr = 1024 // x.dtype.element_ty.primitive_bitwidth  # entries of a line of 128 bytes
+    LINES: tl.constexpr = triton.next_power_of_2((WIDTH + LINE - 1) // LINE)
+    row = tl.minimum(start + tl.arange(0, BLOCK_N), stop - 1).to(tl.int64)
+    prefetch(x + row[:, None] * stride_n + tl.minimum(tl.arange(0, LINES) * LINE, WIDTH - 1)[None, :])
+
+
+@triton.jit
+def _rows(x, key, stride_n, bound, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows `key` of k or v; zeros from `bound` on."""
+    column = tl.arange(0, BLOCK)
+    there = (key < bound)[:, None]
+    pointers = x + key.to(tl.int64)[:, None] * stride_n + column[None, :]
+    return tl.load(pointers, mask=there if BLOCK == WIDTH else there & (column < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def _add_block(
+    acc, row_max, row_sum, queries, keys, values, real, key, length, last, window, scale, PADDED: tl.constexpr,
+    WINDOW: tl.constexpr, ONE: tl.constexpr,
+):  # fmt: skip
+    """One step of the softmax over blocks of keys, which are at the positions `key`."""
+    scores = dot(queries, tl.trans(keys), tl.zeros((queries.shape[0], keys.shape[0]), tl.float32)) * scale
+    seen = (key < length)[None, :]
+    if PADDED:
+        seen = seen & (real != 0)[None, :]
+    if not ONE:
+        seen = seen & (key[None, :] <= last[:, None])
+    if WINDOW:
+        seen = seen & (key[None, :] > last[:, None] - window)
+    scores = tl.where(seen, scores, -float("inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    weights = tl.math.exp2(scores - new_max[:, None])
+    shrink = tl.math.exp2(row_max - new_max)
+    row_sum = row_sum * shrink + tl.sum(weights, 1)
+    return dot(weights.to(values.dtype), values, acc * shrink[:, None]), new_max, row_sum
+
+
+@triton.jit
+def _merge(
+    acc, row_max, row_sum, parts, maxima, sums, first, used, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Adds parts `first` to `first` + CHUNK, of which there are `used` in all, to those before; all loads at once."""
+    other, row, column = first + tl.arange(0, CHUNK), tl.arange(0, ROWS), tl.arange(0, BLOCK_DV)
+    line = other[:, None] * ROWS + row[None, :]
+    there = (other < used)[:, None] & (row >= 0)[None, :]
+    # Past L1, in which there may be what an earlier launch of this multiprocessor read there.
+    accs = tl.load(
+        parts + line[:, :, None] * BLOCK_DV + column[None, None, :], mask=there[:, :, None], other=0.0,
+        cache_modifier=".cg",
+    )  # fmt: skip
+    their_max = tl.load(maxima + line, mask=there, other=_LOWEST, cache_modifier=".cg")
+    their_sum = tl.load(sums + line, mask=there, other=0.0, cache_modifier=".cg")
+    new_max = tl.maximum(row_max, tl.max(their_max, 0))
+    grow, shrink = tl.math.exp2(their_max - new_max[None, :]), tl.math.exp2(row_max - new_max)
+    row_sum = row_sum * shrink + tl.sum(their_sum * grow, 0)
+    return acc * shrink[:, None] + tl.sum(accs * grow[:, :, None], 0), new_max, row_sum
+
+
+@triton.jit
+def _write(
+    acc, row_sum, out, batch, key_head, heads, groups, lq, ROWS: tl.constexpr, DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK_DV)
+    acc *= (1.0 / tl.where(row_sum == 0, 1.0, row_sum))[:, None]  # a query that saw no key gives zeros
     head, query = key_head * groups + row // lq, row % lq
-    column, value_column = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    q_rows = q + batch * stride_qb + head.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qm
-    inside = (row < groups * lq)[:, None]
-    queries = tl.load(q_rows[:, None] + column[None, :], mask=inside & (column < D)[None, :], other=0.0)
-    last = length - lq + query  # the position of each row's query: the last key that it sees
-    k += batch * stride_kb + key_head * stride_kh
-    v += batch * stride_vb + key_head * stride_vh
-
-    acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
-    row_max = tl.full((ROWS,), _LOWEST, tl.float32)
-    row_sum = tl.zeros((ROWS,), tl.float32)
-    for start in range(first, stop, BLOCK_N):
-        key = start + tl.arange(0, BLOCK_N)
-        there = (key < stop)[:, None]
-        k_rows = k + key.to(tl.int64)[:, None] * stride_kn + column[None, :]
-        keys = tl.load(k_rows, mask=there if BLOCK_D == D else there & (column < D)[None, :], other=0.0)
-        scores = dot(queries, tl.trans(keys), tl.zeros((ROWS, BLOCK_N), tl.float32)) * scale
-        seen = (key < stop)[None, :]
-        if PADDED:
-            real = tl.load(padding + batch * stride_pb + key * stride_pn, mask=key < stop, other=0)
-            seen = seen & (real != 0)[None, :]
-        if not ONE:
-            seen = seen & (key[None, :] <= last[:, None])
-        if WINDOW:
-            seen = seen & (key[None, :] > last[:, None] - window)
-        scores = tl.where(seen, scores, -float("inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        weights = tl.math.exp2(scores - new_max[:, None])
-        shrink = tl.math.exp2(row_max - new_max)
-        row_sum = row_sum * shrink + tl.sum(weights, 1)
-        v_rows = v + key.to(tl.int64)[:, None] * stride_vn + value_column[None, :]
-        values = tl.load(v_rows, mask=there if BLOCK_DV == DV else there & (value_column < DV)[None, :], other=0.0)
-        acc = dot(weights.to(values.dtype), values, acc * shrink[:, None])
-        row_max = new_max
-    return acc, row_max, row_sum, tl.maximum(tl.cdiv(blocks, each), 1)
+    to = out + ((batch * lq + query) * heads + head)[:, None] * DV + column[None, :]
+    tl.store(to, acc.to(out.dtype.element_ty), mask=(row < groups * lq)[:, None] & (column < DV)[None, :])
 
 
 @triton.jit(do_not_specialize=["lq", "most", "window", "groups"])
@@ -86,51 +117,109 @@ def decode_attention_kernel(
     q, k, v, out, padding, lengths, parts, counter, heads, lq, most, window, scale, groups, stride_qb, stride_qh,
     stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_pb, stride_pn, stride_length,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
-    PADDED: tl.constexpr, WINDOW: tl.constexpr, ONE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    KEPT: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, ONE: tl.constexpr, SINGLE: tl.constexpr,
+    GUESS: tl.constexpr, AHEAD: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One part of the keys of one key head; `parts` is (batch * key heads, SPLITS, ROWS, BLOCK_DV + 2) float32."""
+    """Every SPLITS-th block of the keys of one key head.
+
+    `parts` is float32: for each batch, key head and split KEPT rows of BLOCK_DV, then for each KEPT maxima, then sums.
+    SINGLE: a program has one block at most. GUESS: that block is read, in any case, before the length is known.
+    """
     launch_dependents(PDL)
-    wait_for_inputs(PDL)
     key_heads = heads // groups
     pair, split = tl.program_id(0), tl.program_id(1)
     batch, key_head = (pair // key_heads).to(tl.int64), (pair % key_heads).to(tl.int64)
-    acc, row_max, row_sum, used = _part(
-        q, k, v, padding, lengths, batch, key_head, split, lq, most, window, scale, groups, stride_qb, stride_qh,
-        stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_pb, stride_pn,
-        stride_length, D, DV, BLOCK_D, BLOCK_DV, ROWS, BLOCK_N, SPLITS, PADDED, WINDOW, ONE,
-    )  # fmt: skip
-    row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK_DV)
-    done = split < used
-    if SPLITS > 1:
-        WIDTH: tl.constexpr = BLOCK_DV + 2
-        part = parts + ((pair * SPLITS).to(tl.int64) * ROWS + row) * WIDTH
-        if done and used > 1:
-            mine = part + split * ROWS * WIDTH
-            tl.store(mine[:, None] + column[None, :], acc)
-            tl.store(mine + BLOCK_DV, row_max)
-            tl.store(mine + BLOCK_DV + 1, row_sum)
-            tl.debug_barrier()  # one thread counts for all of them: their stores have to come before
-            done = tl.atomic_add(counter + pair, 1, sem="acq_rel", scope="gpu") == used - 1
-            if done:
-                tl.store(counter + pair, 0)  # as the next launch wants it
-                acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
-                row_max = tl.full((ROWS,), _LOWEST, tl.float32)
-                row_sum = tl.zeros((ROWS,), tl.float32)
-                for other in range(0, used):
-                    theirs = part + other * ROWS * WIDTH
-                    their_max = tl.load(theirs + BLOCK_DV, cache_modifier=".cg")
-                    new_max = tl.maximum(row_max, their_max)
-                    shrink, grow = tl.math.exp2(row_max - new_max), tl.math.exp2(their_max - new_max)
-                    row_sum = row_sum * shrink + grow * tl.load(theirs + BLOCK_DV + 1, cache_modifier=".cg")
-                    their_acc = tl.load(theirs[:, None] + column[None, :], cache_modifier=".cg")
-                    acc = acc * shrink[:, None] + their_acc * grow[:, None]
-                    row_max = new_max
-    if done:
-        acc *= (1.0 / tl.where(row_sum == 0, 1.0, row_sum))[:, None]  # a query that saw no key gives zeros
-        head, query = key_head * groups + row // lq, row % lq
-        to = out + ((batch * lq + query) * heads + head)[:, None] * DV + column[None, :]
-        tl.store(to, acc.to(out.dtype.element_ty), mask=(row < groups * lq)[:, None] & (column < DV)[None, :])
+    k += batch * stride_kb + key_head * stride_kh
+    v += batch * stride_vb + key_head * stride_vh
+    lengths += batch * stride_length
+    STEP: tl.constexpr = SPLITS * BLOCK_N
+    if PDL:
+        # The kernel ahead may yet write the length, and keys and values: from what there is now follows only what is
+        # asked for, which L2 keeps up to date. L1 is not told, so the load is past it.
+        if GUESS:
+            first, stop = split * BLOCK_N, most
+        else:
+            stop = tl.minimum(tl.load(lengths, cache_modifier=".cg").to(tl.int32), most)
+            first = _first_and_stop(stop, split, lq, window, BLOCK_N, WINDOW)[0]
+        for start in range(first, tl.minimum(stop, first + AHEAD * STEP), STEP):
+            _prefetch_rows(k, stride_kn, start, stop, D, BLOCK_N)
+            _prefetch_rows(v, stride_vn, start, stop, DV, BLOCK_N)
+    wait_for_inputs(PDL)
+
+    # Volatile, so that no compiler takes it to be the load above.
+    length = tl.minimum(tl.load(lengths, volatile=True).to(tl.int32), most)
+    first, blocks = _first_and_stop(length, split, lq, window, BLOCK_N, WINDOW)
+    row = tl.arange(0, ROWS)
+    head, query, column = key_head * groups + row // lq, row % lq, tl.arange(0, BLOCK_D)
+    q_rows = q + batch * stride_qb + head.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qm
+    inside = (row < groups * lq)[:, None]
+    queries = tl.load(q_rows[:, None] + column[None, :], mask=inside & (column < D)[None, :], other=0.0)
+    last = length - lq + query  # the position of each row's query: the last key that it sees
+    padding += batch * stride_pb
+
+    acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
+    row_max = tl.full((ROWS,), _LOWEST, tl.float32)
+    row_sum = tl.zeros((ROWS,), tl.float32)
+    if SINGLE:
+        # Without a loop nothing goes round by asynchronous copies: all of it is asked for first, then waited for.
+        key = first + tl.arange(0, BLOCK_N)
+        bound = most if GUESS else length
+        keys = _rows(k, key, stride_kn, bound, D, BLOCK_D)
+        values = _rows(v, key, stride_vn, bound, DV, BLOCK_DV)
+        real = key
+        if PADDED:
+            real = tl.load(padding + key * stride_pn, mask=key < bound, other=0)
+        if GUESS:
+            values = tl.where((key < length)[:, None], values, 0.0)  # a weight of 0 does not rid it of a NaN
+        acc, row_max, row_sum = _add_block(
+            acc, row_max, row_sum, queries, keys, values, real, key, length, last, window, scale, PADDED, WINDOW, ONE
+        )
+    else:
+        for start in range(first, length, STEP):
+            key = start + tl.arange(0, BLOCK_N)
+            real = key
+            if PADDED:
+                real = tl.load(padding + key * stride_pn, mask=key < length, other=0)
+            keys = _rows(k, key, stride_kn, length, D, BLOCK_D)
+            values = _rows(v, key, stride_vn, length, DV, BLOCK_DV)
+            acc, row_max, row_sum = _add_block(
+                acc, row_max, row_sum, queries, keys, values, real, key, length, last, window, scale, PADDED, WINDOW,
+                ONE,
+            )  # fmt: skip
+
+    used = tl.maximum(tl.minimum(blocks, SPLITS), 1)
+    if SPLITS == 1:
+        _write(acc, row_sum, out, batch, key_head, heads, groups, lq, ROWS, DV, BLOCK_DV)
+    elif used == 1:
+        if split == 0:
+            _write(acc, row_sum, out, batch, key_head, heads, groups, lq, ROWS, DV, BLOCK_DV)
+    elif split < used:
+        LINES: tl.constexpr = SPLITS * KEPT  # of a pair
+        pairs, of_pair = tl.num_programs(0).to(tl.int64), pair.to(tl.int64) * LINES
+        maxima = parts + pairs * LINES * BLOCK_DV + of_pair
+        sums = maxima + pairs * LINES
+        parts += of_pair * BLOCK_DV
+        line, kept = split * KEPT + row, row < KEPT
+        to = parts + line[:, None] * BLOCK_DV + tl.arange(0, BLOCK_DV)[None, :]
+        tl.store(to, acc, mask=kept[:, None])
+        tl.store(maxima + line, row_max, mask=kept)
+        tl.store(sums + line, row_sum, mask=kept)
+        tl.debug_barrier()  # one thread counts for all of them: their stores have to come before
+        if tl.atomic_add(counter + pair, 1, sem="acq_rel", scope="gpu") == used - 1:
+            tl.store(counter + pair, 0)  # as the next launch wants it
+            total = tl.zeros((KEPT, BLOCK_DV), tl.float32)
+            largest, weight = tl.full((KEPT,), _LOWEST, tl.float32), tl.zeros((KEPT,), tl.float32)
+            if CHUNK >= SPLITS:
+                total, largest, weight = _merge(
+                    total, largest, weight, parts, maxima, sums, 0, used, KEPT, BLOCK_DV, CHUNK
+                )
+            else:
+                for chunk in range(0, used, CHUNK):
+                    total, largest, weight = _merge(
+                        total, largest, weight, parts, maxima, sums, chunk, used, KEPT, BLOCK_DV, CHUNK
+                    )
+            _write(total, weight, out, batch, key_head, heads, groups, lq, KEPT, DV, BLOCK_DV)
 
 
 def decode_configs(q: Tensor, k: Tensor, v: Tensor) -> list[Config]:
@@ -143,12 +232,16 @@ def _configs(pairs: int, most: int, width: int, dtype: torch.dtype, target: Targ
     if dtype == torch.float32:
         shapes = [(32, 4, 2)]
     else:
-        shapes = [(64, 4, 4), (128, 4, 3), (32, 4, 4)] if width <= 128 else [(32, 4, 3), (64, 4, 2)]
+        shapes = [(64, 4, 4), (128, 4, 3), (32, 4, 4)] if width <= 128 else [(32, 4, 3), (64, 8, 2)]
+    # Two programs for each multiprocessor; with fewer pairs than there are of those, no split is better than eight.
+    waves = (2, 1, 4) if pairs < target.num_sms else (2, 4, 8)
     configs = []
     for n, warps, stages in shapes:
-        longest = max(1, -(-most // (2 * n)))  # a shorter part does nothing but begin
-        for waves in (2, 1, 4):
-            splits = min(longest, max(1, waves * target.num_sms // pairs), 64)
+        blocks = -(-most // n)
+        for wave in waves:
+            splits = min(blocks, max(1, wave * target.num_sms // pairs), 64)
+            if 16 < splits < blocks:
+                splits -= splits % 16  # parts are added up by powers of two
             configs.append(Config.of(warps, stages, BLOCK_N=n, SPLITS=splits))
     return list(dict.fromkeys(configs))
 
@@ -170,21 +263,32 @@ def decode_attention(
     """
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     (batch, heads, lq, d), (_, key_heads, most, dv) = q.shape, v.shape
-    groups = heads // key_heads
+    groups, pairs = heads // key_heads, batch * key_heads
     config = config or decode_configs(q, k, v)[0]
-    splits, rows, block_dv = config["SPLITS"], max(16, triton.next_power_of_2(groups * lq)), padded(dv)
+    splits, block_n, block_dv = config["SPLITS"], config["BLOCK_N"], padded(dv)
+    kept = triton.next_power_of_2(groups * lq)  # rows of the parts; a product of blocks has 16 at least
     out = q.new_empty((batch, lq, heads, dv))
     parts, counter = None, None
     if splits > 1:
-        size = batch * key_heads * splits * rows * (block_dv + 2)
-        parts, counter = q.new_empty(size, dtype=torch.float32), counters(q, batch * key_heads)
+        parts = q.new_empty(pairs * splits * kept * (block_dv + 2), dtype=torch.float32)
+        counter = counters(q, pairs)
     padding = q if key_padding_mask is None else as_bytes(key_padding_mask)
     steps = (0, 0) if key_padding_mask is None else key_padding_mask.stride()
+    single = splits * block_n >= most
+    position_bytes = pairs * (d + dv) * q.element_size()
     launch(
-        decode_attention_kernel, (batch * key_heads, splits), q, k, v, out, padding, lengths, parts, counter, heads, lq,
-        most, _FAR if window is None else min(window, _FAR), (d**-0.5 if scale is None else scale) * math.log2(math.e),
+        decode_attention_kernel, (pairs, splits), q, k, v, out, padding, lengths, parts, counter, heads, lq, most,
+        _FAR if window is None else min(window, _FAR), (d**-0.5 if scale is None else scale) * math.log2(math.e),
         groups, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *steps, 0 if lengths.numel() == 1 else
-        lengths.stride(0), config=config, like=q, D=d, DV=dv, BLOCK_D=padded(d), BLOCK_DV=block_dv, ROWS=rows,
-        PADDED=key_padding_mask is not None, WINDOW=window is not None, ONE=lq == 1,
+        lengths.stride(0), config=config, like=q, D=d, DV=dv, BLOCK_D=padded(d), BLOCK_DV=block_dv, ROWS=max(16, kept),
+        KEPT=kept, PADDED=key_padding_mask is not None, WINDOW=window is not None, ONE=lq == 1, SINGLE=single,
+        GUESS=single and window is None and position_bytes * most <= _GUESSED,
+        AHEAD=1 if single else max(1, min(4, _AHEAD // (position_bytes * splits * block_n))),
+        CHUNK=_chunk(splits, kept * block_dv * 4),
     )  # fmt: skip
     return out.transpose(1, 2)
+
+
+def _chunk(splits: int, part: int) -> int:
+    """How many parts of so many bytes are added up at once, a power of two."""
+    return min(triton.next_power_of_2(splits), max(1, _MERGED // part))

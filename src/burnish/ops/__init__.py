@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from burnish.ops.add_layer_norm import add_layer_norm
 from burnish.ops.add_rms_norm import add_rms_norm
+from burnish.ops.append_kv import append_kv
 from burnish.ops.attention import attention
 from burnish.ops.cached_attention import cached_attention
 from burnish.ops.embedding_layer_norm import embedding_layer_norm
@@ -13,15 +14,21 @@ from burnish.ops.linear import linear
 from burnish.ops.linear_add_layer_norm import linear_add_layer_norm
 from burnish.ops.linear_add_rms_norm import linear_add_rms_norm
 from burnish.ops.linear_rope import linear_rope
+from burnish.ops.penalize_repetition import penalize_repetition
+from burnish.ops.quantized_gated_product import quantized_gated_product
+from burnish.ops.quantized_linear import quantized_linear
 from burnish.ops.rms_norm import rms_norm
 from burnish.ops.rms_norm_gated_mlp import rms_norm_gated_mlp
 from burnish.ops.rms_norm_linear import rms_norm_linear
 from burnish.ops.rope import rope
+from burnish.ops.rope_append import rope_append
 from burnish.ops.rope_qk import rope_qk
+from burnish.ops.sample_token import sample_token
 
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "append_kv",
     "attention",
     "cached_attention",
     "embedding_layer_norm",
@@ -31,9 +38,14 @@ __all__ = [
     "linear_add_layer_norm",
     "linear_add_rms_norm",
     "linear_rope",
+    "penalize_repetition",
+    "quantized_gated_product",
+    "quantized_linear",
     "rms_norm",
     "rms_norm_gated_mlp",
     "rms_norm_linear",
     "rope",
+    "rope_append",
     "rope_qk",
+    "sample_token",
 ]

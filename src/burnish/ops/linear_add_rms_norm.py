@@ -25,6 +25,7 @@ from burnish.ops._linear_norms import (
 from burnish.ops._norms import check_norm, rms_norm_reference
 from burnish.ops._triton_norms import triton_norm_configs, triton_norm_why_not
 from burnish.ops.add_rms_norm import add_rms_norm
+from burnish.ops.linear import linear
 
 
 def _check(
@@ -254,3 +255,55 @@ def _gluon(
 ) -> tuple[Tensor, Tensor]:
     """The same, with the product by a Gluon kernel for Hopper."""
     return gluon_parts(x, weight, bias, residual, norm_weight, None, eps, True, keep_sum, config)
+
+
+def _register_product(name: str, description: str) -> None:
+    """An Impl whose product, with the residual in its epilogue, is `linear`'s of that name."""
+    product_of = linear.impls[name]
+
+    def why_not(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm_weight: Tensor | None,
+        eps: float,
+        keep_sum: bool,
+    ) -> list[str]:
+        reasons = product_of.why_not(x, weight, bias, "none", residual)
+        return list(dict.fromkeys(reasons + triton_norm_why_not(residual, norm_weight)))
+
+    def configs(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm_weight: Tensor | None,
+        eps: float,
+        keep_sum: bool,
+    ) -> list[Any]:
+        assert product_of.configs is not None
+        return list(product_of.configs(x, weight, bias, "none", residual))
+
+    def impl(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm_weight: Tensor | None = None,
+        eps: float = 1e-6,
+        keep_sum: bool = True,
+        *,
+        config: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        from burnish.kernels.norms import rms_norm
+
+        total = product_of.fn(x, weight, bias, "none", residual, config=config)
+        return rms_norm(total, norm_weight, eps), total if keep_sum else total.new_empty(0)
+
+    impl.__doc__ = description
+    linear_add_rms_norm.impl(name, why_not=why_not, configs=configs)(impl)
+
+
+_register_product("triton_gemv", "Two kernels: a product of a few rows that adds the residual, and the norm.")
+_register_product("triton_skinny", "The same for up to 64 rows, with tensor cores.")

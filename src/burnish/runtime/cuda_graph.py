@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -129,15 +129,29 @@ class CapturedCall:
             every kernel is compiled and every library set up.
         leaves: the flat inputs of one call; those that are no tensors are constants.
         static_outputs: return the graph's own output tensors, which the next call overwrites.
+        donated: which of the leaves `run` writes to. They are never copied: a call that has them elsewhere is captured
+            anew.
+        borrowed: which of the outputs are leaves, and so are returned as they are.
     """
 
-    def __init__(self, pool: GraphPool, run: Run, leaves: Sequence[Any], static_outputs: bool) -> None:
+    def __init__(
+        self,
+        pool: GraphPool,
+        run: Run,
+        leaves: Sequence[Any],
+        static_outputs: bool,
+        *,
+        donated: Collection[int] = (),
+        borrowed: Collection[int] = (),
+    ) -> None:
         self.pool, self.static_outputs = pool, static_outputs
+        self._borrowed = borrowed
         self._run = run
         self._graph: torch.cuda.CUDAGraph | None = None
         self._device = next(leaf.device.index for leaf in leaves if isinstance(leaf, Tensor))
         self._places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self._constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._donated = [place in donated for place in self._places]
         self._addresses: list[int] = []  # where the graph reads
         self._buffers: list[Tensor] = []  # the memory there, once it is its own
         self._outputs: list[Any] = []
@@ -160,23 +174,31 @@ class CapturedCall:
             self.pool.enter(self._device)
             if self._graph is None:
                 self._capture(given)
-            elif self._addresses != [tensor.data_ptr() for tensor in given]:
-                if not self._buffers:
+            elif self._addresses != (addresses := [tensor.data_ptr() for tensor in given]):
+                if not self._buffers or self._donated_moved(addresses):
                     self._capture(given, on_buffers=True)
-                torch._foreach_copy_(self._buffers, given)
+                copied = [pair for pair, own in zip(zip(self._buffers, given), self._donated) if not own]
+                torch._foreach_copy_(*map(list, zip(*copied, strict=True)))
             assert self._graph is not None
             self.pool.used(self)
             self._graph.replay()
             if self.static_outputs:
                 return list(self._outputs)
-            return [t.clone() if isinstance(t, Tensor) else t for t in self._outputs]
+            return [
+                t.clone() if isinstance(t, Tensor) and i not in self._borrowed else t
+                for i, t in enumerate(self._outputs)
+            ]
+
+    def _donated_moved(self, addresses: Sequence[int]) -> bool:
+        return any(own and a != b for own, a, b in zip(self._donated, addresses, self._addresses, strict=True))
 
     def _capture(self, given: Sequence[Tensor], on_buffers: bool = False) -> None:
         self.drop()
         # Inference tensors could not be written to from outside inference mode, nor the other way round.
         with torch.inference_mode(False), torch.no_grad():
             # As each input lies in memory, but for elements that overlap.
-            buffers = [torch.empty_like(tensor).copy_(tensor) for tensor in given] if on_buffers else []
+            pairs = zip(given, self._donated, strict=True)
+            buffers = [t if own else torch.empty_like(t).copy_(t) for t, own in pairs] if on_buffers else []
             leaves = list(self._constants)
             for place, tensor in zip(self._places, buffers or given, strict=True):
                 leaves[place] = tensor

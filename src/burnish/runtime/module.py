@@ -19,6 +19,24 @@ MAX_ENTRIES = 512
 _CONSTANTS = (type(None), bool, int, float, str)
 _TENSORS = (Tensor, nn.Parameter)
 
+_CONTAINERS = (tuple, list, dict)
+
+
+class State:
+    """An input that a call changes in place, registered as a pytree: a KV cache of `burnish.runtime.kv_cache`."""
+
+    def new_tokens(self, call: Mapping[str, Any]) -> int:
+        """How many tokens a call with these keywords adds. ValueError where they do not fit."""
+        raise NotImplementedError
+
+    def advance(self, tokens: int) -> None:
+        """Counts them in, after the call."""
+        raise NotImplementedError
+
+    def put_into(self, result: Any) -> Any:
+        """The call's result with this object in the place of the one that a graph made."""
+        raise NotImplementedError
+
 
 class Call(NamedTuple):
     """One call, normalized: positional arguments by name where forward has names for them, keywords sorted."""
@@ -99,7 +117,24 @@ class OptimizedModule(nn.Module):
         """What was done and what it costs: see `burnish.report.Report`."""
         return self.schedule.report()  # type: ignore[attr-defined]
 
+    def generate(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Tokens after a prompt, by a Hugging Face model: see `burnish.runtime.generate.generate`."""
+        from burnish.runtime.generate import generate
+
+        if not hasattr(self._original, "generate"):
+            raise AttributeError(f"generate: {type(self._original).__name__} is no Hugging Face model that generates")
+        return generate(self, input_ids, *args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state = next((v for v in (*args, *kwargs.values()) if isinstance(v, State)), None)
+        if state is None:
+            return self._serve(args, kwargs)
+        tokens = state.new_tokens(kwargs | dict(zip(self._names, args, strict=False)))
+        result = self._serve(args, kwargs)
+        state.advance(tokens)
+        return state.put_into(result)
+
+    def _serve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self._call(args, kwargs)
         if call is None:
             return self._original(*args, **kwargs)
@@ -151,8 +186,10 @@ class OptimizedModule(nn.Module):
         leaves = [*args, *kwargs.values()]
         if all(type(leaf) in _TENSORS or type(leaf) in _CONSTANTS for leaf in leaves):
             return Call(args, kwargs, leaves, None)
-        # Only plain containers are looked into: what a KV cache goes through in a call, no graph would do to it.
-        leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=lambda x: type(x) not in (tuple, list, dict))
+        # Only plain containers are looked into: what another KV cache goes through in a call, no graph would do to it.
+        leaves, spec = pytree.tree_flatten(
+            (args, kwargs), is_leaf=lambda x: type(x) not in _CONTAINERS and not isinstance(x, State)
+        )
         return Call(args, kwargs, leaves, spec)
 
     def _key(self, call: Call, differentiable: bool) -> Any:
