@@ -19,6 +19,7 @@ GROUPS = {
     "blocks": "benchmarks.blocks",
     "encoder": "benchmarks.encoder",
     "prefill": "benchmarks.prefill",
+    "decode": "benchmarks.decode",
     "serving": "benchmarks.serving",
 }
 

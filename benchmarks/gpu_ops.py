@@ -21,6 +21,7 @@ from burnish import numerics
 from burnish.hardware import device
 from burnish.numerics import randn
 from burnish.op import OPS
+from burnish.quantize import Kind, quantize_weight
 from burnish.tuning import Tuner
 
 BACKENDS = {
@@ -81,6 +82,19 @@ def cases() -> Iterator[Case]:
     yield Case(name, partial(_rms_norm_linear, name=name, width=4096, columns=6144, tokens=1))
     name = "rms-norm-gated-mlp-d4096-i14336-t1"
     yield Case(name, partial(_rms_norm_gated_mlp, name=name, width=4096, inner=14336, tokens=1))
+    kinds: tuple[Kind, ...] = ("int8", "int4", "fp8")
+    for kind in kinds:
+        for columns, width, tokens in (
+            *((6144, 4096, tokens) for tokens in (1, 4, 16)),
+            *((4096, 14336, 1), (128256, 4096, 1)),
+        ):
+            name = f"quantized-linear-{kind}-k{width}-n{columns}-t{tokens}"
+            run = partial(_quantized, kind=kind, width=width, columns=columns, tokens=tokens, gated=False)
+            yield Case(name, partial(run, name=name))
+        for tokens in (1, 16):
+            name = f"quantized-gated-product-{kind}-d4096-i14336-t{tokens}"
+            run = partial(_quantized, kind=kind, width=4096, columns=2 * 14336, tokens=tokens, gated=True)
+            yield Case(name, partial(run, name=name))
     for rows, width in ((16384, 4096), (4096, 8192)):
         name = f"add-rms-norm-{rows}x{width}"
         yield Case(name, partial(_add_rms_norm, name=name, rows=rows, width=width))
@@ -122,6 +136,35 @@ def _rms_norm_gated_mlp(session: Session, *, name: str, width: int, inner: int, 
     x = randn(1, tokens, width, dtype=torch.bfloat16, device="cuda", seed=1)
     weights = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), mlp.down_proj.weight
     return _run(session, name, "rms_norm_gated_mlp", (x, norm.weight, 1e-6, *weights), model, {"input": x}, {})
+
+
+def _quantized(
+    session: Session, *, name: str, kind: Kind, width: int, columns: int, tokens: int, gated: bool
+) -> list[Record]:
+    """Against the product of the weight that was quantized by cuBLAS, and torch's of 8 and 4 bits where it has them."""
+    wide = randn(columns, width, dtype=torch.bfloat16, device="cuda") / width**0.5
+    x = randn(1, tokens, width, dtype=torch.bfloat16, device="cuda", seed=1)
+    quantized = quantize_weight(wide, kind)
+    args = (x, quantized.data, quantized.scales, quantized.zeros, kind)
+    rows = x.view(tokens, width)
+    found: dict[str, Callable[[], Tensor]] = {"cublas-bf16": lambda: F.linear(rows, wide)}
+    if kind == "int8":
+        entries = (wide / quantized.scales[:, None]).round().clamp(-127, 127).to(torch.int8)
+        scales = quantized.scales.bfloat16()
+        found["torch-int8"] = lambda: torch._weight_int8pack_mm(rows, entries, scales)
+    elif kind == "int4":
+        # Random entries: what they are does not count for the time, and torch has a layout of its own.
+        bits = torch.randint(0, 256, (columns, width // 2), dtype=torch.uint8, device="cuda")
+        with contextlib.suppress(RuntimeError):
+            packed = torch._convert_weight_to_int4pack(bits, 8)
+            both = torch.ones(width // 128, columns, 2, dtype=torch.bfloat16, device="cuda")
+            found["torch-int4"] = lambda: torch._weight_int4pack_mm(rows, packed, 128, both)
+    more: dict[str, Callable[[], object]] = {}
+    for variant, run in found.items():
+        with contextlib.suppress(RuntimeError, NotImplementedError):  # not on this device
+            run()
+            more[variant] = captured(run)
+    return _run(session, name, "quantized_gated_product" if gated else "quantized_linear", args, None, {}, more)
 
 
 def _add_rms_norm(session: Session, *, name: str, rows: int, width: int) -> list[Record]:

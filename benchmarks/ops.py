@@ -21,6 +21,7 @@ from burnish import numerics
 from burnish.hardware import device
 from burnish.numerics import randn
 from burnish.op import OPS, Op
+from burnish.quantize import Kind, dequantize, quantize_weight
 
 Arguments = tuple[Any, ...]
 Maker = Callable[[torch.dtype], Arguments]
@@ -145,6 +146,33 @@ def _gated_mlp(
     gate_bias, up_bias = (None, None) if gate_up_bias is None else gate_up_bias.chunk(2)
     hidden = _ACTIVATIONS[activation](F.linear(x, gate, gate_bias)) * F.linear(x, up, up_bias)
     return F.linear(hidden, down_weight, down_bias)
+
+
+def _quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    kind: str,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor:
+    """The weight widened to x's dtype in each call, as a model has it that stores such weights and knows no kernel."""
+    return _linear(x, dequantize(weight, scales, zeros, kind, x.dtype), bias, activation, residual)
+
+
+def _quantized_gated_product(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    kind: str,
+    bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    gate, up = F.linear(x, dequantize(gate_up_weight, scales, zeros, kind, x.dtype), bias).chunk(2, dim=-1)
+    return _ACTIVATIONS[activation](gate) * up
 
 
 def _rms_norm_linear(
@@ -315,6 +343,15 @@ def _gated_mlp_arguments(rows: int, width: int, inner: int) -> Maker:
     return arguments
 
 
+def _quantized_arguments(rows: int, k: int, n: int, kind: Kind) -> Maker:
+    def arguments(dtype: torch.dtype) -> Arguments:
+        x, weight, *_ = _linear_arguments(rows, k, n)(dtype)
+        quantized = quantize_weight(weight, kind)
+        return x, quantized.data, quantized.scales, quantized.zeros, kind
+
+    return arguments
+
+
 def _norm_linear_arguments(rows: int, k: int, n: int) -> Maker:
     def arguments(dtype: torch.dtype) -> Arguments:
         x, weight, *_ = _linear_arguments(rows, k, n)(dtype)
@@ -449,6 +486,17 @@ BENCHED: dict[str, tuple[Callable[..., object], dict[str, Maker]]] = {
     "linear_add_rms_norm": (
         _linear_add_rms_norm,
         {"m128 k1024 n1024": lambda dtype: _branch_end(128, 1024, 1024, dtype)},
+    ),
+    "quantized_linear": (
+        _quantized_linear,
+        {
+            "m1 k1024 n1536 int8": _quantized_arguments(1, 1024, 1536, "int8"),
+            "m1 k1024 n1536 int4": _quantized_arguments(1, 1024, 1536, "int4"),
+        },
+    ),
+    "quantized_gated_product": (
+        _quantized_gated_product,
+        {"t1 d1024 i2816 int4": _quantized_arguments(1, 1024, 5632, "int4")},
     ),
     "rms_norm_linear": (_rms_norm_linear, {"m1 k1024 n1536": _norm_linear_arguments(1, 1024, 1536)}),
     "rms_norm_gated_mlp": (_rms_norm_gated_mlp, {"t1 d1024 i2816": _norm_gated_mlp_arguments(1, 1024, 2816)}),

@@ -63,7 +63,7 @@ def launches(capability: int) -> Iterator[tuple[str, Any, int]]:
             for config in impl.configs(*bound):  # type: ignore[misc]
                 recorded.clear()
                 impl.fn(*bound, config=config)
-                x, data, scales, zeros, kind = args
+                x, _, scales, zeros, kind = args
                 what = f"{kind}{'' if zeros is None else ' zeros'} {tuple(scales.shape)}"
                 yield f"{name} {impl_name} {x.dtype} {tuple(x.shape)} {what} {config}", recorded[0], capability
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from burnish.kernels.decode_attention import _configs
+from burnish.kernels import decode_attention
 from burnish.kernels.launch import Config, Target
 from burnish.numerics import assert_close, oracle, randn
 from burnish.op import Sample
@@ -53,6 +53,40 @@ def test_every_split_of_every_length(config: Config, length: int) -> None:
     check(config, q, k.nan_to_num(), v.nan_to_num(), torch.tensor([length, 200 - length]), window=37)
 
 
+# With 120 keys at most: a block for each program; several blocks; more programs than blocks.
+@pytest.mark.parametrize(("block_n", "splits"), [(16, 8), (16, 3), (32, 16)])
+@pytest.mark.parametrize(("groups", "lq"), [(1, 1), (4, 1), (8, 1), (1, 2), (4, 3), (8, 4), (1, 5), (8, 5)])
+def test_rows_that_share_a_key_head(groups: int, lq: int, block_n: int, splits: int) -> None:
+    q, k, v = randn(3, groups, lq, 32, seed=0), randn(3, 1, 120, 32, seed=1), randn(3, 1, 120, 32, seed=2)
+    check(Config.of(4, 2, BLOCK_N=block_n, SPLITS=splits), q, k, v, torch.tensor([5, 40, 119]))
+
+
+@pytest.mark.parametrize("length", [0, 16, 17, 150, 300])
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_parts_are_added_up_by_chunks(chunk: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_attention, "_chunk", lambda *_: chunk)
+    q, k, v = randn(1, 4, 2, 32, seed=0), randn(1, 2, 300, 32, seed=1), randn(1, 2, 300, 32, seed=2)
+    check(Config.of(4, 2, BLOCK_N=16, SPLITS=19), q, k, v, torch.tensor(length))
+
+
+@pytest.mark.parametrize("guessed", [0, 1 << 22])
+def test_what_is_not_filled_does_not_matter(guessed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a program reads its block before it knows the length."""
+    monkeypatch.setattr(decode_attention, "_GUESSED", guessed)
+    q, k, v = randn(1, 4, 1, 32, seed=0), randn(1, 2, 100, 32, seed=1), randn(1, 2, 100, 32, seed=2)
+    config, length = Config.of(4, 2, BLOCK_N=16, SPLITS=7), torch.tensor(42)
+    expected = check(config, q, k, v, length)
+    k[:, :, 42:], v[:, :, 42:] = torch.nan, torch.inf
+    assert torch.equal(cached_attention.impls["triton"].fn(*cached_attention.bind(q, k, v, length), config), expected)
+
+
+def test_parts_fit_in_registers() -> None:
+    assert decode_attention._chunk(20, 4 * 64 * 4, 4) == 32  # all of Llama-1B's at once
+    assert decode_attention._chunk(32, 4 * 128 * 4, 4) == 32
+    assert decode_attention._chunk(64, 4 * 128 * 4, 4) == 32
+    assert decode_attention._chunk(64, 64 * 256 * 4, 4) == 1
+
+
 def test_the_counters_are_left_as_they_were() -> None:
     q, k, v = randn(1, 4, 1, 32, seed=0), randn(1, 2, 300, 32, seed=1), randn(1, 2, 300, 32, seed=2)
     config = Config.of(4, 2, BLOCK_N=16, SPLITS=7)
@@ -63,7 +97,12 @@ def test_the_counters_are_left_as_they_were() -> None:
 def test_configs_fill_the_device() -> None:
     h200 = Target((9, 0), 132)
     for pairs, most in ((8, 1024), (8, 8192), (256, 4096), (1, 100)):
-        for config in _configs(pairs, most, 128, torch.bfloat16, h200):
+        configs = decode_attention._configs(pairs, most, 128, torch.bfloat16, h200)
+        assert len(configs) <= 9
+        for config in configs:
             programs = pairs * config["SPLITS"]
-            assert programs <= max(4 * h200.num_sms, pairs)
+            assert programs <= max(4 * h200.num_sms, 8 * pairs)
             assert config["SPLITS"] == 1 or (config["SPLITS"] - 1) * config["BLOCK_N"] < most
+    one = decode_attention._configs(8, 1280, 64, torch.bfloat16, h200)[0]
+    assert one["SPLITS"] * one["BLOCK_N"] == 1280  # a block for each program, more of those than multiprocessors
+    assert decode_attention._configs(256, 4096, 128, torch.bfloat16, h200)[0]["SPLITS"] == 1

@@ -65,26 +65,24 @@ def _assert_right(result: Tensor, *args: Any) -> None:
 
 @pytest.mark.parametrize(("kind", "group", "symmetric"), KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("rows", [1, 3])
 def test_few_rows(kind: Kind, group: int, symmetric: bool, dtype: torch.dtype, rows: int) -> None:
     columns = 384 if kind == "int4" else 208  # blocks of 4 chunks: neither is whole ones
     x, weight = _tensor(rows, columns, seed=0, dtype=dtype), _weight(9, columns, kind, group, symmetric, dtype)
     bias, residual = _tensor(9, seed=2, dtype=dtype), _tensor(rows, 9, seed=3, dtype=dtype)
-    for args in ((x, *weight), (x, *weight, bias, "gelu", residual)):
-        _assert_right(quantized_gemv(*args, config=_gemv_config(rows, block_c=8)), *args)
-        _assert_right(quantized_gemv(*args, config=_gemv_config(rows)), *args)
+    for args, block_c in (((x, *weight), 4), ((x, *weight, bias, "gelu", residual), 8)):
+        _assert_right(quantized_gemv(*args, config=_gemv_config(1 if rows == 1 else 4, block_c=block_c)), *args)
 
 
 @pytest.mark.parametrize(("kind", "group", "symmetric"), KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rows", [1, 5, 16])
+@pytest.mark.parametrize("rows", [2, 16])
 def test_some_rows(kind: Kind, group: int, symmetric: bool, dtype: torch.dtype, rows: int) -> None:
     columns = 384 if kind == "int4" else 208  # 52 words: no whole blocks
     x, weight = _tensor(rows, columns, seed=0, dtype=dtype), _weight(37, columns, kind, group, symmetric, dtype)
     bias, residual = _tensor(37, seed=2, dtype=dtype), _tensor(rows, 37, seed=3, dtype=dtype)
-    for args in ((x, *weight), (x, *weight, bias, "gelu", residual)):
-        for split in (1, 2):
-            _assert_right(quantized_skinny(*args, config=_skinny_config(split)), *args)
+    for args, split in (((x, *weight), 1), ((x, *weight, bias, "gelu", residual), 2)):
+        _assert_right(quantized_skinny(*args, config=_skinny_config(split)), *args)
 
 
 @pytest.mark.parametrize(("kind", "group", "symmetric"), KINDS)
@@ -105,9 +103,9 @@ def test_gates(kind: Kind, group: int, symmetric: bool, columns: int) -> None:
 
 @pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
 def test_every_config(kind: Kind) -> None:
-    weight = _weight(150, 512, kind)
+    weight = _weight(70, 256, kind)
     for rows in (1, 6):
-        args = quantized_linear.bind(_tensor(rows, 512, seed=0), *weight, None, "silu")
+        args = quantized_linear.bind(_tensor(rows, 256, seed=0), *weight, None, "silu")
         eager, truth = quantized_linear.reference(*args), oracle(quantized_linear.reference, *args)
         for name in ("triton_gemv", "triton_skinny"):
             impl = quantized_linear.impls[name]
@@ -174,7 +172,7 @@ def test_strided_inputs_are_read_in_place() -> None:
         weight = data[10:50], scales[10:50], zeros, kind  # rows of a packed weight
         for x in (packed[..., 128:256], packed[:, :, ::3], packed.transpose(0, 1)[..., :128]):
             args = (x, *weight, bias, "silu", _tensor(40, *x.shape[:-1], seed=3).permute(1, 2, 0))
-            _assert_right(quantized_gemv(*args, config=_gemv_config(8)), *args)
+            _assert_right(quantized_gemv(*args, config=_gemv_config(8, block_n=16)), *args)
             _assert_right(quantized_skinny(*args, config=_skinny_config()), *args)
 
 

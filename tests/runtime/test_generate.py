@@ -146,8 +146,9 @@ def test_a_streamer_hears_of_every_token(pair: tuple[Any, OptimizedModule]) -> N
     _, fast = pair
 
     class Streamer:
-        heard: list[Tensor] = []
-        ended = False
+        def __init__(self) -> None:
+            self.heard: list[Tensor] = []
+            self.ended = False
 
         def put(self, tokens: Tensor) -> None:
             self.heard.append(tokens)

@@ -5,7 +5,7 @@ Results go to stdout (as JSON with `--json`), progress and errors to stderr; an 
 
 from __future__ import annotations
 
-from burnish.cli import info, model  # noqa: F401  (importing them registers their commands)
+from burnish.cli import generate, info, model  # noqa: F401  (importing them registers their commands)
 from burnish.cli.app import app, main
 
 __all__ = ["app", "main"]

@@ -24,7 +24,7 @@ from burnish.kernels.matmul import dot
 
 _FAR = 1 << 29
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # exp2(-inf - lowest) is 0 where exp2(-inf - -inf) is NaN
-_MERGED = 1 << 16  # bytes of parts that are added up at once: 128 registers of each of 128 threads
+_MERGED = 512  # bytes of parts that a thread adds up at once: 128 registers
 _GUESSED = 1 << 22  # bytes of a cache that is read to its end sooner than its length is known
 _AHEAD = 1 << 24  # bytes that are asked for before the kernel ahead is done: a third of the L2 cache of an H100
 
@@ -80,24 +80,26 @@ def _add_block(
 
 @triton.jit
 def _merge(
-    acc, row_max, row_sum, parts, maxima, sums, first, used, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr,
-    CHUNK: tl.constexpr,
+    acc, row_max, row_sum, parts, maxima, sums, first, used, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Adds parts `first` to `first` + CHUNK, of which there are `used` in all, to those before; all loads at once."""
-    other, row, column = first + tl.arange(0, CHUNK), tl.arange(0, ROWS), tl.arange(0, BLOCK_DV)
-    line = other[:, None] * ROWS + row[None, :]
-    there = (other < used)[:, None] & (row >= 0)[None, :]
+    # Rows come first, so that Triton gives those, not splits, to a warp's threads: each thread then adds up alone.
+    row, other, column = tl.arange(0, ROWS)[:, None], (first + tl.arange(0, CHUNK))[None, :], tl.arange(0, BLOCK_DV)
+    there = (other < used) & (row >= 0)
     # Past L1, in which there may be what an earlier launch of this multiprocessor read there.
-    accs = tl.load(
-        parts + line[:, :, None] * BLOCK_DV + column[None, None, :], mask=there[:, :, None], other=0.0,
-        cache_modifier=".cg",
-    )  # fmt: skip
+    line = row * SPLITS + other
     their_max = tl.load(maxima + line, mask=there, other=_LOWEST, cache_modifier=".cg")
     their_sum = tl.load(sums + line, mask=there, other=0.0, cache_modifier=".cg")
-    new_max = tl.maximum(row_max, tl.max(their_max, 0))
-    grow, shrink = tl.math.exp2(their_max - new_max[None, :]), tl.math.exp2(row_max - new_max)
-    row_sum = row_sum * shrink + tl.sum(their_sum * grow, 0)
-    return acc * shrink[:, None] + tl.sum(accs * grow[:, :, None], 0), new_max, row_sum
+    accs = tl.load(
+        parts + (other * ROWS + row)[:, :, None] * BLOCK_DV + column[None, None, :], mask=there[:, :, None], other=0.0,
+        cache_modifier=".cg",
+    )  # fmt: skip
+    tl.debug_barrier()  # no load is put off until a maximum is there
+    new_max = tl.maximum(row_max, tl.max(their_max, 1))
+    grow, shrink = tl.math.exp2(their_max - new_max[:, None]), tl.math.exp2(row_max - new_max)
+    row_sum = row_sum * shrink + tl.sum(their_sum * grow, 1)
+    return acc * shrink[:, None] + tl.sum(accs * grow[:, :, None], 1), new_max, row_sum
 
 
 @triton.jit
@@ -114,7 +116,7 @@ def _write(
 
 @triton.jit(do_not_specialize=["lq", "most", "window", "groups"])
 def decode_attention_kernel(
-    q, k, v, out, padding, lengths, parts, counter, heads, lq, most, window, scale, groups, stride_qb, stride_qh,
+    q, k, v, out, padding, lengths, parts, counter, lq, most, window, scale, groups, stride_qb, stride_qh,
     stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_pb, stride_pn, stride_length,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
     KEPT: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, ONE: tl.constexpr, SINGLE: tl.constexpr,
@@ -123,13 +125,15 @@ def decode_attention_kernel(
 ):  # fmt: skip
     """Every SPLITS-th block of the keys of one key head.
 
-    `parts` is float32: for each batch, key head and split KEPT rows of BLOCK_DV, then for each KEPT maxima, then sums.
+    `parts` is float32: for each batch, key head and split KEPT rows of BLOCK_DV; then for each batch, key head
+    and row SPLITS maxima; then as many sums.
     SINGLE: a program has one block at most. GUESS: that block is read, in any case, before the length is known.
     """
     launch_dependents(PDL)
-    key_heads = heads // groups
-    pair, split = tl.program_id(0), tl.program_id(1)
-    batch, key_head = (pair // key_heads).to(tl.int64), (pair % key_heads).to(tl.int64)
+    batch, split, key_head = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    pair, heads = batch * tl.num_programs(2) + key_head, groups * tl.num_programs(2)
+    if ONE:
+        lq = 1  # no division by it is left
     k += batch * stride_kb + key_head * stride_kh
     v += batch * stride_vb + key_head * stride_vh
     lengths += batch * stride_length
@@ -150,11 +154,12 @@ def decode_attention_kernel(
     # Volatile, so that no compiler takes it to be the load above.
     length = tl.minimum(tl.load(lengths, volatile=True).to(tl.int32), most)
     first, blocks = _first_and_stop(length, split, lq, window, BLOCK_N, WINDOW)
-    row = tl.arange(0, ROWS)
-    head, query, column = key_head * groups + row // lq, row % lq, tl.arange(0, BLOCK_D)
-    q_rows = q + batch * stride_qb + head.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qm
-    inside = (row < groups * lq)[:, None]
-    queries = tl.load(q_rows[:, None] + column[None, :], mask=inside & (column < D)[None, :], other=0.0)
+    row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    # The last row fills up those that do not exist: no mask would be kept, or spilled, from here to the last store.
+    there = tl.minimum(row, groups * lq - 1)
+    head, query = key_head * groups + there // lq, there % lq
+    q_rows = (q + batch * stride_qb + head * stride_qh + query.to(tl.int64) * stride_qm)[:, None] + column[None, :]
+    queries = tl.load(q_rows, mask=None if BLOCK_D == D else (column < D)[None, :])
     last = length - lq + query  # the position of each row's query: the last key that it sees
     padding += batch * stride_pb
 
@@ -165,11 +170,12 @@ def decode_attention_kernel(
         # Without a loop nothing goes round by asynchronous copies: all of it is asked for first, then waited for.
         key = first + tl.arange(0, BLOCK_N)
         bound = most if GUESS else length
-        keys = _rows(k, key, stride_kn, bound, D, BLOCK_D)
-        values = _rows(v, key, stride_vn, bound, DV, BLOCK_DV)
         real = key
         if PADDED:
             real = tl.load(padding + key * stride_pn, mask=key < bound, other=0)
+        # Keys come last: Triton has them go to shared memory at once, and no later load is issued before they have.
+        values = _rows(v, key, stride_vn, bound, DV, BLOCK_DV)
+        keys = _rows(k, key, stride_kn, bound, D, BLOCK_D)
         if GUESS:
             values = tl.where((key < length)[:, None], values, 0.0)  # a weight of 0 does not rid it of a NaN
         acc, row_max, row_sum = _add_block(
@@ -196,12 +202,12 @@ def decode_attention_kernel(
             _write(acc, row_sum, out, batch, key_head, heads, groups, lq, ROWS, DV, BLOCK_DV)
     elif split < used:
         LINES: tl.constexpr = SPLITS * KEPT  # of a pair
-        pairs, of_pair = tl.num_programs(0).to(tl.int64), pair.to(tl.int64) * LINES
+        pairs, of_pair = tl.num_programs(0).to(tl.int64) * tl.num_programs(2), pair * LINES
         maxima = parts + pairs * LINES * BLOCK_DV + of_pair
         sums = maxima + pairs * LINES
         parts += of_pair * BLOCK_DV
-        line, kept = split * KEPT + row, row < KEPT
-        to = parts + line[:, None] * BLOCK_DV + tl.arange(0, BLOCK_DV)[None, :]
+        kept, line = row < KEPT, row * SPLITS + split
+        to = parts + (split * KEPT + row)[:, None] * BLOCK_DV + tl.arange(0, BLOCK_DV)[None, :]
         tl.store(to, acc, mask=kept[:, None])
         tl.store(maxima + line, row_max, mask=kept)
         tl.store(sums + line, row_sum, mask=kept)
@@ -212,12 +218,12 @@ def decode_attention_kernel(
             largest, weight = tl.full((KEPT,), _LOWEST, tl.float32), tl.zeros((KEPT,), tl.float32)
             if CHUNK >= SPLITS:
                 total, largest, weight = _merge(
-                    total, largest, weight, parts, maxima, sums, 0, used, KEPT, BLOCK_DV, CHUNK
+                    total, largest, weight, parts, maxima, sums, 0, used, SPLITS, KEPT, BLOCK_DV, CHUNK
                 )
             else:
                 for chunk in range(0, used, CHUNK):
                     total, largest, weight = _merge(
-                        total, largest, weight, parts, maxima, sums, chunk, used, KEPT, BLOCK_DV, CHUNK
+                        total, largest, weight, parts, maxima, sums, chunk, used, SPLITS, KEPT, BLOCK_DV, CHUNK
                     )
             _write(total, weight, out, batch, key_head, heads, groups, lq, KEPT, DV, BLOCK_DV)
 
@@ -231,19 +237,22 @@ def decode_configs(q: Tensor, k: Tensor, v: Tensor) -> list[Config]:
 def _configs(pairs: int, most: int, width: int, dtype: torch.dtype, target: Target) -> list[Config]:
     if dtype == torch.float32:
         shapes = [(32, 4, 2)]
+    elif width <= 64:
+        shapes = [(64, 4, 4), (128, 4, 3), (64, 2, 4), (32, 4, 4)]
+    elif width <= 128:
+        shapes = [(64, 4, 4), (128, 4, 2), (32, 4, 4)]  # two programs fit on a multiprocessor of sm_90
     else:
-        shapes = [(64, 4, 4), (128, 4, 3), (32, 4, 4)] if width <= 128 else [(32, 4, 3), (64, 8, 2)]
-    # Two programs for each multiprocessor; with fewer pairs than there are of those, no split is better than eight.
-    waves = (2, 1, 4) if pairs < target.num_sms else (2, 4, 8)
+        shapes = [(32, 4, 3), (64, 8, 2)]
+    waves = (2, 1, 4) if pairs < target.num_sms else (2, 4, 8)  # programs for each multiprocessor
     configs = []
     for n, warps, stages in shapes:
         blocks = -(-most // n)
         for wave in waves:
             splits = min(blocks, max(1, wave * target.num_sms // pairs), 64)
             if 16 < splits < blocks:
-                splits -= splits % 16  # parts are added up by powers of two
+                splits -= splits % 16  # a power of two of parts is added up at once
             configs.append(Config.of(warps, stages, BLOCK_N=n, SPLITS=splits))
-    return list(dict.fromkeys(configs))
+    return list(dict.fromkeys(configs))[:9]
 
 
 def decode_attention(
@@ -277,18 +286,18 @@ def decode_attention(
     single = splits * block_n >= most
     position_bytes = pairs * (d + dv) * q.element_size()
     launch(
-        decode_attention_kernel, (pairs, splits), q, k, v, out, padding, lengths, parts, counter, heads, lq, most,
+        decode_attention_kernel, (batch, splits, key_heads), q, k, v, out, padding, lengths, parts, counter, lq, most,
         _FAR if window is None else min(window, _FAR), (d**-0.5 if scale is None else scale) * math.log2(math.e),
         groups, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *steps, 0 if lengths.numel() == 1 else
         lengths.stride(0), config=config, like=q, D=d, DV=dv, BLOCK_D=padded(d), BLOCK_DV=block_dv, ROWS=max(16, kept),
         KEPT=kept, PADDED=key_padding_mask is not None, WINDOW=window is not None, ONE=lq == 1, SINGLE=single,
         GUESS=single and window is None and position_bytes * most <= _GUESSED,
         AHEAD=1 if single else max(1, min(4, _AHEAD // (position_bytes * splits * block_n))),
-        CHUNK=_chunk(splits, kept * block_dv * 4),
+        CHUNK=_chunk(splits, kept * block_dv * 4, config.num_warps),
     )  # fmt: skip
     return out.transpose(1, 2)
 
 
-def _chunk(splits: int, part: int) -> int:
-    """How many parts of so many bytes are added up at once, a power of two."""
-    return min(triton.next_power_of_2(splits), max(1, _MERGED // part))
+def _chunk(splits: int, part_bytes: int, warps: int) -> int:
+    """How many parts are added up at once, a power of two."""
+    return min(triton.next_power_of_2(splits), max(1, _MERGED * 32 * warps // part_bytes))

@@ -39,8 +39,7 @@ def _load_logits(logits, token, size):
 
 @triton.jit
 def _ordered(x):
-    """Unsigned integers in the order of the numbers; of -0.0 and 0.0 the same."""
-    x = tl.where(x == 0, 0.0, x)
+    """Unsigned integers in the order of the numbers; of 0.0 and -0.0, which is not below 0, the same."""
     bits = x.to(tl.uint32, bitcast=True)
     return tl.where(x < 0, ~bits, bits | 0x80000000)
 
@@ -77,7 +76,7 @@ def _is_last(counter, programs):
     tl.debug_barrier()  # one thread counts for all of them: their stores have to come before
     last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == programs - 1
     if last:
-        tl.store(counter, 1)  # as the next launch wants it
+        tl.store(counter, 0)  # as the next launch wants it
     return last
 
 

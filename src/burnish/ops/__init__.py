@@ -23,6 +23,7 @@ from burnish.ops.rms_norm_linear import rms_norm_linear
 from burnish.ops.rope import rope
 from burnish.ops.rope_append import rope_append
 from burnish.ops.rope_qk import rope_qk
+from burnish.ops.rope_tables import rope_tables
 from burnish.ops.sample_token import sample_token
 
 __all__ = [
@@ -47,5 +48,6 @@ __all__ = [
     "rope",
     "rope_append",
     "rope_qk",
+    "rope_tables",
     "sample_token",
 ]

@@ -8,13 +8,14 @@ from burnish.rewrites.raise_attention import ATTENTION
 from burnish.rewrites.raise_linear import LINEAR
 from burnish.rewrites.raise_norm import NORM
 from burnish.rewrites.raise_rope import ROPE
+from burnish.rewrites.raise_rope_tables import ROPE_TABLES
 from burnish.rewrites.rewrite import GraphPass, Outcome, Rewrite, apply
 from burnish.rewrites.share_masks import read_boolean_masks, read_integer_masks, share_padding_masks
 
 # Ops lay their results out so that copies made after them are none: a second cleaning finds those.
 _CLEAN = GraphPass("no-ops removed", lambda graph_module: Outcome(clean(graph_module)))
 
-RAISE: list[Rewrite | GraphPass] = [*LINEAR, *NORM, *ROPE, *ATTENTION, _CLEAN]
+RAISE: list[Rewrite | GraphPass] = [*LINEAR, *NORM, *ROPE, *ROPE_TABLES, *ATTENTION, _CLEAN]
 FUSE: list[Rewrite | GraphPass] = [
     *_FUSE,
     GraphPass("rope_append", fuse_rope_append),

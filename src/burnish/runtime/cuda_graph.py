@@ -177,8 +177,8 @@ class CapturedCall:
             elif self._addresses != (addresses := [tensor.data_ptr() for tensor in given]):
                 if not self._buffers or self._donated_moved(addresses):
                     self._capture(given, on_buffers=True)
-                copied = [pair for pair, own in zip(zip(self._buffers, given), self._donated) if not own]
-                torch._foreach_copy_(*map(list, zip(*copied, strict=True)))
+                copied = [i for i, own in enumerate(self._donated) if not own]
+                torch._foreach_copy_([self._buffers[i] for i in copied], [given[i] for i in copied])
             assert self._graph is not None
             self.pool.used(self)
             self._graph.replay()

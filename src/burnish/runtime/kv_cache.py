@@ -19,11 +19,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from burnish.runtime.module import State
 
-
 _TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
 
 
-class KVCache(Cache, State):  # type: ignore[misc]  # transformers is untyped
+class KVCache(Cache, State):
     """A static cache for one batch.
 
     A Hugging Face model takes it as `past_key_values`, whether optimized or not. An optimized one fills it in place and
@@ -132,7 +131,7 @@ class KVCache(Cache, State):  # type: ignore[misc]  # transformers is untyped
         return self.max_length
 
 
-class _Layer(CacheLayerMixin):  # type: ignore[misc]
+class _Layer(CacheLayerMixin):
     is_sliding = False  # a window is the attention's business: all positions are kept
     is_compileable = True  # to Hugging Face: a mask is needed even for one token, because not all positions are filled
 

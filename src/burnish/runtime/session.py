@@ -1,0 +1,206 @@
+"""`Session`: the memory of a batch that is generated, and the step on it; on CUDA each step is one graph.
+
+A step takes the last token, appends to the cache, samples the next token and writes it where the one after it will be
+read: the host launches steps and waits for none of them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from burnish import ops
+from burnish.op import Op
+from burnish.prepare import GraphEntry, PlainEntry
+from burnish.runtime.cuda_graph import GraphMemory
+from burnish.runtime.kv_cache import KVCache
+from burnish.runtime.module import STALE, OptimizedModule
+from burnish.tuning import Tuner
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: arguments of the Ops `sample_token` and `penalize_repetition`."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    eos: tuple[int, ...] = ()
+    pad: int = 0
+
+    @classmethod
+    def of(cls, config: Any) -> Sampling:
+        """That of a Hugging Face GenerationConfig."""
+        eos = config.eos_token_id
+        eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        pad = config.pad_token_id if config.pad_token_id is not None else next(iter(eos), 0)
+        penalty = 1.0 if config.repetition_penalty is None else config.repetition_penalty
+        if not config.do_sample:
+            return cls(repetition_penalty=penalty, eos=eos, pad=pad)
+        given = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        given = {name: value for name, value in given.items() if value is not None}
+        return cls(True, **given, repetition_penalty=penalty, eos=eos, pad=pad)
+
+
+class Session:
+    """The memory of one batch that is generated, and the step on it; it serves one prompt after another.
+
+    Attributes:
+        cache: the keys and values so far.
+        sequences: (batch, max length) int64, prompt and new tokens.
+        finished: (batch,) bool, rows that have ended.
+    """
+
+    def __init__(self, model: OptimizedModule, batch: int, max_length: int, padded: bool, sampling: Sampling) -> None:
+        self.model, self.sampling = model, sampling
+        self.cache = KVCache.of(model, batch, max_length)
+        device = self.cache.lengths.device
+        self.sequences = torch.zeros(batch, max_length, dtype=torch.int64, device=device)
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.seed = torch.zeros((), dtype=torch.int64, device=device)
+        self._eos = torch.tensor(sampling.eos, dtype=torch.int64, device=device)
+        self._token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        # With left padding only: which positions are real, where rows begin, and the position of the next token.
+        self._mask = torch.ones(batch, max_length, dtype=torch.int64, device=device) if padded else None
+        self._start = torch.zeros(batch, dtype=torch.int64, device=device) if padded else None
+        self._position = torch.zeros(batch, 1, dtype=torch.int64, device=device) if padded else None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._memory: GraphMemory | None = None
+        self._logits: Tensor | None = None  # what the graph leaves there
+        self._entry: Any = None
+        self._functions: dict[str, Callable[..., Any]] = {}
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, seed: int) -> Tensor:
+        """Runs the prompt and chooses the first token. Returns the logits that it was chosen from, (batch, vocab)."""
+        self.cache.reset()
+        self.finished.zero_()
+        self.seed.fill_(seed)
+        length = input_ids.shape[1]
+        self.sequences[:, :length] = input_ids
+        call: dict[str, Any] = {"input_ids": input_ids, "past_key_values": self.cache, "use_cache": True}
+        if self._mask is not None and self._start is not None and self._position is not None:
+            assert attention_mask is not None
+            self._mask.fill_(1)
+            self._mask[:, :length] = attention_mask
+            self._start.copy_(length - attention_mask.sum(dim=1))
+            self._position[:, 0] = attention_mask.sum(dim=1)
+            positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+            call |= {"attention_mask": attention_mask, "position_ids": positions}
+        if "logits_to_keep" in self.model._names:
+            call["logits_to_keep"] = 1
+        logits: Tensor = self.model(**call).logits[:, -1]
+        self._choose(logits)
+        return logits
+
+    def step(self) -> Tensor:
+        """Runs one token and chooses the next. Returns the logits, which the next step may overwrite."""
+        self.cache.check_room(1)
+        logits = self._replayed() if self._token.is_cuda else self._run()
+        self.cache.filled += 1
+        return logits
+
+    def _replayed(self) -> Tensor:
+        if self._graph is None or self._moved():
+            self._prepare()
+        if self._graph is None:  # it cannot be captured
+            return self._run()
+        self._graph.replay()
+        assert self._logits is not None
+        return self._logits
+
+    def _moved(self) -> bool:
+        return isinstance(self._entry, PlainEntry) and self._entry.places.read() is None
+
+    def _prepare(self) -> None:
+        """Captures a step, where it can be."""
+        self._graph, self._entry = None, self._entry_of_step()
+        if not isinstance(self._entry, PlainEntry):
+            return
+        self._memory = self._memory or GraphMemory()
+        saved = [(t, t.clone()) for t in self._changed()]
+        try:
+            self._run()  # compiles and loads what a capture must not
+            for tensor, before in saved:
+                tensor.copy_(before)
+            self._graph, self._logits = self._memory.capture(self._run)
+        except RuntimeError as error:
+            warnings.warn(f"generate: the steps are not captured: {str(error).splitlines()[0]}", stacklevel=2)
+            for tensor, before in saved:
+                tensor.copy_(before)
+
+    def _changed(self) -> list[Tensor]:
+        """What a step changes that a second run would change again."""
+        counters = [self.cache.lengths, self._token, self.finished, self.sequences]
+        return counters if self._position is None else [*counters, self._position]
+
+    def _call(self) -> dict[str, Any]:
+        call = {"input_ids": self._token, "past_key_values": self.cache, "use_cache": True}
+        if self._mask is not None:
+            call |= {"attention_mask": self._mask, "position_ids": self._position}
+        return call
+
+    def _entry_of_step(self) -> Any:
+        """What serves a step: chosen and verified as for any call."""
+        model = self.model
+        call = model._call((), self._call())
+        key = None if call is None else model._key(call, differentiable=False)
+        if call is None or key is None:
+            return None
+        if key not in model._entries:
+            model._make_entry(key, call, differentiable=False)
+        entry = model._entries[key]
+        if entry(call) is STALE:
+            return None
+        return entry.plain if isinstance(entry, GraphEntry) else entry
+
+    def _run(self) -> Tensor:
+        if self._entry is None:
+            self._entry = self._entry_of_step()
+        call = self._call()
+        if isinstance(self._entry, PlainEntry):
+            flat = self.model._call((), call)
+            assert flat is not None
+            result = self._entry.unflatten(self._entry.run(flat.leaves))
+        else:
+            result = self.model._original(**call)
+        logits: Tensor = self.cache.put_into(result).logits
+        self.cache.lengths.add_(1)
+        if self._position is not None:
+            self._position.add_(1)
+        logits = logits[:, -1]
+        self._choose(logits)
+        return logits
+
+    def _choose(self, logits: Tensor) -> None:
+        """The next token, at the place behind what is filled."""
+        how, filled = self.sampling, self.cache.lengths
+        if how.repetition_penalty != 1.0:
+            penalized = (logits, self.sequences, filled, how.repetition_penalty, self._start)
+            logits = self._fastest(ops.penalize_repetition, *penalized)
+        drawn = (logits, self.seed, filled, how.temperature, how.top_k, how.top_p, how.min_p, how.do_sample)
+        token = self._fastest(ops.sample_token, *drawn)
+        if how.eos:
+            token = torch.where(self.finished, how.pad, token)
+            self.finished |= torch.isin(token, self._eos)
+        self._token.copy_(token[:, None])
+        self.sequences.index_copy_(1, filled.reshape(1), self._token)
+
+    def _fastest(self, op: Op, *args: Any) -> Any:
+        """The Op by the Impl that is fastest here: all its calls are alike."""
+        if op.name not in self._functions:
+            tuner: Tuner = self.model.schedule.tuner  # type: ignore[attr-defined]  # a Resolver is a Schedule here
+            chosen = tuner.choose(op, args, budget_us=Tuner.FIRST_BUDGET_US, thorough=True)
+            self._functions[op.name], _ = chosen
+        return self._functions[op.name](*args)
+
+    def finish_rows(self, rows: Sequence[int]) -> None:
+        """These rows have ended, for a reason that only the host sees."""
+        self.finished[list(rows)] = True

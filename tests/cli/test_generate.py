@@ -1,0 +1,178 @@
+"""`burnish generate` on a tiny Llama with a tokenizer, and on a preset without one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from burnish.cli import app
+from burnish.cli.generate import _Asked, _Stream, _weights_of_a_step
+from burnish.hardware import Rates
+from tests.cli.running import fails, run_json
+from tests.zoo.hugging_face import needs
+
+pytestmark = needs("transformers")[0]
+
+PROMPTS = ("Once upon a time", "Hello, wörld")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Llama whose vocabulary is the 256 bytes."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("llama")
+    words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    sizes = {"vocab_size": len(words), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**heads, **sizes, eos_token_id=1, bos_token_id=0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[list[int]]:
+    """Hugging Face's eight greedy tokens after each prompt."""
+    import transformers
+
+    original = transformers.AutoModelForCausalLM.from_pretrained(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    rows = (tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in PROMPTS)
+    return [original.generate(ids, max_new_tokens=8)[0, ids.shape[1] :].tolist() for ids in rows]
+
+
+@pytest.fixture(autouse=True)
+def rates(monkeypatch: pytest.MonkeyPatch, untimed: None) -> None:
+    monkeypatch.setattr("burnish.hardware._remembered", {})
+    monkeypatch.setattr("burnish.hardware._measure", lambda target: Rates(10.0, {"float32": 50.0}, "2026-01-01"))
+
+
+def generated(*args: str) -> tuple[str, str]:
+    """What the command writes to stdout and to stderr."""
+    result = CliRunner().invoke(app, ["generate", *args, "--device", "cpu"], catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout, result.stderr
+
+
+def decoded(model: Path, tokens: list[int]) -> str:
+    import transformers
+
+    return str(transformers.AutoTokenizer.from_pretrained(model).decode(tokens, skip_special_tokens=True))
+
+
+def test_text_comes_on_stdout_and_the_speed_on_stderr(model: Path, expected: list[list[int]]) -> None:
+    text, said = generated(str(model), "--prompt", PROMPTS[0], "--max-new-tokens", "8")
+    assert text == decoded(model, expected[0]) + "\n"
+    for part in ("8 tokens; the first after ", " tokens per second: ", " a step", "of weights at 10 GB/s takes "):
+        assert part in said
+    assert "seed" not in said
+    assert generated(str(model), "--prompt", PROMPTS[0], "--max-new-tokens", "8", "--no-stream")[0] == text
+
+
+def test_prompts_of_different_lengths_as_json(model: Path, expected: list[list[int]]) -> None:
+    data = run_json("generate", str(model), *(f"--prompt={p}" for p in PROMPTS), "--max-new-tokens", "8")
+    assert [row["prompt"] for row in data["rows"]] == list(PROMPTS)
+    assert [row["tokens"] for row in data["rows"]] == expected
+    assert [row["text"] for row in data["rows"]] == [decoded(model, tokens) for tokens in expected]
+    assert data["prompt_tokens"] == len(PROMPTS[0])
+    assert data["share_of_floor"] == pytest.approx(data["floor_us"] / data["step_us"])
+    assert data["tokens_per_second"] == pytest.approx(2e6 / data["step_us"])
+    assert data["floor_us"] == pytest.approx(data["weights_bytes"] / 10e3)
+
+
+def test_a_seed_draws_the_same_text_again(model: Path) -> None:
+    args = (str(model), "--prompt", "Hi", "--max-new-tokens", "8", "--sample", "--top-k", "200", "--temperature", "3")
+    text, said = generated(*args, "--seed", "5")
+    assert "\nseed 5\n" in said
+    assert generated(*args, "--seed", "5")[0] == text
+    assert generated(*args, "--seed", "6")[0] != text
+
+
+def test_a_row_ends_at_its_stop_string(model: Path, expected: list[list[int]]) -> None:
+    data = run_json("generate", str(model), "--prompt", PROMPTS[0], "--stop", decoded(model, expected[0])[2:4])
+    (row,) = data["rows"]
+    assert row["tokens"] == expected[0][: len(row["tokens"])]
+    assert row["text"].endswith(decoded(model, expected[0])[2:4])
+
+
+def test_what_is_left_to_hugging_face_is_said(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "beams"
+    folder.mkdir()
+    for file in model.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"no_repeat_ngram_size": 3}))
+    _, said = generated(str(folder), "--prompt", "Hi", "--max-new-tokens", "4")
+    assert said.count("generate: left to Hugging Face, because of no_repeat_ngram_size=3\n") == 1
+
+
+def test_a_preset_goes_on_from_made_up_tokens() -> None:
+    text, said = generated("gpt2", "--layers", "1", "--seq", "6", "--batch", "2", "--max-new-tokens", "3")
+    first, *ids, second, more = text.replace("\n\n", "\n").splitlines()
+    assert (first, second) == ("--- 1", "--- 2")
+    assert [len(line.split()) for line in (*ids, more)] == [3, 3]
+    assert "6 tokens in 2 rows; " in said
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("gpt2", "--prompt", "Hi"), "--prompt: gpt2 has random weights and no tokenizer; use a folder or a hub id"),
+        (("factory:alone", "--prompt", "Hi"), "there is no tokenizer for factory:alone"),
+        (("gpt2", "--stop", "x"), "--stop: made-up tokens have no text to find it in; give a --prompt"),
+        (("gpt2", "--greedy", "--top-k", "3"), "--top-k is for tokens that are drawn"),
+        (("some/model", "--prompt", "Hi", "--batch", "2"), "--batch is of made-up tokens, and each prompt is a row"),
+        (("some/model", "--prompt", "Hi", "--seq", "2"), "--seq is of made-up tokens, and a prompt has a length"),
+        (("some/model", "--prompt", ""), "an empty text will not do"),
+        (("gpt2", "--max-new-tokens", "0"), "--max-new-tokens"),
+        (("gpt2", "--layers", "1", "--seq", "1000"), "gpt2 has positions for 1024 tokens and the prompt takes 1000"),
+        (("factory:block",), "factory:block: Block is no Hugging Face model; only those generate here"),
+        (("t5-small", "--layers", "1"), "t5-small: T5ForConditionalGeneration has an encoder; only decoders"),
+        (("bert-base", "--layers", "1"), "bert-base: BertModel does not generate text"),
+    ],
+)
+def test_what_cannot_be_generated_is_an_error_of_one_line(args: tuple[str, ...], said: str) -> None:
+    assert said in fails("generate", *args)
+
+
+def test_a_folder_without_a_tokenizer(model: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((model / name).read_bytes())
+    assert "has no tokenizer that can be loaded" in fails("generate", str(tmp_path), "--prompt", "Hi")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_step_reads_no_table_of_embeddings_but_the_heads(tied: bool) -> None:
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=1, tie_word_embeddings=tied)
+    model = transformers.GPT2LMHeadModel(config)
+    looked_up = [model.transformer.wpe.weight] + ([] if tied else [model.transformer.wte.weight])
+    every = sum(p.numel() for p in model.parameters())
+    assert _weights_of_a_step(model) == 4 * (every - sum(p.numel() for p in looked_up))
+    model.config.num_experts = 4
+    assert _weights_of_a_step(model) is None
+
+
+def test_a_stream_prints_nothing_behind_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    asked: Any = _Asked(torch.zeros(1, 2), None, None, None, {}, 0, False, eos=(7,), stop=())
+    stream = _Stream(asked)
+    for tokens in (torch.zeros(1, 2, dtype=torch.int64), *torch.tensor([[3], [7], [0], [0]])):
+        stream.put(tokens)
+    stream.end()
+    assert capsys.readouterr().out == "3 7 \n"
+    assert stream.tokens == [3, 7]
+    first, step = stream.times_us()
+    assert first > 0
+    assert step is not None

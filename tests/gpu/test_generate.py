@@ -1,0 +1,83 @@
+"""Generation on a GPU: captured steps give Hugging Face's tokens, and hold the memory that they began with."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import burnish
+from tests.runtime.test_generate import FAMILIES, VOCABULARY, built, left_padded, prompt
+
+pytestmark = pytest.mark.gpu
+
+
+def fast_and_eager(family: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    model = built(FAMILIES[family]).to("cuda", dtype)
+    return burnish.optimize(copy.deepcopy(model), cache="off"), model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_in_float32_are_hugging_faces(family: str) -> None:
+    fast, model = fast_and_eager(family, torch.float32)
+    ids, mask = (t.cuda() for t in left_padded(prompt()))
+    plain = prompt().cuda()
+    assert torch.equal(fast.generate(plain, max_new_tokens=200), model.generate(plain, max_new_tokens=200))
+    padded = {"attention_mask": mask, "max_new_tokens": 100}
+    assert torch.equal(fast.generate(ids, **padded), model.generate(ids, **padded))
+    assert fast.__dict__["_session"][1]._graph is not None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_in_bfloat16_are_the_largest_within_rounding(family: str) -> None:
+    fast, model = fast_and_eager(family, torch.bfloat16)
+    out = fast.generate(prompt().cuda(), max_new_tokens=150)
+    logits = model.double()(out).logits[:, 11:-1]
+    chosen = logits.gather(-1, out[:, 12:, None])[..., 0]
+    spread = logits.std()
+    assert ((logits.amax(-1) - chosen) < 0.05 * spread).all()
+
+
+def test_rows_end_and_the_host_learns_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    fast, model = fast_and_eager("llama", torch.float32)
+    ids = prompt().cuda()
+    eos = int(model.generate(ids, max_new_tokens=30)[0, 20])
+    expected = model.generate(ids, max_new_tokens=300, eos_token_id=[eos, 96, 95, 94])
+    assert torch.equal(fast.generate(ids, max_new_tokens=300, eos_token_id=[eos, 96, 95, 94]), expected)
+
+
+def test_sampling_draws_from_the_models_distribution() -> None:
+    fast, model = fast_and_eager("llama", torch.float32)
+    ids = prompt(1).cuda().expand(512, -1).contiguous()
+    first = fast.generate(ids, max_new_tokens=2, do_sample=True, top_k=0, temperature=0.05, seed=1)[:, 12]
+    expected = (model(ids[:1]).logits[0, -1] / 0.05).softmax(-1) * 512
+    found = torch.bincount(first, minlength=VOCABULARY).float()
+    enough = expected > 5
+    chi2 = ((found - expected)[enough] ** 2 / expected[enough]).sum()
+    assert chi2 < 3 * max(int(enough.sum()), 3)
+
+
+def test_two_thousand_tokens_hold_the_memory() -> None:
+    fast, _ = fast_and_eager("llama", torch.bfloat16)
+    ids = prompt(1).cuda()
+    fast.generate(ids, max_new_tokens=2000)
+    before = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+    fast.generate(ids, max_new_tokens=2000)
+    assert (torch.cuda.memory_reserved(), torch.cuda.memory_allocated()) <= before
+
+
+def test_a_cache_elsewhere_is_captured_anew() -> None:
+    fast, model = fast_and_eager("llama", torch.float32)
+    ids = prompt(length=20).cuda()
+    expected = model(ids).logits
+    from burnish.runtime.kv_cache import KVCache
+
+    caches = [KVCache.of(model, 2, 32) for _ in range(2)]
+    for cache in caches:
+        fast(input_ids=ids[:, :17], past_key_values=cache)
+    for i in range(17, 20):
+        for cache in caches:
+            logits = fast(input_ids=ids[:, i : i + 1], past_key_values=cache).logits
+            torch.testing.assert_close(logits[:, 0], expected[:, i], rtol=1e-4, atol=1e-4)
