@@ -2,8 +2,8 @@
 
 Run as `python -m tests.kernels.aot [--everything] OP...` in a process of its own: the kernels must not be decorated for
 the interpreter. Prints one JSON list of what was compiled; `--rows N...` instead what `kernels_for_rows`
-finds, `--barriers` and `--shared-attention` what `barriers` and `shared_attention` do, `--vocabularies` what
-`full_vocabularies` does.
+finds, `--barriers`, `--shared-attention`, `--finishing` and `--vocabularies` what `barriers`, `shared_attention`,
+`finishing` and `full_vocabularies` do.
 """
 
 from __future__ import annotations
@@ -237,6 +237,30 @@ def shared_attention(everything: bool) -> list[dict[str, Any]]:
     return [compile_launch(launch, 90) | _synchronization(launch) for launch in launches]
 
 
+def finishing(everything: bool) -> list[dict[str, Any]]:
+    """What `compile_launch` and `barriers` say of products whose tiles a team of its own finishes, with each config of
+    it, with bias and residual and without; with `everything`, each activation also where columns are not aligned."""
+    from burnish.kernels.launch import Launch, Target, recording
+    from burnish.kernels.matmul_configs import Product
+    from burnish.kernels.matmul_wgmma import matmul_wgmma
+    from burnish.kernels.matmul_wgmma_configs import finishes, matmul_wgmma_configs
+
+    activations, widths = ("gelu",), (3072,)
+    if everything:
+        activations, widths = ("none", "relu", "gelu", "gelu_tanh", "silu", "tanh"), (3072, 450)
+    launches: list[Launch] = []
+    target, dtype = Target((9, 0), SMS[90]), torch.float16
+    with recording(launches.append, target):
+        for activation, columns, gated in itertools.product(activations, widths, (False, True)):
+            height = columns * (2 if gated else 1)
+            x, weight = (torch.zeros(rows, 768, dtype=dtype) for rows in (4096, height))
+            bias, residual = torch.zeros(height, dtype=dtype), torch.zeros(4096, columns, dtype=dtype)
+            for config in filter(finishes, matmul_wgmma_configs(Product(4096, columns, 768, dtype, target, gated))):
+                for optional in ((bias, activation, residual), (None, activation, None)):
+                    matmul_wgmma(x, weight, *optional, gated, config)
+    return [compile_launch(launch, 90) | _synchronization(launch) for launch in launches]
+
+
 def _synchronization(launch: Any) -> dict[str, Any]:
     ptx = _compile(launch, 90).asm["ptx"]
     initialized, overwritten = _places(ptx)
@@ -247,15 +271,16 @@ def _synchronization(launch: Any) -> dict[str, Any]:
 
 
 def _early_arrivals(ptx: str) -> list[str]:
-    """Arrivals at barriers that follow stores to shared memory without a barrier of the team's warps in between: one
-    thread arrives for all, whose stores it would not wait for."""
-    early, stored = [], False
+    """Arrivals at barriers that follow stores to shared memory, or loads from it, without a barrier of the team's warps
+    in between: one thread arrives for all, whose stores and loads it would not wait for. What precedes a label may be
+    either."""
+    early, unordered = [], True
     for line in ptx.splitlines():
-        if "st.shared" in line or "stmatrix" in line:
-            stored = True
-        elif re.search(r"\bbar\.sync\s+\d+, 128;", line):
-            stored = False
-        elif stored and "mbarrier.arrive.shared" in line:
+        if re.search(r"\b(st|ld)\.shared|\b(st|ld)matrix|^\$L__BB", line):
+            unordered = True
+        elif re.search(r"\bbar\.sync\s+\d+, (128|256);", line):
+            unordered = False
+        elif unordered and "mbarrier.arrive.shared" in line:
             early.append(line.strip())
     return early
 
@@ -284,6 +309,9 @@ if __name__ == "__main__":
         sys.exit()
     if wanted == ["--vocabularies"]:
         json.dump(full_vocabularies(), sys.stdout)
+        sys.exit()
+    if wanted[0] == "--finishing":
+        json.dump(finishing("--everything" in wanted), sys.stdout)
         sys.exit()
     if wanted[0] == "--rows":
         json.dump(kernels_for_rows([int(n) for n in wanted[1:]]), sys.stdout)

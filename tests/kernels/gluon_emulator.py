@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from burnish.kernels import attention_wgmma, matmul_wgmma, rope_wgmma
+from burnish.kernels import attention_wgmma, matmul_wgmma, matmul_wgmma_finish, rope_wgmma
 from burnish.kernels.launch import Launch
 from burnish.ops._activations import activate
 
-MODULES: tuple[ModuleType, ...] = (matmul_wgmma, rope_wgmma, attention_wgmma)
+MODULES: tuple[ModuleType, ...] = (matmul_wgmma, matmul_wgmma_finish, rope_wgmma, attention_wgmma)
 _PATIENCE = 20.0  # seconds until a wait counts as a deadlock
 
 
@@ -125,7 +125,7 @@ class Shared:
     """Shared memory."""
 
     def __init__(self, data: Tensor) -> None:
-        self.data, self.dtype = data, data.dtype
+        self.data, self.dtype, self.shape, self.layout = data, data.dtype, list(data.shape), None
 
     def index(self, i: int) -> Shared:
         return Shared(self.data[i])
@@ -189,7 +189,8 @@ def warpgroup_mma_wait(outstanding: int, deps: tuple[Any, ...]) -> Any:
 class Gluon:
     """`triton.experimental.gluon.language`, as far as the kernels use it, for one program."""
 
-    float16, bfloat16, float32, int64 = torch.float16, torch.bfloat16, torch.float32, torch.int64
+    float16, bfloat16, float32 = torch.float16, torch.bfloat16, torch.float32
+    int32, int64 = torch.int32, torch.int64
     static_range, constexpr = builtins.range, None
 
     def __init__(self, program: int, programs: int, num_warps: int) -> None:
@@ -334,6 +335,7 @@ def _as_python(gluon: Gluon) -> Iterator[None]:
         "async_load": async_load,
         "warpgroup_mma": warpgroup_mma,
         "warpgroup_mma_wait": warpgroup_mma_wait,
+        "reinterpret": lambda buffer, dtype, shape, layout: buffer.reshape(shape),
         "activate": lambda x, name: Block(activate(x.data, name.removesuffix("_half")), x.type.layout),
     }
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from burnish.op import OPS
-from tests.kernels.aot import CAPABILITIES
+from tests.kernels.aot import CAPABILITIES, _early_arrivals
 
 import burnish.ops  # noqa: F401 isort: skip
 
@@ -45,16 +45,32 @@ def test_nothing_is_stored_where_a_barrier_was_initialized() -> None:
 
 
 def test_attention_by_teams_that_share_queries() -> None:
-    _assert_shared_attention()
+    _assert_synchronized("--shared-attention")
 
 
 @pytest.mark.slow
 def test_attention_by_teams_that_share_queries_with_every_mask() -> None:
-    _assert_shared_attention("--everything")
+    _assert_synchronized("--shared-attention", "--everything")
 
 
-def _assert_shared_attention(*arguments: str) -> None:
-    kernels = _aot("--shared-attention", *arguments)
+def test_tiles_finished_by_a_team_of_their_own() -> None:
+    _assert_synchronized("--finishing")
+
+
+@pytest.mark.slow
+def test_tiles_finished_by_a_team_of_their_own_with_every_activation() -> None:
+    _assert_synchronized("--finishing", "--everything")
+
+
+def test_arrivals_for_other_warps_are_found() -> None:
+    arrival, meeting = "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r1];", "bar.sync \t2, 128;"
+    for access in ("st.shared.b32 [%r2], %r3;", "ld.shared.v4.b32 {%r4}, [%r2];", "$L__BB0_1:", "stmatrix.sync [%r1]"):
+        assert _early_arrivals("\n".join((meeting, access, arrival))) == [arrival]
+        assert not _early_arrivals("\n".join((access, meeting, arrival)))
+
+
+def _assert_synchronized(*arguments: str) -> None:
+    kernels = _aot(*arguments)
     assert len(kernels) >= 3
     faults = [
         kernel

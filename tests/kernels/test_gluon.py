@@ -17,6 +17,10 @@ pytest.importorskip("triton")
 
 from burnish.kernels import attention_wgmma
 from burnish.kernels.launch import Config, Launch, Target, recording
+from burnish.kernels.matmul_configs import Product
+from burnish.kernels.matmul_wgmma import matmul_wgmma
+from burnish.kernels.matmul_wgmma_configs import finishes, matmul_wgmma_configs
+from burnish.ops._activations import activate
 from tests.kernels.gluon_emulator import emulate
 
 H200 = Target((9, 0), 132)
@@ -63,13 +67,54 @@ def test_programs_with_many_tiles() -> None:
     shapes = (300, 720), (450, 720), (450,)  # more steps over K than twice the stages of shared memory
     x, weight, bias = (randn(*shape, dtype=torch.bfloat16, seed=seed) for seed, shape in enumerate(shapes))
     bound = op.bind(x, weight / math.sqrt(720), bias, "gelu", randn(300, 450, dtype=torch.bfloat16, seed=3))
-    from burnish.kernels.matmul_configs import Product
-    from burnish.kernels.matmul_wgmma_configs import matmul_wgmma_configs
-
     expected = op.reference(*bound), oracle(op.reference, *bound)
     for rows in (100, 300, 3000):  # the configs of each kind of product
         for config in matmul_wgmma_configs(Product(rows, 450, 720, torch.bfloat16, H200)):
             assert_close(emulated(op, "gluon", bound, config), *expected)
+
+
+# Rows, columns and depth of products whose tiles a team of its own finishes, by three programs: with several tiles
+# each, of which some hang over; with fewer tiles than programs; with whole tiles; with few steps over K, or one.
+FINISHED = [
+    ((1100, 450, 720), "gelu", True, True),
+    ((900, 700, 136), "silu", True, False),
+    ((200, 100, 720), "gelu_tanh", False, True),
+    ((257, 40, 72), "relu", True, True),
+    ((768, 384, 256), "none", False, False),
+    ((1500, 130, 64), "tanh", True, False),
+]
+
+
+@pytest.mark.parametrize(("sizes", "activation", "biased", "added"), FINISHED, ids=[str(case[0]) for case in FINISHED])
+@pytest.mark.parametrize("gated", [False, True])
+def test_tiles_finished_by_a_team_of_its_own(
+    sizes: tuple[int, int, int], activation: str, biased: bool, added: bool, gated: bool
+) -> None:
+    (rows, columns, depth), dtype = sizes, torch.float16
+    height = columns * (2 if gated else 1)
+    x = randn(rows, depth, dtype=dtype, seed=0)
+    weight = randn(height, depth, dtype=dtype, seed=1) / math.sqrt(depth)
+    bias = randn(height, dtype=dtype, seed=2) if biased else None
+    residual = randn(rows, columns, dtype=dtype, seed=3) if added else None
+    configs = [c for c in matmul_wgmma_configs(Product(4096, 4096, 768, dtype, H200, gated)) if finishes(c)]
+    assert configs
+
+    def reference(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        product = torch.nn.functional.linear(x, weight, bias)
+        gate, up = product.chunk(2, -1) if gated else (product, None)
+        result = activate(gate, activation) if up is None else activate(gate, activation) * up
+        return result if residual is None else result + residual
+
+    inputs = x, weight, bias, residual
+    expected = reference(*inputs), oracle(reference, *inputs)
+    for config in configs:
+        launches: list[Launch] = []
+        with recording(launches.append, FEW_SMS):
+            out = matmul_wgmma(x, weight, bias, activation, residual, gated, config)
+        emulate(launches[0])
+        assert_close(out, *expected)
 
 
 def test_sums_in_parts() -> None:

@@ -4,6 +4,7 @@ Written in Gluon, Triton's lower language, for what Triton itself has not: the f
 into shared memory *before* the wait for the kernel ahead, for which only x has to wait; and nothing but data stands
 between two steps over K. BERT-base's products at 128 and 384 rows, float16, H200, us: 3.4 and 5.2 (2304x768; without
 roles 4.1 and 5.2, in Triton 3.9 and 6.5), 4.1 and 6.9 (3072x768 with GELU; 4.8 and 7.6, 4.4 and 8.8).
+With `FINISH` a third kind of warps finishes the tiles and writes them (see `burnish.kernels.matmul_wgmma_finish`).
 With `GATED` the weight has two halves of rows, gate and up, and the result is `act(gate) * up`. With `HEAD` the first
 columns are heads of so many, and are rotated by their positions (see `burnish.kernels.rope`).
 """
@@ -24,24 +25,22 @@ from triton.language.extra import cuda as tl_cuda
 from burnish.kernels.activations import activate, in_half
 from burnish.kernels.launch import Config, launch, target_of
 from burnish.kernels.layout import rows_of
-from burnish.kernels.matmul import tile_of
 from burnish.kernels.matmul_configs import Product
-from burnish.kernels.matmul_wgmma_configs import matmul_wgmma_configs, matmul_wgmma_rope_configs
+from burnish.kernels.matmul_wgmma_configs import finishes, matmul_wgmma_configs, matmul_wgmma_rope_configs
+from burnish.kernels.matmul_wgmma_finish import (
+    biased,
+    finish,
+    finish_rows,
+    hand_over,
+    handing_over,
+    place_of,
+    write,
+)
 from burnish.kernels.rope_wgmma import halves_of_heads, rotated_heads, tables_of_rows
 
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # as Triton 3.6 calls it
+FINISH_REGISTERS = 104
 HALF_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
-
-_GROUP_M = gl.constexpr(16)  # rows of tiles that are walked together, so that L2 keeps the operands
-
-
-@gluon.jit
-def _place(i, M, N, steps, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT_K: gl.constexpr):
-    """Of step `i` of this program: the tile's first row and column, its part of K, and the step over K as a whole."""
-    tile = gl.program_id(0) + i // steps * gl.num_programs(0)
-    row, column = tile_of(tile // SPLIT_K, gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N), _GROUP_M)
-    split = tile % SPLIT_K
-    return row * BLOCK_M, column * BLOCK_N, split, split * steps + i % steps
 
 
 @gluon.jit
@@ -50,7 +49,7 @@ def _ask_for_weight(
     GATED: gl.constexpr, COLUMNS: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Step `i`'s tiles of weight, into their stage; its barrier waits for x, too."""
-    _, n, _, step = _place(i, M, N, steps, x_desc.block_shape[0], COLUMNS, SPLIT_K)
+    _, n, _, step = place_of(i, M, N, steps, x_desc.block_shape[0], COLUMNS, SPLIT_K)
     barrier, wanted = full.index(i % STAGES), i < total
     nbytes: gl.constexpr = x_desc.block_type.nbytes + descs[0].block_type.nbytes
     k = step * x_desc.block_shape[1]
@@ -68,7 +67,7 @@ def _ask_for_x(
     desc, buffers, full, i, total, M, N, steps, COLUMNS: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     """Step `i`'s tile of x, into its stage."""
-    m, _, _, step = _place(i, M, N, steps, desc.block_shape[0], COLUMNS, SPLIT_K)
+    m, _, _, step = place_of(i, M, N, steps, desc.block_shape[0], COLUMNS, SPLIT_K)
     place = [m, step * desc.block_shape[1]]
     async_load(desc, place, full.index(i % STAGES), buffers.index(i % STAGES), i < total)
 
@@ -96,39 +95,10 @@ def _fill(
 
 
 @gluon.jit
-def _biased(acc, bias_ptr, stride_bias, n, N):
-    """A tile's sums and the bias of columns `n`, if there is one."""
-    if bias_ptr is not None:
-        acc += gl.load(bias_ptr + n * stride_bias, mask=n < N, other=0.0).to(gl.float32)[None, :]
-    return acc
-
-
-@gluon.jit
-def _write(acc, first_m, first_n, split, M, N, epilogue, out_ptr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Adds the residual to a tile and writes it, 16 bytes by each thread, side by side."""
-    _, _, residual_ptr, residual_inner, stride_outer, stride_inner, stride_n = epilogue
-    MMA: gl.constexpr = acc.type.layout
-    if residual_ptr is not None:
-        n = first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, MMA))
-        m = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, MMA)).to(gl.int64)
-        rows = m // residual_inner * stride_outer + m % residual_inner * stride_inner
-        residual = residual_ptr + rows[:, None] + (n.to(gl.int64) * stride_n)[None, :]
-        acc += gl.load(residual, mask=(m < M)[:, None] & (n < N)[None, :], other=0.0).to(gl.float32)
-    WIDE: gl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
-    ACROSS: gl.constexpr = min(32, BLOCK_N // WIDE)
-    OUT: gl.constexpr = gl.BlockedLayout([1, WIDE], [32 // ACROSS, ACROSS], [gl.num_warps(), 1], [1, 0])
-    result = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), OUT)
-    rows = split * M + first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, OUT)).to(gl.int64)
-    columns = first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, OUT))
-    inside = (rows < (split + 1) * M)[:, None] & (columns < N)[None, :]
-    gl.store(out_ptr + (rows * N)[:, None] + columns[None, :], result, mask=inside)
-
-
-@gluon.jit
 def _multiply(
     stages, size, epilogue, rope, out_ptr, TEAM: gl.constexpr, TEAMS: gl.constexpr, ACTIVATION: gl.constexpr,
     GATED: gl.constexpr, HEAD: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, MORE_N: gl.constexpr,
-    SPLIT_K: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+    SPLIT_K: gl.constexpr, STAGES: gl.constexpr, FINISH: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The other warps: they multiply what is in the stages, and write tiles of the result. Of two teams each has every
     second tile: one multiplies while the other writes."""
@@ -141,7 +111,8 @@ def _multiply(
     if PDL:
         tl_cuda.gdc_wait()
     for turn in range(TEAM, mine, TEAMS):
-        m, n, split, _ = _place(turn * steps, M, N, steps, BLOCK_M, COLUMNS, SPLIT_K)
+        if FINISH == 0:
+            m, n, split, _ = place_of(turn * steps, M, N, steps, BLOCK_M, COLUMNS, SPLIT_K)
         acc = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, MMA)
         if HEAD > 0:  # asked for before the steps over K: nothing else hides the time that they take to come
             tables = tables_of_rows(halves_of_heads(acc, HEAD, BLOCK_M, BLOCK_N)[0], m, M, rope, HEAD, BLOCK_M)
@@ -170,19 +141,30 @@ def _multiply(
         if TEAMS > 1:
             mbarrier.arrive(turns.index(1 - TEAM), count=1)
 
-        columns = n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, MMA))
-        acc = activate(_biased(acc, bias_ptr, stride_bias, columns, N), ACTIVATION)
-        if GATED:
-            acc *= _biased(other, bias_ptr, stride_bias, N + columns, 2 * N)
-        if HEAD > 0:
-            acc = rotated_heads(acc, tables, n, rope[5], HEAD, BLOCK_M, BLOCK_N)
-        _write(acc, m, n, split, M, N, epilogue, out_ptr, BLOCK_M, BLOCK_N)
-        if MORE_N > 0:
-            columns = n + BLOCK_N + gl.arange(0, MORE_N, gl.SliceLayout(0, OTHER))
-            other = activate(_biased(other, bias_ptr, stride_bias, columns, N), ACTIVATION)
+        if FINISH > 0:
+            if OTHER_N == 0:
+                other = acc
+            hand_over(acc, other, turns, bias_ptr, turn, OTHER_N)
+            if turn == mine - 1:  # there is nothing left to multiply
+                m, n, _, _ = place_of(turn * steps, M, N, steps, BLOCK_M, COLUMNS, SPLIT_K)
+                finish_rows(
+                    turns, 0, FINISH, m, n, M, N, epilogue, epilogue[6], out_ptr, ACTIVATION, GATED, BLOCK_M, BLOCK_N,
+                    MORE_N, gl.num_warps(),
+                )  # fmt: skip
+        else:
+            columns = n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, MMA))
+            acc = activate(biased(acc, bias_ptr, stride_bias, columns, N), ACTIVATION)
+            if GATED:
+                acc *= biased(other, bias_ptr, stride_bias, N + columns, 2 * N)
             if HEAD > 0:
-                other = rotated_heads(other, tables, n + BLOCK_N, rope[5], HEAD, BLOCK_M, MORE_N)
-            _write(other, m, n + BLOCK_N, split, M, N, epilogue, out_ptr, BLOCK_M, MORE_N)
+                acc = rotated_heads(acc, tables, n, rope[5], HEAD, BLOCK_M, BLOCK_N)
+            write(acc, m, n, split, M, N, epilogue, out_ptr, BLOCK_M, BLOCK_N, gl.num_warps())
+            if MORE_N > 0:
+                columns = n + BLOCK_N + gl.arange(0, MORE_N, gl.SliceLayout(0, OTHER))
+                other = activate(biased(other, bias_ptr, stride_bias, columns, N), ACTIVATION)
+                if HEAD > 0:
+                    other = rotated_heads(other, tables, n + BLOCK_N, rope[5], HEAD, BLOCK_M, MORE_N)
+                write(other, m, n + BLOCK_N, split, M, N, epilogue, out_ptr, BLOCK_M, MORE_N, gl.num_warps())
 
 
 @gluon.jit(do_not_specialize=["M", "residual_inner", "positions"])
@@ -221,6 +203,7 @@ def matmul_wgmma_kernel(
     TEAM_REGISTERS: gl.constexpr,
     FILL_REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
+    FINISH: gl.constexpr = 0,  # rows of the last tile that the finishing team leaves to the other; 0: there is none
 ):
     xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
     weights = (gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], weight_desc.layout), None)
@@ -234,6 +217,9 @@ def matmul_wgmma_kernel(
         turns = gl.allocate_shared_memory(gl.int64, [TEAMS, 1], mbarrier.MBarrierLayout())
         for s in gl.static_range(TEAMS):
             mbarrier.init(turns.index(s), count=1)
+    if FINISH > 0:
+        gl.static_assert(TEAMS == 1 and SPLIT_K == 1 and HEAD == 0)
+        turns = handing_over(bias_ptr, x_desc.dtype, BLOCK_M, BLOCK_N, BLOCK_N if GATED else MORE_N)
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(empty.index(s), count=1)
@@ -250,11 +236,23 @@ def matmul_wgmma_kernel(
     rope = (cos_ptr, sin_ptr, positions, stride_table_batch, stride_table_position, rotated)
     descs = (weight_desc, other_desc)
     # Each partition with all its arguments: Gluon puts no tuples together, and keeps no string in a variable.
-    if TEAMS == 1:
+    if FINISH > 0:
         gl.warp_specialize(
             [
                 (_multiply, (stages, size, epilogue, rope, out_ptr, 0, 1, ACTIVATION, GATED, HEAD, BLOCK_M, BLOCK_N,
-                             MORE_N, SPLIT_K, STAGES, PDL)),
+                             MORE_N, SPLIT_K, STAGES, FINISH, PDL)),
+                (finish, (turns, size, epilogue, stride_residual_n, out_ptr, ACTIVATION, GATED, BLOCK_M, BLOCK_N,
+                          MORE_N, FINISH, PDL)),
+                (_fill, (x_desc, descs, stages, size, GATED, BLOCK_N + MORE_N, SPLIT_K, STAGES, PDL)),
+            ],
+            [4, 1],
+            [TEAM_REGISTERS, FILL_REGISTERS],
+        )  # fmt: skip
+    elif TEAMS == 1:
+        gl.warp_specialize(
+            [
+                (_multiply, (stages, size, epilogue, rope, out_ptr, 0, 1, ACTIVATION, GATED, HEAD, BLOCK_M, BLOCK_N,
+                             MORE_N, SPLIT_K, STAGES, FINISH, PDL)),
                 (_fill, (x_desc, descs, stages, size, GATED, BLOCK_N + MORE_N, SPLIT_K, STAGES, PDL)),
             ],
             [1],
@@ -264,9 +262,9 @@ def matmul_wgmma_kernel(
         gl.warp_specialize(
             [
                 (_multiply, (stages, size, epilogue, rope, out_ptr, 0, 2, ACTIVATION, GATED, HEAD, BLOCK_M, BLOCK_N,
-                             MORE_N, SPLIT_K, STAGES, PDL)),
+                             MORE_N, SPLIT_K, STAGES, FINISH, PDL)),
                 (_multiply, (stages, size, epilogue, rope, out_ptr, 1, 2, ACTIVATION, GATED, HEAD, BLOCK_M, BLOCK_N,
-                             MORE_N, SPLIT_K, STAGES, PDL)),
+                             MORE_N, SPLIT_K, STAGES, FINISH, PDL)),
                 (_fill, (x_desc, descs, stages, size, GATED, BLOCK_N + MORE_N, SPLIT_K, STAGES, PDL)),
             ],
             [gl.num_warps(), 1],
@@ -372,15 +370,16 @@ def _launch(
         *turning,
     )
     # All registers of a multiprocessor are dealt out: where a thread's sums are many, most to those that multiply.
-    threads = 32 * (config["TEAMS"] * config.num_warps + 4)
+    finishing = finishes(config)
+    threads = 32 * (config["TEAMS"] * config.num_warps + 4 + 4 * finishing)
     registers = min(255, 65536 // (threads * config["PER_SM"]) // 8 * 8)
     many = block_m * (block_n + other) > 64 * 128
     constants = {
         "ACTIVATION": in_half(activation, x.dtype),
         "GATED": gated,
         "HEAD": 0 if rope is None else rope.head_dim,
-        "TEAM_REGISTERS": 232,
-        "FILL_REGISTERS": registers if not many else 24 if threads == 256 else 40,
+        "TEAM_REGISTERS": FINISH_REGISTERS if finishing else 232,
+        "FILL_REGISTERS": registers if not many else 24 if threads == 256 or finishing else 40,
     }
     tiles = triton.cdiv(rows.count, block_m) * triton.cdiv(columns, block_n + more_n) * config["SPLIT_K"]
     programs = min(tiles, target_of(x).num_sms * config["PER_SM"])

@@ -1,6 +1,7 @@
 """Which tiles the Gluon product may use for given sizes, the most promising first; for all there is shared memory.
 
-A shape is (BLOCK_M, BLOCK_N, MORE_N, BLOCK_K, TEAMS, STAGES, PER_SM, warps).
+A shape is (BLOCK_M, BLOCK_N, MORE_N, BLOCK_K, TEAMS, STAGES, PER_SM, warps), and FINISH where a team of its own
+finishes tiles: so many rows of a program's last one are left to those who multiplied.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ def matmul_wgmma_configs(product: Product) -> list[Config]:
     """Configs of `matmul_wgmma`; if gated, a shape's columns are those of both halves together."""
     # Beyond a wave what bounds all of them is traffic from the L2 cache (8 TB/s on H200), so tiles are as large as they
     # can be; 128x192 fits BERT-base's sizes: 4096 rows are 1, 3 and 4 waves of it.
+    shapes: list[tuple[int, ...]]
     if product.rows <= 160:
         shapes = [(64, 64, 0, 128, 1, 6, 1, 4), (64, 32, 0, 128, 1, 4, 2, 4), (64, 64, 0, 64, 1, 12, 1, 4)]
         shapes += [(64, 128, 0, 64, 1, 8, 1, 4)]
@@ -27,9 +29,12 @@ def matmul_wgmma_configs(product: Product) -> list[Config]:
             shapes += [(128, 256, 0, 64, 1, 4, 1, 8), (64, 256, 0, 64, 1, 4, 1, 4)]
     else:
         shapes = [(128, 128, 64, 64, 1, 4, 1, 8), (128, 128, 0, 64, 1, 3, 2, 4)]
-        shapes += [] if product.gated else [(256, 128, 0, 64, 1, 4, 1, 8)]
         if product.gated:
             shapes += [(128, 128, 0, 64, 2, 5, 1, 4), (64, 256, 0, 64, 2, 4, 1, 4), (128, 256, 0, 64, 1, 4, 1, 8)]
+            shapes += [(128, 256, 0, 64, 1, 3, 1, 8, 64)]
+        else:
+            shapes += [(256, 128, 0, 64, 1, 4, 1, 8)]
+            shapes += [(256, 128, 0, 64, 1, 3, 1, 8, 192), (128, 128, 64, 64, 1, 4, 1, 8, 64)]
     if product.gated:
         shapes = [shape for shape in shapes if not shape[2]]
     configs = [_config(1, m, n // product.halves, *rest) for m, n, *rest in shapes]
@@ -40,8 +45,13 @@ def matmul_wgmma_rope_configs(product: Product, head_dim: int) -> list[Config]:
     """Configs of `matmul_wgmma_rope`: those of `matmul_wgmma` whose tiles hold whole heads."""
     # The last one for heads of 128 and many rows. With twice the rows of a warp group it spills.
     configs = [*matmul_wgmma_configs(product), _config(1, 128, 128, 0, 64, 1, 5, 1, 8)]
-    fit = (c for c in configs if c["BLOCK_N"] % head_dim == c["MORE_N"] % head_dim == 0)
+    fit = (c for c in configs if c["BLOCK_N"] % head_dim == c["MORE_N"] % head_dim == 0 and not finishes(c))
     return list(dict.fromkeys(c for c in fit if c["BLOCK_M"] <= 16 * c.num_warps))
+
+
+def finishes(config: Config) -> bool:
+    """Whether a team of its own finishes the tiles."""
+    return "FINISH" in dict(config.blocks)
 
 
 def matmul_wgmma_parts_configs(product: Product) -> list[Config]:
@@ -61,6 +71,9 @@ def matmul_wgmma_parts_configs(product: Product) -> list[Config]:
     return configs or [_config(1, 64, 64, 0, 64, 1, 3, 1, 4)]
 
 
-def _config(split: int, m: int, n: int, more: int, k: int, teams: int, stages: int, per_sm: int, warps: int) -> Config:
+def _config(
+    split: int, m: int, n: int, more: int, k: int, teams: int, stages: int, per_sm: int, warps: int, finish: int = 0
+) -> Config:
     blocks = {"BLOCK_M": m, "BLOCK_N": n, "MORE_N": more, "BLOCK_K": k, "SPLIT_K": split}
-    return Config.of(warps, 1, **blocks, TEAMS=teams, STAGES=stages, PER_SM=per_sm)
+    blocks |= {"TEAMS": teams, "STAGES": stages, "PER_SM": per_sm} | ({"FINISH": finish} if finish else {})
+    return Config.of(warps, 1, **blocks)

@@ -1,0 +1,190 @@
+"""How warps of `matmul_wgmma` finish a tile of the result: each team its own, or one team those of another.
+
+A team of its own for that hides the work from the products: those who multiply add the bias, round the sums, leave them
+in shared memory and go on; the others then have as long as a tile's products take.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.language.extra import cuda as tl_cuda
+
+from burnish.kernels.activations import activate
+from burnish.kernels.matmul import tile_of
+
+_descriptor = gl.shared_memory_descriptor
+reinterpret = _descriptor.reinterpret if hasattr(_descriptor, "reinterpret") else _descriptor._reinterpret  # Triton 3.6
+
+_GROUP_M = gl.constexpr(16)  # rows of tiles that are walked together, so that L2 keeps the operands
+_FINISHERS = gl.constexpr(4)  # warps
+
+
+@gluon.jit
+def place_of(i, M, N, steps, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT_K: gl.constexpr):
+    """Of step `i` of this program: the tile's first row and column, its part of K, and the step over K as a whole."""
+    tile = gl.program_id(0) + i // steps * gl.num_programs(0)
+    row, column = tile_of(tile // SPLIT_K, gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N), _GROUP_M)
+    split = tile % SPLIT_K
+    return row * BLOCK_M, column * BLOCK_N, split, split * steps + i % steps
+
+
+@gluon.jit
+def biased(acc, bias_ptr, stride_bias, n, N):
+    """A tile's sums and the bias of columns `n`, if there is one."""
+    if bias_ptr is not None:
+        acc += gl.load(bias_ptr + n * stride_bias, mask=n < N, other=0.0).to(gl.float32)[None, :]
+    return acc
+
+
+@gluon.jit
+def _with_residual(
+    acc, first_m, first_n, M, N, epilogue, stride_n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, ROW: gl.constexpr
+):  # fmt: skip
+    """A tile and its residual, if there is one. Rows are divided as ROW: int32 takes half the time."""
+    residual_ptr, residual_inner, stride_outer, stride_inner = epilogue[2], epilogue[3], epilogue[4], epilogue[5]
+    LAYOUT: gl.constexpr = acc.type.layout
+    if residual_ptr is not None:
+        n = first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
+        m = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, LAYOUT)).to(ROW)
+        rows = (m // residual_inner).to(gl.int64) * stride_outer + (m % residual_inner).to(gl.int64) * stride_inner
+        residual = residual_ptr + rows[:, None] + (n.to(gl.int64) * stride_n)[None, :]
+        acc += gl.load(residual, mask=(m < M)[:, None] & (n < N)[None, :], other=0.0).to(gl.float32)
+    return acc
+
+
+@gluon.jit
+def write(
+    acc, first_m, first_n, split, M, N, epilogue, out_ptr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """Adds the residual to a tile and writes it."""
+    acc = _with_residual(acc, first_m, first_n, M, N, epilogue, epilogue[6], BLOCK_M, BLOCK_N, gl.int64)
+    _store(acc, first_m, first_n, split, M, N, out_ptr, BLOCK_M, BLOCK_N, WARPS)
+
+
+@gluon.jit
+def _store(
+    acc, first_m, first_n, split, M, N, out_ptr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, WARPS: gl.constexpr
+):  # fmt: skip
+    """Writes a tile, 16 bytes by each thread, side by side."""
+    WIDE: gl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
+    ACROSS: gl.constexpr = min(32, BLOCK_N // WIDE)
+    OUT: gl.constexpr = gl.BlockedLayout([1, WIDE], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
+    result = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), OUT)
+    rows = split * M + first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, OUT)).to(gl.int64)
+    columns = first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, OUT))
+    inside = (rows < (split + 1) * M)[:, None] & (columns < N)[None, :]
+    gl.store(out_ptr + (rows * N)[:, None] + columns[None, :], result, mask=inside)
+
+
+@gluon.jit
+def handing_over(bias_ptr, DTYPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, OTHER_N: gl.constexpr):
+    """What a team needs to leave its sums, of two products if OTHER_N, to the one that finishes them: shared memory for
+    the sums and the bias, a barrier for when the sums are there and one for when the bias is, and no older sums."""
+    # Runs of 16 bytes, swizzled: neither what is written by 8 rows nor what is read by one meets in a bank.
+    SUMS: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    first = gl.allocate_shared_memory(DTYPE, [BLOCK_M, BLOCK_N], SUMS)
+    sums = (first, first)  # Triton 3.6 returns no None: what there is not stands as something that there is
+    if OTHER_N > 0:
+        sums = (first, gl.allocate_shared_memory(DTYPE, [BLOCK_M, OTHER_N], SUMS))
+    biases = sums
+    if bias_ptr is not None:
+        line = gl.allocate_shared_memory(gl.float32, [BLOCK_N], LINE)
+        biases = (line, line)
+        if OTHER_N > 0:
+            biases = (line, gl.allocate_shared_memory(gl.float32, [OTHER_N], LINE))
+    left = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(left.index(0), count=1)
+    mbarrier.init(taken.index(0), count=1)
+    return (sums, biases, left, taken)
+
+
+@gluon.jit
+def hand_over(acc, other, handover, bias_ptr, turn, OTHER_N: gl.constexpr):
+    """Leaves a tile's sums with the bias to the team that finishes it, when that has put the bias there and is done
+    with the tile before. They are rounded, as is what eager's activation gets."""
+    sums, biases, left, taken = handover
+    mbarrier.wait(taken.index(0), turn & 1)
+    _leave(acc, sums[0], biases[0], bias_ptr)
+    if OTHER_N > 0:
+        _leave(other, sums[1], biases[1], bias_ptr)
+    mbarrier.arrive(left.index(0), count=1)
+
+
+@gluon.jit
+def _leave(acc, sums, bias, bias_ptr):
+    if bias_ptr is not None:
+        acc += bias.load(gl.SliceLayout(0, acc.type.layout))[None, :]
+    sums.store(acc.to(sums.dtype))
+
+
+@gluon.jit
+def finish_rows(
+    handover, start, stop, first_m, first_n, M, N, epilogue, stride_n, out_ptr, ACTIVATION: gl.constexpr,
+    GATED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, MORE_N: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Rows from `start` up to `stop` of the sums that were left: their activation, the residual, and written."""
+    sums = handover[0]
+    ROWS: gl.constexpr = (4 if GATED or epilogue[2] is not None else 8) * WARPS  # at once: as registers allow
+    for i in range(start // ROWS, stop // ROWS):
+        m = first_m + i * ROWS
+        acc = activate(_take(sums[0], i, BLOCK_M, ROWS, WARPS), ACTIVATION)
+        if GATED:
+            acc *= _take(sums[1], i, BLOCK_M, ROWS, WARPS)
+        acc = _with_residual(acc, m, first_n, M, N, epilogue, stride_n, ROWS, BLOCK_N, gl.int32)
+        _store(acc, m, first_n, 0, M, N, out_ptr, ROWS, BLOCK_N, WARPS)
+        if MORE_N > 0:
+            more = activate(_take(sums[1], i, BLOCK_M, ROWS, WARPS), ACTIVATION)
+            more = _with_residual(more, m, first_n + BLOCK_N, M, N, epilogue, stride_n, ROWS, MORE_N, gl.int32)
+            _store(more, m, first_n + BLOCK_N, 0, M, N, out_ptr, ROWS, MORE_N, WARPS)
+
+
+@gluon.jit
+def _take(sums, i, BLOCK_M: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr):
+    """The `i`th ROWS of a tile's sums, which lie in one piece, as `_store` has them: 16 bytes a thread."""
+    COLUMNS: gl.constexpr = sums.shape[1]
+    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [WARPS, 1], [1, 0])
+    rows = reinterpret(sums, sums.dtype, [BLOCK_M // ROWS, ROWS, COLUMNS], sums.layout)
+    return rows.index(i).load(OUT).to(gl.float32)
+
+
+@gluon.jit
+def finish(
+    handover, size, epilogue, stride_n, out_ptr, ACTIVATION: gl.constexpr, GATED: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, MORE_N: gl.constexpr, SHARE: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Four warps: they finish the tiles whose sums are left to them; of the last one only the rows from `SHARE` on, as
+    those who multiplied have nothing else to do. The residual's `stride_n` comes by itself: in a tuple it would not be
+    known to be 1, and the loads would be narrow."""
+    biases, left, taken = handover[1], handover[2], handover[3]
+    M, N, steps, mine = size
+    if PDL:
+        tl_cuda.gdc_wait()
+    for turn in range(0, mine):
+        m, n, _, _ = place_of(turn * steps, M, N, steps, BLOCK_M, BLOCK_N + MORE_N, 1)
+        _put_bias(biases[0], epilogue, n, N, BLOCK_N)
+        if GATED:
+            _put_bias(biases[1], epilogue, N + n, 2 * N, BLOCK_N)
+        elif MORE_N > 0:
+            _put_bias(biases[1], epilogue, n + BLOCK_N, N, MORE_N)
+        mbarrier.arrive(taken.index(0), count=1)
+        start = 0
+        if turn == mine - 1:
+            start = SHARE
+        mbarrier.wait(left.index(0), turn & 1)
+        finish_rows(
+            handover, start, BLOCK_M, m, n, M, N, epilogue, stride_n, out_ptr, ACTIVATION, GATED, BLOCK_M, BLOCK_N,
+            MORE_N, _FINISHERS,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _put_bias(bias, epilogue, first_n, N, COLUMNS: gl.constexpr):
+    bias_ptr, stride_bias = epilogue[0], epilogue[1]
+    if bias_ptr is not None:
+        n = first_n + gl.arange(0, COLUMNS, gl.BlockedLayout([1], [32], [_FINISHERS], [0]))
+        bias.store(gl.load(bias_ptr + n * stride_bias, mask=n < N, other=0.0).to(gl.float32))
