@@ -205,6 +205,14 @@ def _rope_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) 
     return _rope(q, cos, sin, interleaved), _rope(k, cos, sin, interleaved)
 
 
+def _rope_tables(position_ids: Tensor, inv_freq: Tensor, dtype: str, scaling: float) -> tuple[Tensor, Tensor]:
+    """As Llama spells it."""
+    angles = position_ids[..., None].float() * inv_freq.float()
+    angles = torch.cat((angles, angles), dim=-1)
+    kept = getattr(torch, dtype)
+    return (angles.cos() * scaling).to(kept), (angles.sin() * scaling).to(kept)
+
+
 def _append_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """As Hugging Face's static cache has it, but into copies: the Op leaves its inputs as they are."""
     position = lengths + torch.arange(k.shape[2])
@@ -385,6 +393,14 @@ def _rope_qk_arguments(heads: int, key_heads: int, seq: int, head_dim: int) -> M
     return arguments
 
 
+def _rope_tables_arguments(first: int, seq: int, head_dim: int) -> Maker:
+    def arguments(dtype: torch.dtype) -> Arguments:
+        inv_freq = 500_000 ** (-torch.arange(0, head_dim, 2) / head_dim)
+        return torch.arange(first, first + seq)[None], inv_freq, str(dtype)[6:]
+
+    return arguments
+
+
 def _append_kv_arguments(heads: int, most: int, length: int, seq: int, head_dim: int) -> Maker:
     def arguments(dtype: torch.dtype) -> Arguments:
         cache, new = (1, heads, most, head_dim), (1, heads, seq, head_dim)
@@ -510,6 +526,10 @@ BENCHED: dict[str, tuple[Callable[..., object], dict[str, Maker]]] = {
     ),
     "rope": (_rope, {"h16 s128 d64": _rope_arguments(16, 128, 64)}),
     "rope_qk": (_rope_qk, {"h16/4 s128 d64": _rope_qk_arguments(16, 4, 128, 64)}),
+    "rope_tables": (
+        _rope_tables,
+        {"s1 d64": _rope_tables_arguments(300, 1, 64), "s512 d64": _rope_tables_arguments(0, 512, 64)},
+    ),
     "append_kv": (_append_kv, {"h4 s1 into 512 d64": _append_kv_arguments(4, 512, 300, 1, 64)}),
     "rope_append": (
         _rope_append,

@@ -162,20 +162,72 @@ def test_a_streamer_hears_of_every_token(pair: tuple[Any, OptimizedModule]) -> N
     assert streamer.ended
 
 
+class Digits:
+    """A tokenizer whose text shows the tokens."""
+
+    def decode(self, tokens: Any) -> str:
+        return "".join(f"<{int(token)}>" for token in tokens)
+
+
 def test_stop_strings(pair: tuple[Any, OptimizedModule]) -> None:
     model, fast = pair
-
-    class Tokenizer:
-        def decode(self, tokens: Any) -> str:
-            return "".join(f"<{int(token)}>" for token in tokens)
-
-    plain = model.generate(prompt(1), max_new_tokens=20)
-    stop = f"<{int(plain[0, 18])}>"
-    first = next(i for i in range(12, 32) if f"<{int(plain[0, i])}>" == stop)
-    out = fast.generate(prompt(1), max_new_tokens=20, stop_strings=[stop], tokenizer=Tokenizer())
-    assert torch.equal(out, plain[:, : first + 1])
+    plain = model.generate(prompt(), max_new_tokens=20)
+    stop = f"<{int(plain[0, 16])}><{int(plain[0, 17])}>"
+    out = fast.generate(prompt(), max_new_tokens=20, stop_strings=[stop], tokenizer=Digits())
+    assert torch.equal(out[0, :18], plain[0, :18])
+    assert not out[0, 18:].any()
+    assert torch.equal(out[1], plain[1])
+    alone = fast.generate(prompt()[:1], max_new_tokens=20, stop_strings=stop, tokenizer=Digits())
+    assert torch.equal(alone, plain[:1, :18])
     with pytest.raises(ValueError, match="stop_strings need the tokenizer"):
-        fast.generate(prompt(1), max_new_tokens=20, stop_strings=[stop])
+        fast.generate(prompt(), max_new_tokens=20, stop_strings=[stop])
+
+
+def test_a_stop_string_in_the_last_token(pair: tuple[Any, OptimizedModule]) -> None:
+    model, fast = pair
+    plain = model.generate(prompt(), max_new_tokens=7)
+    stop = f"<{int(plain[0, 13])}><{int(plain[0, 14])}>"
+    out = fast.generate(prompt(), max_new_tokens=7, stop_strings=stop, tokenizer=Digits())
+    assert not out[0, 15:].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"min_p": -1.0}, "min_p"),
+        ({"repetition_penalty": -1.0}, "penalty"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(
+    pair: tuple[Any, OptimizedModule], options: dict[str, Any], message: str
+) -> None:
+    _, fast = pair
+    with pytest.raises(ValueError, match=message):
+        fast.generate(prompt(), max_new_tokens=3, do_sample=True, seed=1, **options)
+
+
+def test_scores_are_what_the_token_was_chosen_by(pair: tuple[Any, OptimizedModule]) -> None:
+    model, fast = pair
+    wanted = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_scores": True, "repetition_penalty": 1.5}
+    result, expected = (m.generate(prompt(), **wanted) for m in (fast, model))
+    for mine, theirs in zip(result.scores, expected.scores, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    one, theirs = (m.generate(prompt(), **wanted, do_sample=True, top_k=5).scores[0] for m in (fast, model))
+    torch.testing.assert_close(one, theirs)
+
+
+def test_pad_tokens_tell_where_the_padding_is(pair: tuple[Any, OptimizedModule]) -> None:
+    model, fast = pair
+    ids, _ = left_padded(prompt())
+    assert torch.equal(fast.generate(inputs=ids, max_new_tokens=9), model.generate(ids, max_new_tokens=9))
+
+
+def test_without_a_length_there_are_twenty_tokens(pair: tuple[Any, OptimizedModule]) -> None:
+    model, fast = pair
+    longer = prompt(length=25)
+    assert torch.equal(fast.generate(longer), model.generate(longer))
 
 
 def test_what_is_not_built_here_goes_to_hugging_face_and_says_so(pair: tuple[Any, OptimizedModule]) -> None:

@@ -102,7 +102,7 @@ def generate(
         weights = _weights_of_a_step(loaded.model)
         update(f"optimizing {model}: capture, rewrite, measure, verify")
         generator = _Generator.of(loaded, asked, cache)
-    streams = not (no_stream or as_json) and asked.input_ids.shape[0] == 1
+    streams = not (no_stream or as_json or generator.left_to_hugging_face) and asked.input_ids.shape[0] == 1
     made = generator.run(streams)
     output.data({"name": model, "origin": loaded.origin, **made.data(here, weights)})
     if not streams and not as_json:
@@ -236,9 +236,9 @@ def _asked(
     longest = getattr(model.config, "max_position_embeddings", None)
     length, new = ids.shape[1], options["max_new_tokens"]
     if isinstance(longest, int) and length + new > longest:
-        raise ModelError(
-            f"--max-new-tokens={new}: {loaded.name} has positions for {longest} tokens and the prompt takes {length}"
-        )
+        fits = f"give {longest - length} or less" if length < longest else "give a shorter one"
+        room = f"{loaded.name} has positions for {longest} tokens, {length} of them for the prompt"
+        raise ModelError(f"--max-new-tokens={new}: {room}; {fits}")
     samples = bool(options.get("do_sample", config.do_sample))
     prompts = None if prompts is None else tuple(prompts)
     return _Asked(ids, mask, prompts, tokenizer, options, seed, samples, eos, tuple(stop or ()))
@@ -336,7 +336,7 @@ class _Generator:
 
     fast: Any
     asked: _Asked
-    left_to_hugging_face: str | None = None
+    left_to_hugging_face: bool = False  # it has nothing to prepare, and some of it does not stream
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -346,7 +346,8 @@ class _Generator:
         made = cls(burnish.optimize(loaded.model, cache=cache.mode), asked)
         new = asked.options["max_new_tokens"]
         made._generate(max_new_tokens=1)
-        if new > 1 and not made.notes:  # Hugging Face's own generate has nothing to prepare, and knows no _Soon
+        made.left_to_hugging_face = bool(made.notes)
+        if new > 1 and not made.left_to_hugging_face:
             made._generate(stop_strings=[_Soon.TEXT], tokenizer=_Soon())
         served = made.fast.schedule.served
         for reason in dict.fromkeys(one.kept_original for one in served if one.kept_original is not None):
@@ -372,11 +373,14 @@ class _Generator:
         return _Made(asked, rows, (first - began) * 1e6, step_us, self.notes)
 
     def _generate(self, **changes: Any) -> Tensor:
+        import torch
+
         asked = self.asked
         options: dict[str, Any] = {"tokenizer": asked.tokenizer, **asked.options}
         if asked.stop:
             options["stop_strings"] = list(asked.stop)
-        with self._noting():
+        with self._noting(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(asked.seed)  # for Hugging Face's own generate, which takes no seed
             made: Tensor = self.fast.generate(
                 asked.input_ids, asked.attention_mask, seed=asked.seed, **(options | changes)
             ).cpu()

@@ -30,7 +30,7 @@ _AHEAD = 1 << 24  # bytes that are asked for before the kernel ahead is done: a 
 
 
 @triton.jit
-def _first_and_stop(length, split, lq, window, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
+def first_and_stop(length, split, lq, window, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
     """Where the program's first block starts, and how many blocks there are for all programs."""
     begin = 0
     if WINDOW:
@@ -48,6 +48,27 @@ def _prefetch_rows(x, stride_n, start, stop, WIDTH: tl.constexpr, BLOCK_N: tl.co
 
 
 @triton.jit
+def ask_ahead(
+    k, v, lengths, split, lq, most, window, stride_kn, stride_vn, D: tl.constexpr, DV: tl.constexpr,
+    WINDOW: tl.constexpr, GUESS: tl.constexpr, AHEAD: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Asks for what the program will read first, before the kernel ahead is done.
+
+    That may yet write the length, and keys and values: from what there is now follows only what is asked for, which L2
+    keeps up to date. L1 is not told, so the load is past it.
+    """
+    STEP: tl.constexpr = SPLITS * BLOCK_N
+    if GUESS:
+        first, stop = split * BLOCK_N, most
+    else:
+        stop = tl.minimum(tl.load(lengths, cache_modifier=".cg").to(tl.int32), most)
+        first = first_and_stop(stop, split, lq, window, BLOCK_N, WINDOW)[0]
+    for start in range(first, tl.minimum(stop, first + AHEAD * STEP), STEP):
+        _prefetch_rows(k, stride_kn, start, stop, D, BLOCK_N)
+        _prefetch_rows(v, stride_vn, start, stop, DV, BLOCK_N)
+
+
+@triton.jit
 def _rows(x, key, stride_n, bound, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Rows `key` of k or v; zeros from `bound` on."""
     column = tl.arange(0, BLOCK)
@@ -57,7 +78,29 @@ def _rows(x, key, stride_n, bound, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _add_block(
+def one_block(
+    k, v, padding, first, length, most, stride_kn, stride_vn, stride_pn, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PADDED: tl.constexpr, GUESS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What `add_block` takes of the only block that a program has: positions, whether they are real, keys and values.
+
+    Without a loop nothing goes round by asynchronous copies: all of it is asked for first, then waited for.
+    """
+    key = first + tl.arange(0, BLOCK_N)
+    bound = most if GUESS else length
+    real = key
+    if PADDED:
+        real = tl.load(padding + key * stride_pn, mask=key < bound, other=0)
+    # Keys come last: Triton has them go to shared memory at once, and no later load is issued before they have.
+    values = _rows(v, key, stride_vn, bound, DV, BLOCK_DV)
+    keys = _rows(k, key, stride_kn, bound, D, BLOCK_D)
+    if GUESS:
+        values = tl.where((key < length)[:, None], values, 0.0)  # a weight of 0 does not rid it of a NaN
+    return key, real, keys, values
+
+
+@triton.jit
+def add_block(
     acc, row_max, row_sum, queries, keys, values, real, key, length, last, window, scale, PADDED: tl.constexpr,
     WINDOW: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
@@ -76,6 +119,26 @@ def _add_block(
     shrink = tl.math.exp2(row_max - new_max)
     row_sum = row_sum * shrink + tl.sum(weights, 1)
     return dot(weights.to(values.dtype), values, acc * shrink[:, None]), new_max, row_sum
+
+
+@triton.jit
+def add_blocks(
+    acc, row_max, row_sum, queries, k, v, padding, first, length, last, window, scale, stride_kn, stride_vn, stride_pn,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PADDED: tl.constexpr,
+    WINDOW: tl.constexpr, ONE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """`add_block` of every block of a program, of which the first one starts at `first`."""
+    for start in range(first, length, SPLITS * BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        real = key
+        if PADDED:
+            real = tl.load(padding + key * stride_pn, mask=key < length, other=0)
+        keys = _rows(k, key, stride_kn, length, D, BLOCK_D)
+        values = _rows(v, key, stride_vn, length, DV, BLOCK_DV)
+        acc, row_max, row_sum = add_block(
+            acc, row_max, row_sum, queries, keys, values, real, key, length, last, window, scale, PADDED, WINDOW, ONE
+        )
+    return acc, row_max, row_sum
 
 
 @triton.jit
@@ -104,102 +167,29 @@ def _merge(
 
 @triton.jit
 def _write(
-    acc, row_sum, out, batch, key_head, heads, groups, lq, ROWS: tl.constexpr, DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+    acc, row_sum, out, batch, key_head, groups, lq, ROWS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr
+):
     row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK_DV)
     acc *= (1.0 / tl.where(row_sum == 0, 1.0, row_sum))[:, None]  # a query that saw no key gives zeros
     head, query = key_head * groups + row // lq, row % lq
+    heads = groups * tl.num_programs(2)
     to = out + ((batch * lq + query) * heads + head)[:, None] * DV + column[None, :]
     tl.store(to, acc.to(out.dtype.element_ty), mask=(row < groups * lq)[:, None] & (column < DV)[None, :])
 
 
-@triton.jit(do_not_specialize=["lq", "most", "window", "groups"])
-def decode_attention_kernel(
-    q, k, v, out, padding, lengths, parts, counter, lq, most, window, scale, groups, stride_qb, stride_qh,
-    stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_pb, stride_pn, stride_length,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
-    KEPT: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, ONE: tl.constexpr, SINGLE: tl.constexpr,
-    GUESS: tl.constexpr, AHEAD: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    PDL: tl.constexpr,
+@triton.jit
+def finish(
+    acc, row_max, row_sum, out, parts, counter, batch, key_head, split, blocks, groups, lq, DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEPT: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Every SPLITS-th block of the keys of one key head.
-
-    `parts` is float32: for each batch, key head and split KEPT rows of BLOCK_DV; then for each batch, key head
-    and row SPLITS maxima; then as many sums.
-    SINGLE: a program has one block at most. GUESS: that block is read, in any case, before the length is known.
-    """
-    launch_dependents(PDL)
-    batch, split, key_head = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    pair, heads = batch * tl.num_programs(2) + key_head, groups * tl.num_programs(2)
-    if ONE:
-        lq = 1  # no division by it is left
-    k += batch * stride_kb + key_head * stride_kh
-    v += batch * stride_vb + key_head * stride_vh
-    lengths += batch * stride_length
-    STEP: tl.constexpr = SPLITS * BLOCK_N
-    if PDL:
-        # The kernel ahead may yet write the length, and keys and values: from what there is now follows only what is
-        # asked for, which L2 keeps up to date. L1 is not told, so the load is past it.
-        if GUESS:
-            first, stop = split * BLOCK_N, most
-        else:
-            stop = tl.minimum(tl.load(lengths, cache_modifier=".cg").to(tl.int32), most)
-            first = _first_and_stop(stop, split, lq, window, BLOCK_N, WINDOW)[0]
-        for start in range(first, tl.minimum(stop, first + AHEAD * STEP), STEP):
-            _prefetch_rows(k, stride_kn, start, stop, D, BLOCK_N)
-            _prefetch_rows(v, stride_vn, start, stop, DV, BLOCK_N)
-    wait_for_inputs(PDL)
-
-    # Volatile, so that no compiler takes it to be the load above.
-    length = tl.minimum(tl.load(lengths, volatile=True).to(tl.int32), most)
-    first, blocks = _first_and_stop(length, split, lq, window, BLOCK_N, WINDOW)
-    row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    # The last row fills up those that do not exist: no mask would be kept, or spilled, from here to the last store.
-    there = tl.minimum(row, groups * lq - 1)
-    head, query = key_head * groups + there // lq, there % lq
-    q_rows = (q + batch * stride_qb + head * stride_qh + query.to(tl.int64) * stride_qm)[:, None] + column[None, :]
-    queries = tl.load(q_rows, mask=None if BLOCK_D == D else (column < D)[None, :])
-    last = length - lq + query  # the position of each row's query: the last key that it sees
-    padding += batch * stride_pb
-
-    acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
-    row_max = tl.full((ROWS,), _LOWEST, tl.float32)
-    row_sum = tl.zeros((ROWS,), tl.float32)
-    if SINGLE:
-        # Without a loop nothing goes round by asynchronous copies: all of it is asked for first, then waited for.
-        key = first + tl.arange(0, BLOCK_N)
-        bound = most if GUESS else length
-        real = key
-        if PADDED:
-            real = tl.load(padding + key * stride_pn, mask=key < bound, other=0)
-        # Keys come last: Triton has them go to shared memory at once, and no later load is issued before they have.
-        values = _rows(v, key, stride_vn, bound, DV, BLOCK_DV)
-        keys = _rows(k, key, stride_kn, bound, D, BLOCK_D)
-        if GUESS:
-            values = tl.where((key < length)[:, None], values, 0.0)  # a weight of 0 does not rid it of a NaN
-        acc, row_max, row_sum = _add_block(
-            acc, row_max, row_sum, queries, keys, values, real, key, length, last, window, scale, PADDED, WINDOW, ONE
-        )
-    else:
-        for start in range(first, length, STEP):
-            key = start + tl.arange(0, BLOCK_N)
-            real = key
-            if PADDED:
-                real = tl.load(padding + key * stride_pn, mask=key < length, other=0)
-            keys = _rows(k, key, stride_kn, length, D, BLOCK_D)
-            values = _rows(v, key, stride_vn, length, DV, BLOCK_DV)
-            acc, row_max, row_sum = _add_block(
-                acc, row_max, row_sum, queries, keys, values, real, key, length, last, window, scale, PADDED, WINDOW,
-                ONE,
-            )  # fmt: skip
-
+    """Leaves the program's part for the last of those for its key head to arrive, or is that one, and writes `out`."""
+    pair, row = batch * tl.num_programs(2) + key_head, tl.arange(0, ROWS)
     used = tl.maximum(tl.minimum(blocks, SPLITS), 1)
     if SPLITS == 1:
-        _write(acc, row_sum, out, batch, key_head, heads, groups, lq, ROWS, DV, BLOCK_DV)
+        _write(acc, row_sum, out, batch, key_head, groups, lq, ROWS, DV, BLOCK_DV)
     elif used == 1:
         if split == 0:
-            _write(acc, row_sum, out, batch, key_head, heads, groups, lq, ROWS, DV, BLOCK_DV)
+            _write(acc, row_sum, out, batch, key_head, groups, lq, ROWS, DV, BLOCK_DV)
     elif split < used:
         LINES: tl.constexpr = SPLITS * KEPT  # of a pair
         pairs, of_pair = tl.num_programs(0).to(tl.int64) * tl.num_programs(2), pair * LINES
@@ -225,7 +215,69 @@ def decode_attention_kernel(
                     total, largest, weight = _merge(
                         total, largest, weight, parts, maxima, sums, chunk, used, SPLITS, KEPT, BLOCK_DV, CHUNK
                     )
-            _write(total, weight, out, batch, key_head, heads, groups, lq, KEPT, DV, BLOCK_DV)
+            _write(total, weight, out, batch, key_head, groups, lq, KEPT, DV, BLOCK_DV)
+
+
+@triton.jit(do_not_specialize=["lq", "most", "window", "groups"])
+def decode_attention_kernel(
+    q, k, v, out, padding, lengths, parts, counter, lq, most, window, scale, groups, stride_qb, stride_qh,
+    stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_pb, stride_pn, stride_length,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
+    KEPT: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, ONE: tl.constexpr, SINGLE: tl.constexpr,
+    GUESS: tl.constexpr, AHEAD: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Every SPLITS-th block of the keys of one key head.
+
+    `parts` is float32: for each batch, key head and split KEPT rows of BLOCK_DV; then for each batch, key head
+    and row SPLITS maxima; then as many sums.
+    SINGLE: a program has one block at most. GUESS: that block is read, in any case, before the length is known.
+    """
+    launch_dependents(PDL)
+    batch, split, key_head = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if ONE:
+        lq = 1  # no division by it is left
+    k += batch * stride_kb + key_head * stride_kh
+    v += batch * stride_vb + key_head * stride_vh
+    lengths += batch * stride_length
+    if PDL:
+        ask_ahead(
+            k, v, lengths, split, lq, most, window, stride_kn, stride_vn, D, DV, WINDOW, GUESS, AHEAD, BLOCK_N, SPLITS
+        )
+    wait_for_inputs(PDL)
+
+    # Volatile, so that no compiler takes it to be the load above.
+    length = tl.minimum(tl.load(lengths, volatile=True).to(tl.int32), most)
+    first, blocks = first_and_stop(length, split, lq, window, BLOCK_N, WINDOW)
+    row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    # The last row fills up those that do not exist: no mask would be kept, or spilled, from here to the last store.
+    there = tl.minimum(row, groups * lq - 1)
+    head, query = key_head * groups + there // lq, there % lq
+    q_rows = (q + batch * stride_qb + head * stride_qh + query.to(tl.int64) * stride_qm)[:, None] + column[None, :]
+    queries = tl.load(q_rows, mask=None if BLOCK_D == D else (column < D)[None, :])
+    last = length - lq + query  # the position of each row's query: the last key that it sees
+    padding += batch * stride_pb
+
+    acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
+    row_max = tl.full((ROWS,), _LOWEST, tl.float32)
+    row_sum = tl.zeros((ROWS,), tl.float32)
+    if SINGLE:
+        key, real, keys, values = one_block(
+            k, v, padding, first, length, most, stride_kn, stride_vn, stride_pn, D, DV, BLOCK_D, BLOCK_DV, PADDED, GUESS,
+            BLOCK_N,
+        )  # fmt: skip
+        acc, row_max, row_sum = add_block(
+            acc, row_max, row_sum, queries, keys, values, real, key, length, last, window, scale, PADDED, WINDOW, ONE
+        )
+    else:
+        acc, row_max, row_sum = add_blocks(
+            acc, row_max, row_sum, queries, k, v, padding, first, length, last, window, scale, stride_kn, stride_vn,
+            stride_pn, D, DV, BLOCK_D, BLOCK_DV, PADDED, WINDOW, ONE, BLOCK_N, SPLITS,
+        )  # fmt: skip
+    finish(
+        acc, row_max, row_sum, out, parts, counter, batch, key_head, split, blocks, groups, lq, DV, BLOCK_DV, ROWS,
+        KEPT, CHUNK, SPLITS,
+    )  # fmt: skip
 
 
 def decode_configs(q: Tensor, k: Tensor, v: Tensor) -> list[Config]:
@@ -242,7 +294,7 @@ def _configs(pairs: int, most: int, width: int, dtype: torch.dtype, target: Targ
     elif width <= 128:
         shapes = [(64, 4, 4), (128, 4, 2), (32, 4, 4)]  # two programs fit on a multiprocessor of sm_90
     else:
-        shapes = [(32, 4, 3), (64, 8, 2)]
+        shapes = [(32, 8, 3), (64, 8, 2)]
     waves = (2, 1, 4) if pairs < target.num_sms else (2, 4, 8)  # programs for each multiprocessor
     configs = []
     for n, warps, stages in shapes:

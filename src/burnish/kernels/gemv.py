@@ -7,13 +7,14 @@ sums are divided by in the end.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from burnish.kernels.launch import Config, launch, launch_dependents, wait_for_inputs
+from burnish.kernels.launch import Config, launch, launch_dependents, prefetch, wait_for_inputs
 from burnish.kernels.layout import rows_of
 from burnish.kernels.matmul import epilogue, row_offsets
 from burnish.kernels.matmul_configs import Product
@@ -58,6 +59,7 @@ def gemv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
+    AHEAD: tl.constexpr = 0,  # blocks of weight, beyond the first, that are brought into the L2 cache before the wait
 ):
     launch_dependents(PDL)
     # Blocks are (rows of x, rows of weight, K). The weight's is loaded as (1, rows, K), so that every row of x finds
@@ -78,6 +80,14 @@ def gemv_kernel(
     weight_up = weight
     if GATED:
         weight_up = tl.load(weight_ptrs + to_up, mask=mask, other=0.0)
+    if PDL and AHEAD > 0:
+        LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
+        far = BLOCK_K + LINE * tl.arange(0, AHEAD * BLOCK_K // LINE)
+        rows = weight_ptr + tl.minimum(n, N - 1).to(tl.int64) * stride_weight_n
+        lines = rows[:, None] + tl.minimum(far, K - 1)[None, :]
+        prefetch(lines)
+        if GATED:
+            prefetch(lines + to_up)
     wait_for_inputs(PDL)
     acc = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), tl.float32)
@@ -157,7 +167,13 @@ def gemv_configs(product: Product) -> list[Config]:
             block_n, block_k = (block_n // 2, block_k) if block_n > 2 else (block_n, block_k // 2)
         blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": min(block_k, deepest)}
         configs.append(Config.of(num_warps=warps, num_stages=1, **blocks))
-    return list(dict.fromkeys(configs))
+    # Where the kernel ahead leaves the memory idle, as attention of one token does, more of the weight comes meanwhile.
+    far = [_with_ahead(config) for config in configs[:2] if product.target.pdl and config["BLOCK_K"] < depth]
+    return list(dict.fromkeys(configs + far))
+
+
+def _with_ahead(config: Config) -> Config:
+    return replace(config, blocks=(*config.blocks, ("AHEAD", 1)))
 
 
 def gemv(

@@ -217,14 +217,19 @@ def quantized_gemv_configs(product: Product, kind: str) -> list[Config]:
     # (rows of weight, warps). A warp takes 32 chunks, so that all of x that it has serves every row. Of int4 in one row
     # of x, 8 rows take 6.9 instructions a byte (of them 0.6 for x) and 168 registers, 4 take 7.5 and 95.
     shapes = [(8, 4), (4, 4), (8, 2), (4, 8), (4, 2)] if kind == "int8" else [(8, 2), (8, 4), (4, 4), (4, 2), (4, 8)]
+    # With each row of x, a row has four sums. What spills nothing in any kind, 8 bytes and more with twice as many:
+    narrow = product.dtype == torch.float32 or product.target.capability >= (10, 0)
+    most = (8 if block_m == 1 else 4) // (2 if narrow else 1)
     configs = []
     for rows, warps in shapes:
-        rows = max(product.halves, min(rows, 16 // block_m))  # each has four sums with each row of x
+        rows = max(product.halves, min(rows, most))
         while warps > 1 and 32 * warps >= 2 * chunks:
             warps //= 2
         blocks = {"BLOCK_M": block_m, "BLOCK_N": rows // product.halves, "BLOCK_C": 32 * warps}
         configs.append(Config.of(num_warps=warps, num_stages=1, **blocks))
-    return list(dict.fromkeys(configs))
+    # Half a block more than whole ones is an eighth of the work at a depth of 14336, and masks besides.
+    whole = [config for config in configs if chunks % config["BLOCK_C"] == 0]
+    return list(dict.fromkeys(whole or configs))
 
 
 def quantized_gemv(

@@ -142,7 +142,9 @@ def quantized_skinny_configs(product: Product, kind: str, group: int) -> list[Co
     if group == 128:  # with smaller ones it spills
         shapes.insert(1, (128, 16, 2, 4))
     if kind != "int4":
-        shapes = [(64, 32, 2, 4), (32, 32, 2, 5), (64, 64, 2, 3), (32, 64, 2, 3)]
+        shapes = [(64, 32, 2, 4), (32, 32, 2, 5)]
+        if product.target.capability < (10, 0):  # where they spill
+            shapes += [(64, 64, 2, 3), (32, 64, 2, 3)]
         if words % 32:  # masks of wider blocks take so many registers that they spill
             shapes = [(32, 32, 2, 4)]
     configs = []

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from burnish.kernels.layout import MAX_GEMV_ROWS, layout_reasons
+from burnish.kernels.layout import layout_reasons
 from burnish.numerics import randn
 from burnish.op import Sample
 from burnish.ops._common import HALF_TYPES, check_floating, check_same_dtype, check_vector
 from burnish.ops._triton import triton_why_not
 from burnish.quantize import GROUP_SIZES, KINDS, QuantizedWeight, columns_of, quantize_weight
 
+MAX_QUANTIZED_GEMV_ROWS = 4  # with 8, the products of ordinary cores take 22 instructions a byte, of int4 50
 MAX_QUANTIZED_SKINNY_ROWS = 16
 
 Operands = tuple[Tensor, Tensor, Tensor | None, str]
@@ -109,7 +110,7 @@ def kernel_reasons(
             reasons.append(f"{name} has strides {tensor.stride()}; it must be contiguous")
     if weight.storage_offset() % 16:
         reasons.append("the weight does not begin at a multiple of 16 bytes")
-    fewest, most = (1, MAX_GEMV_ROWS) if family == "gemv" else (2, MAX_QUANTIZED_SKINNY_ROWS)
+    fewest, most = (1, MAX_QUANTIZED_GEMV_ROWS) if family == "gemv" else (2, MAX_QUANTIZED_SKINNY_ROWS)
     rows = x.numel() // max(1, x.shape[-1])
     if not fewest <= rows <= most:
         reasons.append(f"x has {rows} rows; the kernel takes {fewest} to {most}")
@@ -142,6 +143,6 @@ def multiplier(family: str) -> Callable[..., Tensor]:
 
 
 DESCRIPTIONS = {
-    "triton_gemv": "A Triton kernel for up to 8 rows of x, which widens the weight in registers as it streams it.",
+    "triton_gemv": "A Triton kernel for up to 4 rows of x, which widens the weight in registers as it streams it.",
     "triton_skinny": "A Triton kernel for 2 to 16 rows of x, which widens the weight and multiplies on tensor cores.",
 }

@@ -251,7 +251,7 @@ def _triton(
     scale: float | None = None,
     config: Any = None,
 ) -> Tensor:
-    """A Triton kernel that reads the filled part only, split among programs; the length stays on the device."""
+    """A Triton kernel that reads the filled part (a small cache whole), split among programs."""
     from burnish.kernels.decode_attention import decode_attention
 
     return decode_attention(q, k, v, lengths, key_padding_mask, window, scale, config=config)

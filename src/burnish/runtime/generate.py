@@ -5,21 +5,21 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from burnish.runtime.endings import Endings
 from burnish.runtime.module import OptimizedModule
 from burnish.runtime.session import Sampling, Session
 
 LENGTH_STEP = 256
 """A cache holds a multiple of so many tokens, so that the next prompt finds one that fits."""
 
-_CHECK_EVERY = 8  # steps on CUDA between looks at whether all rows have ended
+_DEFAULT_NEW_TOKENS = 20  # Hugging Face's
 
 # What a GenerationConfig may say and is not built here; each with the value that says nothing.
 _NEUTRAL: dict[str, Any] = {
@@ -61,42 +61,13 @@ _NEUTRAL: dict[str, Any] = {
 }
 
 
-@dataclass
-class _Ending:
-    """When all rows have ended: asked of the device, and answered when it has come so far."""
-
-    session: Session
-    stop: Callable[[int], bool] | None
-    asked: list[tuple[torch.cuda.Event, Tensor]] = field(default_factory=list)
-
-    def reached(self, new_tokens: int) -> bool:
-        session = self.session
-        if self.stop is not None and self.stop(new_tokens):
-            return True
-        if not session.sampling.eos and self.stop is None:
-            return False
-        if not session.finished.is_cuda:
-            return bool(session.finished.all())
-        if new_tokens % _CHECK_EVERY:
-            return False
-        answer = torch.empty((), dtype=torch.bool, pin_memory=True)
-        answer.copy_(session.finished.all(), non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self.asked.append((event, answer))
-        if len(self.asked) < 2:
-            return False
-        event, answer = self.asked.pop(0)
-        event.synchronize()
-        return bool(answer)
-
-
 def generate(
     model: OptimizedModule,
-    input_ids: Tensor,
+    inputs: Tensor | None = None,
     attention_mask: Tensor | None = None,
     generation_config: Any = None,
     *,
+    input_ids: Tensor | None = None,
     streamer: Any = None,
     tokenizer: Any = None,
     seed: int | None = None,
@@ -105,14 +76,15 @@ def generate(
     """What Hugging Face's `generate` returns, a step at a time at the memory's speed.
 
     Args:
-        input_ids: (batch, length) int64, prompts that are padded on the left.
-        attention_mask: (batch, length), nonzero for real tokens; None: all are.
+        inputs: (batch, length) int64, prompts that are padded on the left; also called `input_ids`.
+        attention_mask: (batch, length), nonzero for real tokens; None: all are, but for pad tokens.
         generation_config: a transformers GenerationConfig; None: the model's. `options` are its fields, and go first
             (`max_new_tokens=128, do_sample=True, top_p=0.9`).
-        streamer: an object with `put(tokens)` and `end()`, such as transformers' TextStreamer.
+        streamer: an object with `put(tokens)` and `end()`, such as transformers' TextStreamer; each step is then waited
+            for.
         tokenizer: for `stop_strings`.
-        seed: of the random numbers; None draws one from torch's generator. The same seed gives the same tokens,
-            whatever else is in the batch.
+        seed: of the random numbers; None draws one from torch's generator. The same call with the same seed gives the
+            same tokens.
 
     Returns:
         (batch, length + new tokens) int64, rows that ended early filled up with the pad token; with
@@ -123,52 +95,59 @@ def generate(
     encoder-decoders; a warning says so.
 
     Raises:
-        ValueError: a prompt that is not (batch, length), padding on the right, no room for new tokens.
+        ValueError: a prompt that is not (batch, length), padding on the right, no room for new tokens, numbers out of
+            range.
     """
-    original = model._original
+    original: Any = model._original
+    input_ids = input_ids if inputs is None else inputs
+    if input_ids is None:
+        raise ValueError("inputs: the prompts' token ids are needed, (batch, length)")
     config, rest = original._prepare_generation_config(generation_config, **options)
     reasons = [f"{name}={value!r}" for name, value in _unknown(config)] + [f"{name}=..." for name in rest]
     if getattr(original.config, "is_encoder_decoder", False):
         reasons.insert(0, "the model has an encoder")
     if reasons:
         return _fall_back(model, reasons, input_ids, attention_mask, generation_config, streamer, tokenizer, options)
-    attention_mask = _checked(input_ids, attention_mask)
-    length = input_ids.shape[1]
-    new = config.max_new_tokens if config.max_new_tokens is not None else config.max_length - length
+    sampling = Sampling.of(config)
+    attention_mask = _checked(input_ids, attention_mask, config.pad_token_id, sampling)
+    (batch, length), limit = input_ids.shape, _limit(original.config)
+    chosen = {"max_length"} & options.keys() or getattr(generation_config, "max_length", None) is not None
+    new = config.max_new_tokens or (config.max_length - length if chosen else _DEFAULT_NEW_TOKENS)
     if new < 1:
         raise ValueError(f"max_length={config.max_length}: the prompt has {length} tokens already; give max_new_tokens")
-    if config.stop_strings and tokenizer is None:
+    if limit is not None and length + new > limit:
+        raise ValueError(f"max_new_tokens={new}: with the prompt's {length} that is more than the {limit} positions")
+    strings = [config.stop_strings] if isinstance(config.stop_strings, str) else list(config.stop_strings or ())
+    if strings and tokenizer is None:
         raise ValueError("stop_strings need the tokenizer: generate(..., tokenizer=tokenizer)")
-    batch, padded, sampling = input_ids.shape[0], attention_mask is not None, Sampling.of(config)
-    with torch.no_grad(), _session(model, batch, length + new, padded, sampling) as session:
-        seed = int(torch.randint(2**62, ())) if seed is None else seed
-        stop = _stop_strings(session, length, config, tokenizer)
-        scores: list[Tensor] | None = [] if config.output_scores or config.output_logits else None
+    seed = int(torch.randint(2**62, ())) if seed is None else seed
+    with torch.no_grad(), _session(model, batch, length + new, attention_mask is not None, sampling) as session:
+        endings = Endings(session, length, strings, tokenizer, at_once=streamer is not None)
+        logits: list[Tensor] = []
+        scores: list[Tensor] = []
         count = 0
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        for logits in _steps(session, input_ids, attention_mask, seed, new, _Ending(session, stop)):
+        while count < new and not (count and endings.reached(count)):
+            found = session.step() if count else session.prefill(input_ids, attention_mask, seed)
             count += 1
-            if scores is not None:
-                scores.append(logits.float().clone())
+            if config.output_logits:
+                logits.append(found.float().clone())
+            if config.output_scores:
+                scores.append(session.scores(found))
             if streamer is not None:
                 streamer.put(session.sequences[:, length + count - 1].cpu())
         if streamer is not None:
             streamer.end()
-        sequences = _trimmed(session.sequences[:, : length + count].clone(), length, session.sampling)
+        sequences = endings.cut(count)
     if not config.return_dict_in_generate:
         return sequences
-    return _record(sequences, scores, config)
+    from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-
-def _steps(
-    session: Session, input_ids: Tensor, attention_mask: Tensor | None, seed: int, new: int, ending: _Ending
-) -> Iterator[Tensor]:
-    yield session.prefill(input_ids, attention_mask, seed)
-    for count in range(1, new):
-        if ending.reached(count):
-            return
-        yield session.step()
+    kept = sequences.shape[1] - length
+    return GenerateDecoderOnlyOutput(
+        sequences=sequences, scores=tuple(scores[:kept]) or None, logits=tuple(logits[:kept]) or None
+    )
 
 
 def _unknown(config: Any) -> Iterator[tuple[str, Any]]:
@@ -194,16 +173,18 @@ def _fall_back(
     return model._original.generate(input_ids, generation_config=generation_config, **options)
 
 
-def _checked(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+def _checked(input_ids: Tensor, attention_mask: Tensor | None, pad: int | None, how: Sampling) -> Tensor | None:
     """The mask, None where it says nothing."""
     if input_ids.dim() != 2 or input_ids.numel() == 0:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be (batch, length), not empty")
+        raise ValueError(f"inputs has shape {tuple(input_ids.shape)}; it must be (batch, length), not empty")
     if attention_mask is None:
-        return None
+        if pad is None or pad in how.eos:  # as Hugging Face has it: pad tokens tell, where they can mean nothing else
+            return None
+        attention_mask = input_ids != pad
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; for input_ids of {tuple(input_ids.shape)} it "
-            "must have the same"
+            f"attention_mask has shape {tuple(attention_mask.shape)}; for inputs of {tuple(input_ids.shape)} it must "
+            "have the same"
         )
     real = attention_mask != 0
     if bool(real.all()):
@@ -211,6 +192,13 @@ def _checked(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
     if bool((real[:, 1:] < real[:, :-1]).any()) or not bool(real[:, -1].all()):
         raise ValueError("attention_mask: prompts must be padded on the left (tokenizer.padding_side = 'left')")
     return real.to(torch.int64)
+
+
+def _limit(config: Any) -> int | None:
+    """How many positions there are, where each has an embedding of its own."""
+    text = config.get_text_config(decoder=True)
+    rotary = any(hasattr(text, name) for name in ("rope_parameters", "rope_theta", "rope_scaling"))
+    return None if rotary else getattr(text, "max_position_embeddings", None)
 
 
 _lock = threading.Lock()
@@ -230,54 +218,3 @@ def _session(model: OptimizedModule, batch: int, length: int, padded: bool, samp
     yield session
     with _lock:  # one that failed is not used again
         model.__dict__["_session"] = (key, session)
-
-
-def _stop_strings(session: Session, length: int, config: Any, tokenizer: Any) -> Callable[[int], bool] | None:
-    """Ends the rows in whose new text a stop string is; on CUDA it looks only every few steps."""
-    strings = config.stop_strings
-    if not strings:
-        return None
-    strings = [strings] if isinstance(strings, str) else list(strings)
-
-    def look(new_tokens: int) -> bool:
-        if session.sequences.is_cuda and new_tokens % _CHECK_EVERY:
-            return False
-        rows = session.sequences[:, length : length + new_tokens].tolist()
-        for row, tokens in enumerate(rows):
-            end = _end_of(tokens, strings, tokenizer)
-            if end is not None:
-                session.sequences[row, length + end : length + new_tokens] = session.sampling.pad
-                session.finish_rows([row])
-                ended.add(row)
-        return len(ended) == len(rows)
-
-    ended: set[int] = set()
-    return look
-
-
-def _end_of(tokens: Sequence[int], strings: Sequence[str], tokenizer: Any) -> int | None:
-    """How many of the tokens it takes until one of the strings is there."""
-    text = tokenizer.decode(tokens)
-    if not any(string in text for string in strings):
-        return None
-    return next(n for n in range(1, len(tokens) + 1) if any(s in tokenizer.decode(tokens[:n]) for s in strings))
-
-
-def _trimmed(sequences: Tensor, length: int, sampling: Sampling) -> Tensor:
-    """Without columns behind the end of all rows, which steps wrote before the host knew."""
-    if not sampling.eos:
-        return sequences
-    ends = torch.isin(sequences[:, length:], torch.tensor(sampling.eos, device=sequences.device))
-    first = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, sequences.shape[1] - length)
-    return sequences[:, : length + int(first.max())]
-
-
-def _record(sequences: Tensor, scores: list[Tensor] | None, config: Any) -> Any:
-    from transformers.generation.utils import GenerateDecoderOnlyOutput
-
-    logits = tuple(scores) if scores is not None and config.output_logits else None
-    return GenerateDecoderOnlyOutput(
-        sequences=sequences,
-        scores=tuple(scores) if scores is not None and config.output_scores else None,
-        logits=logits,
-    )

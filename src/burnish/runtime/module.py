@@ -117,13 +117,13 @@ class OptimizedModule(nn.Module):
         """What was done and what it costs: see `burnish.report.Report`."""
         return self.schedule.report()  # type: ignore[attr-defined]
 
-    def generate(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Tokens after a prompt, by a Hugging Face model: see `burnish.runtime.generate.generate`."""
         from burnish.runtime.generate import generate
 
         if not hasattr(self._original, "generate"):
             raise AttributeError(f"generate: {type(self._original).__name__} is no Hugging Face model that generates")
-        return generate(self, input_ids, *args, **kwargs)
+        return generate(self, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state = next((v for v in (*args, *kwargs.values()) if isinstance(v, State)), None)

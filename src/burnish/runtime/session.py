@@ -7,7 +7,7 @@ read: the host launches steps and waits for none of them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from burnish import ops
 from burnish.op import Op
+from burnish.ops.sample_token import kept_scores
 from burnish.prepare import GraphEntry, PlainEntry
 from burnish.runtime.cuda_graph import GraphMemory
 from burnish.runtime.kv_cache import KVCache
@@ -35,6 +36,12 @@ class Sampling:
     repetition_penalty: float = 1.0
     eos: tuple[int, ...] = ()
     pad: int = 0
+    strings: bool = False
+
+    @property
+    def may_end(self) -> bool:
+        """Whether a row may end before the others, at a token or a string."""
+        return bool(self.eos) or self.strings
 
     @classmethod
     def of(cls, config: Any) -> Sampling:
@@ -42,12 +49,10 @@ class Sampling:
         eos = config.eos_token_id
         eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
         pad = config.pad_token_id if config.pad_token_id is not None else next(iter(eos), 0)
-        penalty = 1.0 if config.repetition_penalty is None else config.repetition_penalty
-        if not config.do_sample:
-            return cls(repetition_penalty=penalty, eos=eos, pad=pad)
-        given = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        filters = ("temperature", "top_k", "top_p", "min_p") if config.do_sample else ()
+        given = {name: getattr(config, name) for name in (*filters, "repetition_penalty")}
         given = {name: value for name, value in given.items() if value is not None}
-        return cls(True, **given, repetition_penalty=penalty, eos=eos, pad=pad)
+        return cls(bool(config.do_sample), **given, eos=eos, pad=pad, strings=bool(config.stop_strings))
 
 
 class Session:
@@ -183,11 +188,10 @@ class Session:
         """The next token, at the place behind what is filled."""
         how, filled = self.sampling, self.cache.lengths
         if how.repetition_penalty != 1.0:
-            penalized = (logits, self.sequences, filled, how.repetition_penalty, self._start)
-            logits = self._fastest(ops.penalize_repetition, *penalized)
+            logits = self._fastest(ops.penalize_repetition, *self._penalized(logits))
         drawn = (logits, self.seed, filled, how.temperature, how.top_k, how.top_p, how.min_p, how.do_sample)
         token = self._fastest(ops.sample_token, *drawn)
-        if how.eos:
+        if how.may_end:
             token = torch.where(self.finished, how.pad, token)
             self.finished |= torch.isin(token, self._eos)
         self._token.copy_(token[:, None])
@@ -196,11 +200,20 @@ class Session:
     def _fastest(self, op: Op, *args: Any) -> Any:
         """The Op by the Impl that is fastest here: all its calls are alike."""
         if op.name not in self._functions:
+            op.check(*args)
             tuner: Tuner = self.model.schedule.tuner  # type: ignore[attr-defined]  # a Resolver is a Schedule here
             chosen = tuner.choose(op, args, budget_us=Tuner.FIRST_BUDGET_US, thorough=True)
             self._functions[op.name], _ = chosen
         return self._functions[op.name](*args)
 
-    def finish_rows(self, rows: Sequence[int]) -> None:
-        """These rows have ended, for a reason that only the host sees."""
-        self.finished[list(rows)] = True
+    def scores(self, logits: Tensor) -> Tensor:
+        """What the token was chosen by that these logits led to: penalized, divided, filtered; float32."""
+        how, scores = self.sampling, logits.float()
+        if how.repetition_penalty != 1.0:
+            scores = ops.penalize_repetition(*self._penalized(scores))
+        return (
+            kept_scores(scores, how.temperature, how.top_k, how.top_p, how.min_p) if how.do_sample else scores.clone()
+        )
+
+    def _penalized(self, logits: Tensor) -> tuple[Any, ...]:
+        return logits, self.sequences, self.cache.lengths, self.sampling.repetition_penalty, self._start
