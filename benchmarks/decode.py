@@ -134,7 +134,7 @@ class _HuggingFace:
         from transformers import StaticCache
 
         self.context = self.filled = ids.shape[1]
-        self.function = function or model
+        self.function = model if function is None else function
         self.cache = StaticCache(config=model.config, max_cache_len=self.context + 2 * STEPS)
         self.token = model(ids, past_key_values=self.cache).logits[:, -1:].argmax(-1)
 

@@ -25,6 +25,12 @@ from burnish.kernels.matmul_configs import Product
 from burnish.kernels.quantized import quantized_gemv, quantized_gemv_configs, selector
 from burnish.kernels.quantized_skinny import quantized_skinny, quantized_skinny_configs
 
+
+def slow(*values: Any) -> Any:
+    """Values that only the long matrices try."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 KINDS: list[tuple[Kind, int, bool]] = [
     ("int8", 128, True),
     ("fp8", 128, True),
@@ -64,7 +70,7 @@ def _assert_right(result: Tensor, *args: Any) -> None:
 
 
 @pytest.mark.parametrize(("kind", "group", "symmetric"), KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *map(slow, (torch.float32, torch.float16))], ids=str)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_few_rows(kind: Kind, group: int, symmetric: bool, dtype: torch.dtype, rows: int) -> None:
     columns = 384 if kind == "int4" else 208  # blocks of 4 chunks: neither is whole ones
@@ -75,7 +81,7 @@ def test_few_rows(kind: Kind, group: int, symmetric: bool, dtype: torch.dtype, r
 
 
 @pytest.mark.parametrize(("kind", "group", "symmetric"), KINDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)], ids=str)
 @pytest.mark.parametrize("rows", [2, 16])
 def test_some_rows(kind: Kind, group: int, symmetric: bool, dtype: torch.dtype, rows: int) -> None:
     columns = 384 if kind == "int4" else 208  # 52 words: no whole blocks
@@ -85,8 +91,8 @@ def test_some_rows(kind: Kind, group: int, symmetric: bool, dtype: torch.dtype, 
         _assert_right(quantized_skinny(*args, config=_skinny_config(split)), *args)
 
 
-@pytest.mark.parametrize(("kind", "group", "symmetric"), KINDS)
-@pytest.mark.parametrize("columns", [1, 22])
+@pytest.mark.parametrize(("kind", "group", "symmetric"), [*KINDS[:3], *(slow(*kind) for kind in KINDS[3:])])
+@pytest.mark.parametrize("columns", [slow(1), 22])
 def test_gates(kind: Kind, group: int, symmetric: bool, columns: int) -> None:
     weight, bias = _weight(2 * columns, 256, kind, group, symmetric), _tensor(2 * columns, seed=2)
     reference = quantized_gated_product.reference
@@ -154,7 +160,7 @@ def test_bits_are_put_where_the_plain_form_puts_them() -> None:
         assert struct.unpack("<f", struct.pack("<I", 0x4B000000 | byte))[0] == 2**23 + byte
 
 
-@pytest.mark.parametrize("parts", [2, 3, 8])
+@pytest.mark.parametrize("parts", [slow(2), 3, slow(8)])
 def test_split_sums_are_the_same_each_time_and_leave_no_trace(parts: int) -> None:
     for kind in ("int8", "int4"):
         weight = _weight(40, 512, kind)

@@ -73,7 +73,7 @@ def ordered(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("dtype", [BF16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (FP32, FP16))])
 def test_exactly_the_references_tokens_are_kept(dtype: torch.dtype, kind: str) -> None:
     logits = logits_of(kind, 2, 400, dtype)
     filters = [(1.0, 20, 1.0), (0.7, 0, 0.9)]

@@ -214,7 +214,9 @@ def model_of(family: str, dtype: torch.dtype, **settings: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_config(config).eval().to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["fp32", "bf16"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_models(family: str, dtype: torch.dtype, rewrite: Callable[..., Any]) -> None:
     ids = torch.randint(100, (2, 7), generator=torch.Generator().manual_seed(0))

@@ -80,14 +80,15 @@ def left_padded(ids: Tensor) -> tuple[Tensor, Tensor]:
     return ids * mask, mask
 
 
+@pytest.mark.parametrize("tokens", [40, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_are_hugging_faces(family: str) -> None:
+def test_greedy_tokens_are_hugging_faces(family: str, tokens: int) -> None:
     model = built(FAMILIES[family])
     fast = burnish.optimize(copy.deepcopy(model), cache="off")
     ids, mask = left_padded(prompt())
     for given in ({}, {"attention_mask": mask}):
-        expected = model.generate(ids if given else prompt(), max_new_tokens=200, **given)
-        assert torch.equal(fast.generate(ids if given else prompt(), max_new_tokens=200, **given), expected)
+        expected = model.generate(ids if given else prompt(), max_new_tokens=tokens, **given)
+        assert torch.equal(fast.generate(ids if given else prompt(), max_new_tokens=tokens, **given), expected)
     reports = [served.kept_original for served in fast.schedule.served]  # type: ignore[attr-defined]
     assert not any(reason and "beat" not in reason for reason in reports), reports
     assert any("rope_append" in record.name or record.matches for record in fast.schedule.history)  # type: ignore[attr-defined]

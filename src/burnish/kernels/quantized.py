@@ -215,7 +215,7 @@ def quantized_gemv_configs(product: Product, kind: str) -> list[Config]:
     block_m = triton.next_power_of_2(product.rows)
     chunks = max(1, product.depth // (32 if kind == "int4" else 16))
     # (rows of weight, warps). A warp takes 32 chunks, so that all of x that it has serves every row. Of int4 in one row
-    # of x, 8 rows take 6.9 instructions a byte (of them 0.6 for x) and 168 registers, 4 take 7.5 and 95.
+    # of x, 8 rows take 6.9 instructions a byte (of them 0.6 for x) and 128 registers, 4 take 7.4 and 96.
     shapes = [(8, 4), (4, 4), (8, 2), (4, 8), (4, 2)] if kind == "int8" else [(8, 2), (8, 4), (4, 4), (4, 2), (4, 8)]
     # With each row of x, a row has four sums. What spills nothing in any kind, 8 bytes and more with twice as many:
     narrow = product.dtype == torch.float32 or product.target.capability >= (10, 0)

@@ -16,8 +16,10 @@ from burnish.ops._common import nbytes, not_on_cpu, wide
 from burnish.ops._triton import triton_why_not
 from burnish.ops.attention import attention
 
-_MAX_QUERIES = 64  # of the Triton kernel, for each key head
-_MAX_HEAD_DIM = 256
+MAX_QUERIES = 64
+"""Of the Triton kernel, for each key head."""
+MAX_HEAD_DIM = 256
+"""Of the Triton kernel."""
 
 
 def _check(
@@ -219,10 +221,10 @@ def _triton_why_not(
     if k.numel() == 0 or v.numel() == 0:
         reasons.append("k or v is empty")
     queries = q.shape[1] // max(1, k.shape[1]) * q.shape[2]
-    if queries > _MAX_QUERIES:
-        reasons.append(f"{queries} queries share a key head; the kernel takes {_MAX_QUERIES}")
-    if max(q.shape[3], v.shape[3]) > _MAX_HEAD_DIM:
-        reasons.append(f"head_dim {max(q.shape[3], v.shape[3])} is above {_MAX_HEAD_DIM}")
+    if queries > MAX_QUERIES:
+        reasons.append(f"{queries} queries share a key head; the kernel takes {MAX_QUERIES}")
+    if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
+        reasons.append(f"head_dim {max(q.shape[3], v.shape[3])} is above {MAX_HEAD_DIM}")
     return reasons
 
 

@@ -2,7 +2,7 @@
 
 from burnish.graph.trace import clean
 from burnish.rewrites.fuse import FUSE as _FUSE
-from burnish.rewrites.fuse_append import fuse_rope_append
+from burnish.rewrites.fuse_append import fuse_append_attention, fuse_rope_append
 from burnish.rewrites.fuse_prologue import fuse_norm_prologue
 from burnish.rewrites.raise_attention import ATTENTION
 from burnish.rewrites.raise_linear import LINEAR
@@ -19,6 +19,7 @@ RAISE: list[Rewrite | GraphPass] = [*LINEAR, *NORM, *ROPE, *ROPE_TABLES, *ATTENT
 FUSE: list[Rewrite | GraphPass] = [
     *_FUSE,
     GraphPass("rope_append", fuse_rope_append),
+    GraphPass("rope_append_attention", fuse_append_attention),
     GraphPass("norm prologue", fuse_norm_prologue),  # linear_rope has gone before, and stays
     GraphPass("boolean masks", read_boolean_masks),
     GraphPass("integer padding masks", read_integer_masks),
