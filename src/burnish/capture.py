@@ -271,10 +271,11 @@ def _distinct(leaves: Sequence[Any]) -> list[Any]:
 
 def _widen(leaves: Sequence[Any]) -> list[Any]:
     """Batch and sequence sizes of 1 become 2, because export would fix them: the first dim of every tensor if all agree
-    on 1, and the second of those that look like (batch, sequence[, features])."""
+    on 1, and the second of those that look like (batch, sequence[, features]). Not that of a KV cache's next token (its
+    keys have four dims): most steps have one, and kernels for it are made for that."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
     batch_is_one = all(t.shape[0] == 1 for t in tensors)
-    sequence_is_one = all(t.shape[1] == 1 for t in tensors if t.dim() in (2, 3))
+    sequence_is_one = all(t.shape[1] == 1 if t.dim() in (2, 3) else t.dim() < 4 for t in tensors)
 
     def widen(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.dim() == 0:

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 from burnish.kernels import decode_attention
 from burnish.kernels.launch import Config, Launch, Target, recording
+from tests.slow import slow
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 H200 = Target((9, 0), 132)
@@ -76,7 +77,7 @@ def test_samples(sample: Sample) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 32, 33, 47, 48, 118, 119, 120, 121, 1 << 40])
+@pytest.mark.parametrize("length", [0, 15, 16, 47, 119, 120, 1 << 40, *map(slow, (1, 17, 32, 33, 48, 118, 121))])
 def test_every_border(length: int, config: Config) -> None:
     check(*inputs(), torch.tensor(length), config=config)
 
@@ -88,7 +89,7 @@ def test_padding(lengths: list[int], config: Config) -> None:
     check(*inputs(), torch.tensor(lengths, dtype=torch.int32), real, config=config)
 
 
-@pytest.mark.parametrize("window", [1, 16, 17, 200])
+@pytest.mark.parametrize("window", [1, 17, *map(slow, (16, 200))])
 @pytest.mark.parametrize("lengths", [[0, 119], [16, 120], [17, 32]], ids=str)
 def test_windows(lengths: list[int], window: int) -> None:
     for config in (SINGLE, LOOP):
@@ -106,7 +107,7 @@ def test_the_new_token_may_be_padding(real: bool, config: Config) -> None:
     assert bool(attended[1].any()) == real
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, *map(slow, (FP16, FP32))], ids=str)
 @pytest.mark.parametrize("groups", [1, 3, 4, 8, 32])
 def test_heads_that_share_a_key_head(groups: int, dtype: torch.dtype) -> None:
     for config in (SINGLE, LOOP):
@@ -114,7 +115,7 @@ def test_heads_that_share_a_key_head(groups: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(("dtype", "table_dtype"), [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP32, FP16)])
+@pytest.mark.parametrize(("dtype", "table_dtype"), [(BF16, FP32), slow(BF16, BF16), slow(FP16, FP32), slow(FP32, FP16)])
 @pytest.mark.parametrize(("d", "rotated", "dv"), [(16, 16, 16), (24, 6, 40), (20, 2, 7), (7, 6, 3), (256, 64, 256)])
 def test_widths(d: int, rotated: int, dv: int, dtype: torch.dtype, table_dtype: torch.dtype, interleaved: bool) -> None:
     q, k, v, cos, sin, *caches = inputs(2, d, dv, rotated, dtype=dtype)

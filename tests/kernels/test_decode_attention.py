@@ -13,6 +13,7 @@ from burnish.kernels.launch import Config, Target
 from burnish.numerics import assert_close, oracle, randn
 from burnish.op import Sample
 from burnish.ops import cached_attention
+from tests.slow import slow
 
 CONFIGS = [Config.of(4, 2, BLOCK_N=n, SPLITS=splits) for n, splits in ((16, 1), (16, 3), (32, 8), (64, 5), (128, 16))]
 SAMPLES = [
@@ -42,7 +43,7 @@ def test_samples(sample: Sample) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("length", [0, 1, 2, 16, 63, 64, 65, 190, 200])
+@pytest.mark.parametrize("length", [0, 64, 200, *map(slow, (1, 2, 16, 63, 65, 190))])
 def test_every_split_of_every_length(config: Config, length: int) -> None:
     q, k, v = randn(2, 4, 2, 32, seed=0), randn(2, 2, 200, 32, seed=1), randn(2, 2, 200, 32, seed=2)
     k[:, :, length:], v[:, :, length:] = torch.nan, torch.nan  # the kernel does not even read it
@@ -55,13 +56,15 @@ def test_every_split_of_every_length(config: Config, length: int) -> None:
 
 # With 120 keys at most: a block for each program; several blocks; more programs than blocks.
 @pytest.mark.parametrize(("block_n", "splits"), [(16, 8), (16, 3), (32, 16)])
-@pytest.mark.parametrize(("groups", "lq"), [(1, 1), (4, 1), (8, 1), (1, 2), (4, 3), (8, 4), (1, 5), (8, 5)])
+@pytest.mark.parametrize(
+    ("groups", "lq"), [(4, 1), (8, 5), *(slow(*rows) for rows in ((1, 1), (8, 1), (1, 2), (4, 3), (8, 4), (1, 5)))]
+)
 def test_rows_that_share_a_key_head(groups: int, lq: int, block_n: int, splits: int) -> None:
     q, k, v = randn(3, groups, lq, 32, seed=0), randn(3, 1, 120, 32, seed=1), randn(3, 1, 120, 32, seed=2)
     check(Config.of(4, 2, BLOCK_N=block_n, SPLITS=splits), q, k, v, torch.tensor([5, 40, 119]))
 
 
-@pytest.mark.parametrize("length", [0, 16, 17, 150, 300])
+@pytest.mark.parametrize("length", [17, 300, *map(slow, (0, 16, 150))])
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_parts_are_added_up_by_chunks(chunk: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_attention, "_chunk", lambda *_: chunk)

@@ -24,12 +24,7 @@ from burnish.kernels.launch import INTERPRETED, Config, Launch, Target, recordin
 from burnish.kernels.matmul_configs import Product
 from burnish.kernels.quantized import quantized_gemv, quantized_gemv_configs, selector
 from burnish.kernels.quantized_skinny import quantized_skinny, quantized_skinny_configs
-
-
-def slow(*values: Any) -> Any:
-    """Values that only the long matrices try."""
-    return pytest.param(*values, marks=pytest.mark.slow)
-
+from tests.slow import slow
 
 KINDS: list[tuple[Kind, int, bool]] = [
     ("int8", 128, True),

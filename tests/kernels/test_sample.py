@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 from burnish.kernels import sample as kernels
 from burnish.kernels.counters import counters
 from burnish.kernels.launch import Config, Launch, Target, recording
+from tests.slow import slow
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 H200 = Target((9, 0), 132)
@@ -73,7 +74,7 @@ def ordered(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [BF16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (FP32, FP16))])
+@pytest.mark.parametrize("dtype", [BF16, *map(slow, (FP32, FP16))])
 def test_exactly_the_references_tokens_are_kept(dtype: torch.dtype, kind: str) -> None:
     logits = logits_of(kind, 2, 400, dtype)
     filters = [(1.0, 20, 1.0), (0.7, 0, 0.9)]

@@ -15,7 +15,7 @@ from burnish import ops
 from burnish.capture import capture
 from burnish.lower import Executable, op_of
 from burnish.op import Op
-from burnish.rewrites import FUSE, RAISE, apply
+from burnish.rewrites import APPEND_ATTENTION, FUSE, RAISE, apply
 from burnish.rewrites.rewrite import set_value
 from burnish.verify import verify
 
@@ -54,7 +54,7 @@ class Given:
 
     def fused(self, *outputs: fx.Node) -> Any:
         self.graph.output(outputs)
-        record = apply("fuse", FUSE, fx.GraphModule({}, self.graph))
+        record = apply("fuse", [*FUSE, APPEND_ATTENTION], fx.GraphModule({}, self.graph))
         self.graph.lint()
         return record
 
@@ -246,7 +246,7 @@ def test_a_captured_step(tokens: int, on_cuda: bool, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr("burnish.rewrites.fuse.on_cuda", lambda node: True)
     program, model, leaves = _step(tokens)
     apply("raise", RAISE, program.graph_module)
-    record = apply("fuse", FUSE, program.graph_module)
+    record = apply("fuse", [*FUSE, APPEND_ATTENTION], program.graph_module)
     assert record.matches["rope_append"] == 2
     assert record.matches.get("rope_append_attention", 0) == (2 if on_cuda and tokens == 1 else 0)
     executable = Executable(program.graph_module, model)

@@ -19,11 +19,12 @@ RAISE: list[Rewrite | GraphPass] = [*LINEAR, *NORM, *ROPE, *ROPE_TABLES, *ATTENT
 FUSE: list[Rewrite | GraphPass] = [
     *_FUSE,
     GraphPass("rope_append", fuse_rope_append),
-    GraphPass("rope_append_attention", fuse_append_attention),
     GraphPass("norm prologue", fuse_norm_prologue),  # linear_rope has gone before, and stays
     GraphPass("boolean masks", read_boolean_masks),
     GraphPass("integer padding masks", read_integer_masks),
     GraphPass("padding masks shared", share_padding_masks),
 ]
+# Not among them yet: its kernel has not been timed in a model, against the two that it replaces.
+APPEND_ATTENTION = GraphPass("rope_append_attention", fuse_append_attention)
 
-__all__ = ["FUSE", "RAISE", "GraphPass", "Rewrite", "apply"]
+__all__ = ["APPEND_ATTENTION", "FUSE", "RAISE", "GraphPass", "Rewrite", "apply"]
