@@ -11,7 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 from burnish.cli import app
-from burnish.cli.generate import _Asked, _Stream, _weights_of_a_step
+from burnish.cli.generate import _weights_of_a_step
+from burnish.cli.generating import Asked, Stream
 from burnish.hardware import Rates
 from tests.cli.running import fails, run_json
 from tests.zoo.hugging_face import needs
@@ -170,8 +171,8 @@ def test_a_step_reads_no_table_of_embeddings_but_the_heads(tied: bool) -> None:
 
 
 def test_a_stream_prints_nothing_behind_the_end(capsys: pytest.CaptureFixture[str]) -> None:
-    asked: Any = _Asked(torch.zeros(1, 2), None, None, None, {}, 0, False, eos=(7,), stop=())
-    stream = _Stream(asked)
+    asked: Any = Asked(torch.zeros(1, 2), None, None, None, {}, 0, False, eos=(7,), stop=())
+    stream = Stream(asked)
     for tokens in (torch.zeros(1, 2, dtype=torch.int64), *torch.tensor([[3], [7], [0], [0]])):
         stream.put(tokens)
     stream.end()

@@ -121,7 +121,8 @@ def generate(
     if strings and tokenizer is None:
         raise ValueError("stop_strings need the tokenizer: generate(..., tokenizer=tokenizer)")
     seed = int(torch.randint(2**62, ())) if seed is None else seed
-    with torch.no_grad(), _session(model, batch, length + new, attention_mask is not None, sampling) as session:
+    room = max(length + new, config.max_cache_len or 0)
+    with torch.no_grad(), _session(model, batch, room, attention_mask is not None, sampling) as session:
         endings = Endings(session, length, strings, tokenizer, at_once=streamer is not None)
         logits: list[Tensor] = []
         scores: list[Tensor] = []
