@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from burnish.kernels import rope as kernels
 from burnish.kernels.launch import Config, Launch, Target, recording
+from tests.slow import slow
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 H200 = Target((9, 0), 132)
@@ -140,7 +141,7 @@ def test_in_place_is_one_launch_that_says_so() -> None:
     assert (one.constants["IN_PLACE"], other.constants["IN_PLACE"]) == (True, False)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("dtype", [FP16, *map(slow, (BF16, FP32))])
 def test_heads_of_a_product_on_the_samples(dtype: torch.dtype) -> None:
     impl = linear_rope.impls["torch_triton"]
     for sample in linear_rope.samples("cpu", dtype):
