@@ -62,7 +62,7 @@ def assert_right(compiled: Callable[..., Any], model: nn.Module, inputs: dict[st
 # Per layer: weights are inputs of Dynamo's graphs, so q, k, v and a gated MLP's products stay apart.
 OPS = {
     "bert-sdpa-mask": {"attention": 2, "linear": 13, "add_layer_norm": 4, "embedding_layer_norm": 1},
-    "llama-sdpa": {"attention": 2, "linear": 15, "rope_qk": 2, "rms_norm": 1, "add_rms_norm": 4},
+    "llama-sdpa": {"attention": 2, "linear": 15, "rope_qk": 2, "rope_tables": 1, "rms_norm": 1, "add_rms_norm": 4},
     "gpt2-sdpa": {"attention": 2, "linear": 9, "layer_norm": 1, "add_layer_norm": 4},
     "nanogpt-manual": {"attention": 2, "linear": 9, "layer_norm": 1, "add_layer_norm": 4},
 }

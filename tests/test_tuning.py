@@ -111,7 +111,7 @@ def test_rivals_in_a_model_are_the_nearest_few_of_each_impl(monkeypatch: pytest.
     choice = tuning.Choice("torch", times, source="measured", config="0")
 
     def of(choice: tuning.Choice) -> list[str]:
-        return [rival.candidate for _, rival in Tuner("off").rivals(rms_norm, rms_norm.bind(x_of()), choice)]
+        return [rival.candidate for _, rival in Tuner("off").rivals(rms_norm, rms_norm.bind(x_of()), choice, False)]
 
     triton = ["triton 0", "triton 1", "triton 2"]  # up to 8 in all, 3 of an Impl, the chosen one left out
     torchs, vectors = ["torch 1", "torch 2", "torch 3"], ["vector_norm 0", "vector_norm 1", "vector_norm 2"]

@@ -96,6 +96,7 @@ def test_windows(lengths: list[int], window: int) -> None:
         check(*inputs(), torch.tensor(lengths), window=window, config=config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("real", [False, True])
 def test_the_new_token_may_be_padding(real: bool, config: Config) -> None:
@@ -114,6 +115,7 @@ def test_heads_that_share_a_key_head(groups: int, dtype: torch.dtype) -> None:
         check(*inputs(groups, dtype=dtype), torch.tensor([40, 119]), config=config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("dtype", "table_dtype"), [(BF16, FP32), slow(BF16, BF16), slow(FP16, FP32), slow(FP32, FP16)])
 @pytest.mark.parametrize(("d", "rotated", "dv"), [(16, 16, 16), (24, 6, 40), (20, 2, 7), (7, 6, 3), (256, 64, 256)])
@@ -134,6 +136,7 @@ def test_what_is_not_rotated_passes_to_the_bit(interleaved: bool) -> None:
     assert new_k[:, :, 50, :6].isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "guessed"), [(SINGLE, 0), (SINGLE, 1 << 22), (LOOP, 0)], ids=str)
 @pytest.mark.parametrize("length", [0, 42, 48, 119])
 def test_what_is_not_filled_does_not_matter(
@@ -194,6 +197,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lay", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_layouts(lay: Any) -> None:
     q, k, v, cos, sin, *caches = inputs()
@@ -202,6 +206,7 @@ def test_layouts(lay: Any) -> None:
     check(*every_other, cos, sin, *caches, torch.tensor([3, 9]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cut",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import burnish.ops
 from burnish.numerics import assert_close, oracle
 from burnish.op import OPS, Op, Sample
 from tests.ops.matrix import tensors
+from tests.slow import slow
 
 ALL = [OPS[name] for name in burnish.ops.__all__]
 NAMES = burnish.ops.__all__
@@ -27,6 +29,8 @@ FEATURES = {  # of each Op, samples that together use every argument
     "linear_add_layer_norm": ("biases", "no sum", "plain"),
     "linear_add_rms_norm": ("bias", "no sum", "plain"),
     "linear_rope": ("head_dim 20", "no bias", "table per row"),
+    "quantized_gated_product": ("int8, 16 rows, bias, gelu_tanh", "int4, 64 columns a group, zeros"),
+    "quantized_linear": ("int4, bias, silu", "expanded residual", "int4, 64 columns a group, zeros"),
     "rms_norm_gated_mlp": ("5 rows", "transposed"),
     "rms_norm_linear": ("5 rows", "transposed"),
     "rope": ("partial interleaved", "heads last in memory", "table per row"),
@@ -89,6 +93,10 @@ def _double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
+def int8(*shape: int) -> Tensor:
+    return torch.arange(math.prod(shape)).sub(20).mul(3).to(torch.int8).reshape(shape)
+
+
 SMALL = {  # float64 inputs small enough for numerical derivatives
     "add_layer_norm": lambda r: (r(2, 5), r(2, 5), r(5), r(5), 1e-2),
     "add_rms_norm": lambda r: (r(2, 5), r(2, 5), r(5), 1e-2),
@@ -120,6 +128,8 @@ SMALL = {  # float64 inputs small enough for numerical derivatives
     "linear_add_rms_norm": lambda r: (r(2, 3), r(4, 3), r(4), r(2, 4), r(4), 1e-2),
     "linear_rope": lambda r: (r(1, 3, 4), r(7, 4), r(7), r(3, 2), r(3, 2), 2, 4),
     "penalize_repetition": lambda r: (r(2, 5), torch.tensor([[1, 1, 4], [0, 2, 3]]), torch.tensor([3, 2]), 1.3),
+    "quantized_gated_product": lambda r: (r(2, 16), int8(4, 16), r(4), None, "int8", r(4), "gelu"),
+    "quantized_linear": lambda r: (r(2, 16), int8(3, 16), r(3), None, "int8", r(3), "silu", r(2, 3)),
     "rms_norm": lambda r: (r(2, 5), r(5), 1e-2),
     "rms_norm_gated_mlp": lambda r: (r(2, 3), r(3), 1e-2, r(4, 3), r(3, 2), r(4), r(3), "gelu"),
     "rms_norm_linear": lambda r: (r(2, 3), r(3), 1e-2, r(4, 3), r(4), "tanh"),
@@ -165,7 +175,7 @@ def test_numerical_derivatives(op: Op) -> None:
     assert torch.autograd.gradgradcheck(op.overload, args)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [slow("eager"), "aot_eager"])
 @pytest.mark.parametrize("op", ALL, ids=NAMES)
 def test_compile_in_one_graph(op: Op, backend: str) -> None:
     torch._dynamo.reset()
@@ -184,7 +194,7 @@ def test_compile_in_one_graph(op: Op, backend: str) -> None:
     )
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("strict", [False, slow(True)], ids=["non-strict", "strict"])
 @pytest.mark.parametrize("op", ALL, ids=NAMES)
 def test_export_as_one_node(op: Op, strict: bool) -> None:
     sample = samples(op)[0]

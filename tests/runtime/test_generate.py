@@ -16,6 +16,7 @@ import burnish
 from burnish.runtime import generate as generation
 from burnish.runtime.kv_cache import KVCache
 from burnish.runtime.module import OptimizedModule
+from tests.slow import slow
 
 VOCABULARY = 97
 COMMON: dict[str, Any] = {
@@ -80,8 +81,8 @@ def left_padded(ids: Tensor) -> tuple[Tensor, Tensor]:
     return ids * mask, mask
 
 
-@pytest.mark.parametrize("tokens", [40, pytest.param(200, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tokens", [40, slow(200)])
+@pytest.mark.parametrize("family", [slow(name) if name == "qwen2" else name for name in FAMILIES])
 def test_greedy_tokens_are_hugging_faces(family: str, tokens: int) -> None:
     model = built(FAMILIES[family])
     fast = burnish.optimize(copy.deepcopy(model), cache="off")
