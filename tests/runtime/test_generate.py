@@ -16,6 +16,7 @@ import burnish
 from burnish.runtime import generate as generation
 from burnish.runtime.kv_cache import KVCache
 from burnish.runtime.module import OptimizedModule
+from burnish.runtime.session import Session
 from tests.slow import slow
 
 VOCABULARY = 97
@@ -251,6 +252,35 @@ def test_bad_prompts_are_refused(pair: tuple[Any, OptimizedModule]) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             fast.generate(ids, **{"max_new_tokens": None if "max_length" in given else 3} | given)
+
+
+def test_no_new_token_is_an_error_and_no_cache_is_left_to_hugging_face(pair: tuple[Any, OptimizedModule]) -> None:
+    _, fast = pair
+    with pytest.raises(ValueError, match="max_new_tokens=0: it must be at least 1"):
+        fast.generate(prompt(), max_new_tokens=0)
+    with pytest.warns(UserWarning, match="use_cache=False"):
+        fast.generate(prompt(), max_new_tokens=2, use_cache=False)
+
+
+def test_weights_that_were_replaced_count_in_the_next_prompt() -> None:
+    model = built(llama)
+    fast = burnish.optimize(model, cache="off")
+    before = fast.generate(prompt(), max_new_tokens=8)
+    model.load_state_dict({name: t.flip(0).clone() for name, t in model.state_dict().items()}, assign=True)
+    expected = copy.deepcopy(model).generate(prompt(), max_new_tokens=8)
+    assert not torch.equal(before, expected)
+    assert torch.equal(fast.generate(prompt(), max_new_tokens=8), expected)
+
+
+def test_what_serves_the_steps_is_chosen_once(
+    pair: tuple[Any, OptimizedModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is the model as it was, or nothing could be captured."""
+    _, fast = pair
+    prepared = []
+    monkeypatch.setattr(Session, "_entry_of_step", lambda self: prepared.append(self))
+    fast.generate(prompt(3), max_new_tokens=5)
+    assert len(prepared) == 1
 
 
 def test_a_session_serves_one_prompt_after_another(

@@ -111,10 +111,15 @@ def generate(
     sampling = Sampling.of(config)
     attention_mask = _checked(input_ids, attention_mask, config.pad_token_id, sampling)
     (batch, length), limit = input_ids.shape, _limit(original.config)
-    chosen = {"max_length"} & options.keys() or getattr(generation_config, "max_length", None) is not None
-    new = config.max_new_tokens or (config.max_length - length if chosen else _DEFAULT_NEW_TOKENS)
-    if new < 1:
-        raise ValueError(f"max_length={config.max_length}: the prompt has {length} tokens already; give max_new_tokens")
+    new = config.max_new_tokens
+    if new is None:
+        given = (getattr(each, "max_length", None) for each in (generation_config, original.generation_config))
+        chosen = "max_length" in options or any(most is not None for most in given)
+        new = config.max_length - length if chosen else _DEFAULT_NEW_TOKENS
+        if new < 1:
+            raise ValueError(
+                f"max_length={config.max_length}: the prompt has {length} tokens already; give max_new_tokens"
+            )
     if limit is not None and length + new > limit:
         raise ValueError(f"max_new_tokens={new}: with the prompt's {length} that is more than the {limit} positions")
     strings = [config.stop_strings] if isinstance(config.stop_strings, str) else list(config.stop_strings or ())
@@ -154,7 +159,7 @@ def generate(
 def _unknown(config: Any) -> Iterator[tuple[str, Any]]:
     for name, neutral in _NEUTRAL.items():
         value = getattr(config, name, None)
-        if value is not None and value != neutral and value is not False:
+        if value is not None and value != neutral and (value is not False or neutral is True):
             yield name, value
 
 

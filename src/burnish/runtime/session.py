@@ -80,7 +80,8 @@ class Session:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._memory: GraphMemory | None = None
         self._logits: Tensor | None = None  # what the graph leaves there
-        self._entry: Any = None
+        self._entry: Any = None  # a PlainEntry, or what runs the model as it was
+        self._is_ready = False
         self._functions: dict[str, Callable[..., Any]] = {}
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, seed: int) -> Tensor:
@@ -108,16 +109,14 @@ class Session:
     def step(self) -> Tensor:
         """Runs one token and chooses the next. Returns the logits, which the next step may overwrite."""
         self.cache.check_room(1)
-        logits = self._replayed() if self._token.is_cuda else self._run()
+        if not self._is_ready or self._moved():
+            self._prepare()
+        logits = self._run() if self._graph is None else self._replayed(self._graph)
         self.cache.filled += 1
         return logits
 
-    def _replayed(self) -> Tensor:
-        if self._graph is None or self._moved():
-            self._prepare()
-        if self._graph is None:  # it cannot be captured
-            return self._run()
-        self._graph.replay()
+    def _replayed(self, graph: torch.cuda.CUDAGraph) -> Tensor:
+        graph.replay()
         assert self._logits is not None
         return self._logits
 
@@ -125,9 +124,9 @@ class Session:
         return isinstance(self._entry, PlainEntry) and self._entry.places.read() is None
 
     def _prepare(self) -> None:
-        """Captures a step, where it can be."""
-        self._graph, self._entry = None, self._entry_of_step()
-        if not isinstance(self._entry, PlainEntry):
+        """Chooses what serves the steps, and captures one, where it can be: once, and again when a weight has moved."""
+        self._graph, self._entry, self._is_ready = None, self._entry_of_step(), True
+        if not isinstance(self._entry, PlainEntry) or not self._token.is_cuda:
             return
         self._memory = self._memory or GraphMemory()
         saved = [(t, t.clone()) for t in self._changed()]
@@ -167,8 +166,6 @@ class Session:
         return entry.plain if isinstance(entry, GraphEntry) else entry
 
     def _run(self) -> Tensor:
-        if self._entry is None:
-            self._entry = self._entry_of_step()
         call = self._call()
         if isinstance(self._entry, PlainEntry):
             flat = self.model._call((), call)
