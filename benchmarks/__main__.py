@@ -20,6 +20,7 @@ GROUPS = {
     "encoder": "benchmarks.encoder",
     "prefill": "benchmarks.prefill",
     "decode": "benchmarks.decode",
+    "generate": "benchmarks.generation",
     "serving": "benchmarks.serving",
 }
 

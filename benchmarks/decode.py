@@ -1,7 +1,8 @@
 """Group `decode`: one more token behind a context, weights random: what a step of greedy generation takes.
 
 A step runs the model on the last token, appends to the cache, and chooses the next token on the device. Peers are
-Hugging Face's model on its static cache, as it is and by torch.compile. After 100 steps the cache is set back.
+Hugging Face's model on its static cache, as it is and by torch.compile; of a step with quantized weights, the step
+without. After 100 steps the cache is set back. The host's time to launch is hidden, as it is behind the step before.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,9 @@ def cases() -> Iterator[Case]:
     ):
         name = f"{model}-decode-b{batch}-ctx{context}"
         yield Case(name, partial(_run, name=name, model_name=model, batch=batch, context=context))
+    for kind in ("int8", "int4"):
+        name = f"llama-8b-decode-b1-ctx1024-{kind}"
+        yield Case(name, partial(_run_quantized, name=name, kind=kind))
 
 
 @torch.no_grad()
@@ -57,7 +61,7 @@ def _run(session: Session, *, name: str, model_name: str, batch: int, context: i
             for _ in range(3):
                 found[variant]()
     fast = burnish.optimize(copy.deepcopy(model))  # it packs weights, and the peers' graphs read theirs
-    mine = _Burnish(fast, ids)
+    mine = Steps(fast, ids)
     mine_logits = mine.logits(token)
     if model_name != "llama-8b":  # float64 copies of 8 billion weights do not fit
         exact = copy.deepcopy(model).double()
@@ -65,14 +69,30 @@ def _run(session: Session, *, name: str, model_name: str, batch: int, context: i
         if reason := verdicts({"burnish": mine_logits}, eager_logits, true)["burnish"]:
             raise CheckError(f"burnish: {reason}")
         del exact
-    variants: dict[str, Variant] = {"burnish": mine.step, **found}
+    return _timed(session, name, fast, {"burnish": mine.step, **found}, floor_us(model, batch, context))
+
+
+@torch.no_grad()
+def _run_quantized(session: Session, *, name: str, kind: Literal["int8", "int4"]) -> list[Record]:
+    model: Any = llama("llama-8b", 1024)[0]
+    model.config.use_cache = True
+    ids = torch.randint(3, model.config.vocab_size, (1, 1024), device="cuda")
+    plain, fast = burnish.optimize(model), burnish.optimize(model, quantize=kind)
+    variants: dict[str, Variant] = {"burnish": Steps(fast, ids).step, "burnish-bfloat16": Steps(plain, ids).step}
+    variants["burnish"]()
+    schedule: Any = fast.schedule
+    change = schedule.quantizations[-1]
+    session.console.print(f"  {change}")
+    return _timed(session, name, fast, variants, floor_us(model, 1, 1024, change.bytes_before - change.bytes_after))
+
+
+def _timed(session: Session, name: str, fast: nn.Module, variants: dict[str, Variant], floor: float) -> list[Record]:
     launched = {variant: kernels_of(run) for variant, run in variants.items()}
     print_kernels(session, launched["burnish"])
-    result = session.time(variants)
+    result = session.time(variants, cold_l2=True)
     session.console.print(result)
     schedule: Any = fast.schedule
     print_choices(session, schedule.served[-1])
-    floor = floor_us(model, batch, context)
     kernels = {variant: len(names) for variant, names in launched.items()}
     records = result.records(name, session.command(name), kernels=kernels, floor_us=floor)
     us = {record["variant"]: record["median_us"] for record in records}
@@ -93,8 +113,8 @@ def gpt2() -> nn.Module:
     return model
 
 
-def floor_us(model: Any, batch: int, context: int) -> float:
-    """The least time to read the weights of all products and the context's keys and values once."""
+def floor_us(model: Any, batch: int, context: int, saved_bytes: int = 0) -> float:
+    """The least time to read the weights of all products, less `saved_bytes`, and the keys and values once."""
     config = model.config.get_text_config()
     products = [m.weight for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D")]
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -103,10 +123,10 @@ def floor_us(model: Any, batch: int, context: int) -> float:
     dtype = products[0].dtype
     cache = 2 * config.num_hidden_layers * batch * heads * context * width * dtype.itemsize
     flops = 2 * batch * sum(weight.numel() for weight in products)
-    return device().floor_us(flops, weights + cache, dtype)
+    return device().floor_us(flops, weights - saved_bytes + cache, dtype)
 
 
-class _Burnish:
+class Steps:
     """Steps of `fast.generate`."""
 
     def __init__(self, fast: Any, ids: Tensor) -> None:

@@ -247,6 +247,23 @@ def _linear_rope(
     return out
 
 
+def _linear_rope_append(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, d = k_cache.shape[1], k_cache.shape[3]
+    product = F.linear(x, weight, bias).unflatten(-1, (-1, d)).transpose(1, 2)
+    q, k, v = product.split([product.shape[1] - 2 * heads, heads, heads], dim=1)
+    return _rope_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved)
+
+
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -448,6 +465,15 @@ def _linear_rope_arguments(rows: int, width: int, heads: int, key_heads: int, he
     return arguments
 
 
+def _linear_rope_append_arguments(width: int, heads: int, key_heads: int, most: int, length: int, d: int) -> Maker:
+    def arguments(dtype: torch.dtype) -> Arguments:
+        x, weight, *_ = _linear_arguments(1, width, (heads + 2 * key_heads) * d)(dtype)
+        _, _, _, *rest = _rope_append_arguments(heads, key_heads, most, length, 1, d)(dtype)
+        return x, weight, None, *rest
+
+    return arguments
+
+
 def _attention_arguments(
     batch: int, heads: int, kv_heads: int, seq: int, head_dim: int, padded: bool = False, causal: bool = False
 ) -> Maker:
@@ -557,6 +583,10 @@ BENCHED: dict[str, tuple[Callable[..., object], dict[str, Maker]]] = {
             "h16/4 s1 into 512 d64": _rope_append_arguments(16, 4, 512, 300, 1, 64),
             "h16/4 s128 into 512 d64": _rope_append_arguments(16, 4, 512, 0, 128, 64),
         },
+    ),
+    "linear_rope_append": (
+        _linear_rope_append,
+        {"m1 k1024 h16/4 into 512 d64": _linear_rope_append_arguments(1024, 16, 4, 512, 300, 64)},
     ),
     "rope_append_attention": (
         _rope_append_attention,

@@ -42,7 +42,11 @@ class Session:
         return f"python -m benchmarks {self.group} --case {shlex.quote(case)}{without}"
 
     def time(
-        self, variants: Mapping[str, Callable[..., object]], args: Sequence[Any] = (), cold_l2: bool = False
+        self,
+        variants: Mapping[str, Callable[..., object]],
+        args: Sequence[Any] = (),
+        cold_l2: bool = False,
+        rounds: int = 5,
     ) -> Benchmark:
         """`benchmark` with a progress bar."""
         with Progress(console=self.console, transient=True) as progress:
@@ -51,7 +55,7 @@ class Session:
             def show(variant: str, block: int, blocks: int) -> None:
                 progress.update(task, description=f"timing {variant}", completed=block - 1, total=blocks)
 
-            return benchmark(variants, args, seconds=self.seconds, cold_l2=cold_l2, on_progress=show)
+            return benchmark(variants, args, seconds=self.seconds, rounds=rounds, cold_l2=cold_l2, on_progress=show)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from burnish.graph.rewriter import replace_pattern
     from burnish.graph.show import draw, graph_report
     from burnish.hardware import DeviceInfo, device
+    from burnish.likelihood import perplexity, perplexity_change
     from burnish.op import use, why_not
     from burnish.report import Report
     from burnish.schedule import Schedule, optimize
@@ -35,6 +36,8 @@ _HOME = {
     "find_matches": "graph.matcher",
     "graph_report": "graph.show",
     "optimize": "schedule",
+    "perplexity": "likelihood",
+    "perplexity_change": "likelihood",
     "replace_pattern": "graph.rewriter",
     "use": "op",
     "why_not": "op",
@@ -56,6 +59,8 @@ __all__ = [
     "ops",
     "optimize",
     "pattern",
+    "perplexity",
+    "perplexity_change",
     "replace_pattern",
     "use",
     "why_not",

@@ -23,14 +23,14 @@ from burnish.tuning import Tuner
 from burnish.verify import Verification, check_outputs, outputs_in_float64, random_node, restore, verify
 
 VERIFIED_TOKENS = 256  # of a large batch's tokens, about as many are verified
+_TINY = torch.finfo(torch.float64).tiny
 COMPARISON_BUDGET_US = 150_000.0  # for timing the original against what was made of it
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the outputs of one call are to be: flat, the original's and in float64."""
+    """What the outputs of one call are to be: flat, the original's (or of dequantized weights) and in float64."""
 
-    program: Program
     original: list[Any]
     true: list[Any]
     captured: Verdict  # on the original's outputs, by the captured graph's: not ok where capture went wrong
@@ -42,12 +42,12 @@ class Checks:
     def __init__(self, model: nn.Module, call: Call) -> None:
         self.model, self.call = model, call
         self._samples: dict[int, Call] = {}
-        self._expected: Expected | None = None
+        self._expected: dict[fx.GraphModule, Expected] = {}
 
     def capture_is_right(self, program: Program) -> Verdict | None:
         """Whether the captured graph computes what the model does; None where that cannot be told (dropout is
         active)."""
-        return None if random_node(program.captured.graph) else self._expect(program).captured
+        return None if random_node(program.captured.graph) else self._expect(program, program.captured).captured
 
     def remembered_is_right(self, program: Program) -> bool:
         """Whether a Program that this process did not capture computes what the model does: it is compared even where
@@ -68,7 +68,8 @@ class Checks:
         covered = any(seen == kind for seen, _ in prepared.checked) and not any(map(any, checked[1]))
         if covered or checked in prepared.checked or random_node(program.captured.graph):
             return None
-        expected = self._expect(program)
+        quantized = prepared.quantization is not None and kind != "differentiable"
+        expected = self._expect(program, program.captured if quantized else prepared.captured, quantized)
         if not expected.captured.ok:
             return expected.captured
         with torch.no_grad():
@@ -98,17 +99,31 @@ class Checks:
             self._samples[id(program)] = Call(args, kwargs, leaves, self.call.spec)
         return self._samples[id(program)]
 
-    def _expect(self, program: Program) -> Expected:
-        if self._expected is None or self._expected.program is not program:
+    def _expect(self, program: Program, graph: fx.GraphModule, quantized: bool = False) -> Expected:
+        """By a captured graph of the Program; on dequantized weights, that itself stands for the original."""
+        if graph not in self._expected:
             sample = self.sample(program)
             with torch.no_grad():
-                original = pytree.tree_leaves(self.model(*sample.args, **sample.kwargs))
-                captured = pytree.tree_leaves(program.captured(*sample.leaves))
-            true = outputs_in_float64(program.captured, sample.leaves)
+                captured = pytree.tree_leaves(graph(*sample.leaves))
+                original = captured if quantized else pytree.tree_leaves(self.model(*sample.args, **sample.kwargs))
+            true = outputs_in_float64(graph, sample.leaves)
             # The float64 outputs are the captured graph's: only the original's distance from them shows a wrong
             # capture.
-            self._expected = Expected(program, original, true, check_outputs(original, captured, true))
-        return self._expected
+            self._expected[graph] = Expected(original, true, check_outputs(original, captured, true))
+        return self._expected[graph]
+
+    def measure_quantization(self, prepared: Prepared) -> None:
+        """How far quantized weights move the outputs, into the step's record; nothing where that cannot be told."""
+        program, quantization = prepared.program, prepared.quantization
+        if quantization is None or random_node(program.captured.graph):
+            return
+        before = self._expect(program, prepared.captured).true
+        after = self._expect(program, program.captured, quantized=True).true
+        kept = prepared.executable.borrowed  # a KV cache's: what was in it before says nothing
+        pairs = [(a, b) for i, (a, b) in enumerate(zip(after, before, strict=True)) if i not in kept]
+        quantization.difference = max((relative_rms(a, b) for a, b in pairs if _is_floating(b)), default=None)
+        record = next(record for record in program.history if record.name == "quantize")
+        record.numerics[:] = [str(quantization)]
 
     def verify_values(self, prepared: Prepared, chosen: Chosen, tuner: Tuner) -> Chosen:
         """Verifies every rewritten value. Where an Impl fails, the Op's reference takes its place; where that fails
@@ -165,6 +180,15 @@ class Checks:
 
         program = prepared.program
         return verify(program.graph_module, program.captured, self.sample(program).leaves, function_of)
+
+
+def relative_rms(values: Tensor, true: Tensor) -> float:
+    """The root mean square of the difference, relative to that of `true`."""
+    return float((values - true).square().sum().sqrt() / true.square().sum().sqrt().clamp_min(_TINY))
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 0
 
 
 def _contiguous(value: Any) -> Any:

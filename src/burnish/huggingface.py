@@ -192,11 +192,11 @@ class _Takeover:
         else:
             causal = False
             bias = attention_mask if bias is None else _with_mask(bias, attention_mask)
-        if known is not None and known.cached and bias is None:
+        if known is not None and known.cached:
             filled = next((before for keys, before in self.appended if keys is key), None)
             if filled is None:
                 raise NotExpressible(f"{type(module).__name__} attends to something else than the cache it appended to")
-            out = ops.cached_attention(query, key, value, filled + query.shape[2], padding, window, scaling)
+            out = ops.cached_attention(query, key, value, filled + query.shape[2], padding, window, scaling, bias)
             return out.transpose(1, 2), None
         out = ops.attention(query, key, value, bias, padding, causal, window, scaling)
         return out.transpose(1, 2), None

@@ -45,11 +45,17 @@ def find_weight(roots: Sequence[nn.Module], path: str) -> WeightPlace:
 class Places:
     """Where weights and a model's modules are, to be told when one of them has been moved, replaced or removed.
 
-    Values that change in place are nothing to tell: whoever reads the weight sees them.
+    Values that change in place are nothing to tell, for whoever reads the weight sees them; but of `copied` weights,
+    each with its version when it was copied, only copies are read.
     """
 
-    def __init__(self, model: nn.Module, weights: Sequence[WeightPlace]) -> None:
+    def __init__(
+        self, model: nn.Module, weights: Sequence[WeightPlace], copied: Sequence[tuple[WeightPlace, int]] = ()
+    ) -> None:
+        weights = [*weights, *(place for place, _ in copied)]
         self._held: list[Tensor] = [place.owner[place.name] for place in weights]
+        self._copied = self._held[len(weights) - len(copied) :]
+        self._versions = [version for _, version in copied]
         self._pointers = list(map(Tensor.data_ptr, self._held))
         # What else a module has changes as it likes: in such a dictionary only the weight counts.
         self._attributes = [(p.owner, p.name, w) for p, w in zip(weights, self._held, strict=True) if p.is_attribute]
@@ -59,7 +65,9 @@ class Places:
         self._entries = _Entries([*owners.values(), *children])
 
     def read(self) -> list[Tensor] | None:
-        """The weights as they are now; None when something is no longer where it was."""
+        """The weights as they are now; None when something is no longer where it was, or no longer what was copied."""
+        if [weight._version for weight in self._copied] != self._versions:
+            return None
         if not self._entries.are_the_same():
             return None
         if not all(owner.get(name) is weight for owner, name, weight in self._attributes):

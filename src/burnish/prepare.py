@@ -18,7 +18,10 @@ from burnish.ops import linear
 from burnish.outputs import unflattener
 from burnish.pack import pack
 from burnish.places import Places, WeightPlace, find_weight
+from burnish.quantize import Kind
+from burnish.quantized_weights import Quantization, QuantizedWeights, check_kind
 from burnish.rewrites import FUSE, RAISE, apply
+from burnish.rewrites.quantize import passes_after, passes_before, quantize
 from burnish.runtime.cuda_graph import CapturedCall, GraphPool
 from burnish.runtime.module import STALE, Call
 from burnish.tuning import Tuner
@@ -99,21 +102,27 @@ class Prepared:
 
     Attributes:
         training: the mode in which the model was captured.
-        executable: the code on packed weights.
-        differentiable: the graph as it was before packing, for gradients that have to reach the model's own parameters.
+        executable: the code on packed, or quantized, weights.
+        differentiable: the graph as it was before packing, for gradients that have to reach the model's own parameters;
+            of float weights.
+        captured: the graph as it was captured. `program.captured` is the same, but on dequantized weights where some
+            are quantized.
         members: the parameters that became views of packed weights.
         places: all weights, to be told when one has been moved.
         verified: whether the first call's checks are done; `verification` what they found.
         rejected: slots whose Impl failed verification, and why.
         checked: kinds of calls whose outputs were compared as a whole.
+        quantization: what was quantized; None where it was not asked for.
     """
 
     program: Program
     training: bool
     executable: Executable
     differentiable: fx.GraphModule
+    captured: fx.GraphModule
     members: list[WeightPlace]
     places: Places
+    quantization: Quantization | None = None
     verified: bool = False
     verification: Verification | None = None
     rejected: dict[str, str] = field(default_factory=dict)
@@ -123,38 +132,55 @@ class Prepared:
         self, functions: Mapping[str, Callable[..., Any]], model: nn.Module, executable: Executable | None = None
     ) -> PlainEntry:
         """An entry that runs the code with these callables in its slots."""
+        # A graph with gradients reads the float weights: they change all the time.
+        copied = self.quantization.sources if self.quantization is not None and executable is None else ()
         executable = executable or self.executable
-        places = Places(model, (*executable.weights, *self.members))
+        places = Places(model, (*executable.weights, *self.members), copied)
         return PlainEntry(executable.bind(functions), executable, places, self.program.out_spec)
 
     def regenerate(self, model: nn.Module) -> None:
         """New code after the graph was changed: what verification undid is gone from the differentiable graph too."""
         self.executable = Executable(self.program.graph_module, model)
-        self.differentiable = _copied(self.program.captured)
+        self.differentiable = _copied(self.captured)
         self.rejected.clear()
 
 
 class Preparer:
-    """Raises, fuses and packs Programs of one model. Remembers how each weight is to be stored, so that two Programs
-    agree."""
+    """Raises, fuses, quantizes (where `kind` is given) and packs Programs of one model. Remembers how each weight is to
+    be stored, and what was quantized, so that two Programs agree."""
 
-    def __init__(self, model: nn.Module, tuner: Tuner) -> None:
-        self.model, self.tuner = model, tuner
+    def __init__(self, model: nn.Module, tuner: Tuner, kind: Kind | None = None) -> None:
+        self.model, self.tuner, self.kind = model, tuner, kind
+        self.quantized = QuantizedWeights(model)
         self._transposed: dict[tuple[str, ...], bool] = {}
 
     def prepare(self, program: Program) -> Prepared:
         """Runs the default steps on `program`, each with its record in the Program's history."""
         graph_module = program.graph_module
+        captured, quantization = program.captured, None
         program.history.append(apply("raise", RAISE, graph_module))
-        program.history.append(apply("fuse", FUSE, graph_module))
+        program.history.append(apply("fuse", FUSE if self.kind is None else passes_before(FUSE), graph_module))
         differentiable = _copied(graph_module)
+        if self.kind is not None:
+            quantization = self._quantize(program, self.kind)
         packs, record = pack(graph_module, self.model, self._wants_transposed)
         program.history.append(record)
         return_freed_memory()
         members = [find_weight((self.model,), member.path) for packed in packs for member in packed.members]
         executable = Executable(graph_module, self.model)
-        places = Places(self.model, (*executable.weights, *members))
-        return Prepared(program, self.model.training, executable, differentiable, members, places)
+        copied = quantization.sources if quantization is not None else ()
+        places = Places(self.model, (*executable.weights, *members), copied)
+        mode = self.model.training
+        return Prepared(program, mode, executable, differentiable, captured, members, places, quantization)
+
+    def _quantize(self, program: Program, kind: Kind) -> Quantization:
+        check_kind(kind, self.model)  # it may have moved to another device
+        done, program.captured, record = quantize(program.graph_module, program.captured, self.quantized, kind)
+        program.history.append(record)
+        rest = apply("fuse", passes_after(FUSE), program.graph_module)
+        if rest.matches:
+            program.history.append(rest)
+        return done
 
     def _wants_transposed(self, weight: fx.Node) -> bool:
         """Whether products read this weight faster when it is stored (K, N): measured on its first reader's sizes."""

@@ -26,6 +26,8 @@ from burnish.in_model import ModelContest, choose_in_model
 from burnish.op import find_impl
 from burnish.prepare import GraphEntry, PlainEntry, Prepared, Preparer
 from burnish.program_cache import ProgramCache
+from burnish.quantize import Kind
+from burnish.quantized_weights import Quantization, check_kind
 from burnish.record import StepRecord
 from burnish.runtime.cuda_graph import GraphPool, why_not_captured
 from burnish.runtime.module import STALE, Call, Entry, OptimizedModule, original_entry
@@ -47,6 +49,7 @@ class Settings:
     cache: CacheMode = "readwrite"
     cuda_graphs: str = "auto"
     static_outputs: bool = False
+    quantize: Kind | None = None
 
 
 @dataclass
@@ -73,17 +76,24 @@ class Served:
 
 
 class Schedule:
-    """A model, its Programs, and every step that was applied to them."""
+    """A model, its Programs, and every step that was applied to them.
+
+    Attributes:
+        perplexity: before and after quantizing, where `burnish.perplexity_change` measured it.
+    """
 
     def __init__(self, model: nn.Module, settings: Settings | None = None) -> None:
         self.model = model
         self.settings = settings or Settings()
         for op, impl in self.settings.impls.items():
             find_impl(op, impl)
+        if self.settings.quantize is not None:
+            check_kind(self.settings.quantize, model)
         self.tuner = Tuner(self.settings.cache, dict(self.settings.impls))
         self.remembered = ProgramCache(self.settings.cache)
         self.served: list[Served] = []
-        self._preparer = Preparer(model, self.tuner)
+        self.perplexity: tuple[float, float] | None = None
+        self._preparer = Preparer(model, self.tuner, self.settings.quantize)
         self._prepared: list[Prepared] = []
         self._uncapturable: dict[Any, str] = {}
         self._graphs = GraphPool()
@@ -111,6 +121,11 @@ class Schedule:
     def verifications(self) -> list[Verification]:
         """What was verified, for each Program that was."""
         return [prepared.verification for prepared in self._prepared if prepared.verification is not None]
+
+    @property
+    def quantizations(self) -> list[Quantization]:
+        """What was quantized, for each Program."""
+        return [prepared.quantization for prepared in self._prepared if prepared.quantization is not None]
 
     def build(self) -> OptimizedModule:
         """The model with the scheduled steps applied (at the first call, where no inputs are known yet)."""
@@ -157,9 +172,10 @@ class Schedule:
 
     def forget(self) -> None:
         """Drops every Program: the weights have moved (`.to()`, a parameter replaced,
-        `load_state_dict(assign=True)`)."""
+        `load_state_dict(assign=True)`), or one that was quantized has changed."""
         self._graphs.clear()
         self._prepared.clear()
+        self._preparer.quantized.forget()
         self._uncapturable.clear()
 
     def _prepare(self, call: Call, checks: Checks, served: Served) -> tuple[Prepared | None, str | None]:
@@ -216,6 +232,7 @@ class Schedule:
         del seen  # the activations
         if self.settings.verify:
             chosen = checks.verify_values(prepared, chosen, self.tuner)
+            checks.measure_quantization(prepared)
         prepared.verified = True
         served.choices = chosen.choices
         plain = prepared.bind(chosen.functions, self.model)
@@ -226,7 +243,8 @@ class Schedule:
         times = checks.times(entry)
         served.optimized_us = times["optimized"]
         served.original_us = served.original_us or times["original"]
-        if served.optimized_us > _SLOWER * max(served.original_us, times["original"]) and not self.settings.impls:
+        asked = self.settings.impls or self.settings.quantize
+        if served.optimized_us > _SLOWER * max(served.original_us, times["original"]) and not asked:
             served.kept_original = "no Impl beat the original"
             return original_entry(self.model)
         compile_ahead(ahead)
@@ -275,7 +293,8 @@ class Schedule:
         verdict = checks.outputs_are_right(prepared, entry, kind) if self.settings.verify else None
         if verdict is None or verdict.ok:
             return entry
-        served.kept_original = f"the outputs differ from the original's: {verdict.reason}"
+        whose = "the original's" if self.settings.quantize is None else "what they are to be"
+        served.kept_original = f"the outputs differ from {whose}: {verdict.reason}"
         return original_entry(self.model)
 
 
@@ -289,6 +308,7 @@ def optimize(
     cache: CacheMode = "readwrite",
     cuda_graphs: str = "auto",
     static_outputs: bool = False,
+    quantize: Kind | None = None,
 ) -> OptimizedModule:
     """Makes `model` fast: captures it, fuses what Ops can do, chooses each Op's fastest Impl here, and verifies it.
 
@@ -302,6 +322,9 @@ def optimize(
         cuda_graphs: "auto" or "never". With "auto" each signature on a CUDA device becomes a CUDA graph, the 64 used
             last are kept; `.report()` says why one could not be captured. On the CPU there are none.
         static_outputs: return a CUDA graph's own output tensors, which the next call overwrites, instead of copies.
+        quantize: "int8", "int4" or "fp8": products read copies of their weights in so many bits, which changes what the
+            model computes: `.report()` says by how much. Every value is verified against the dequantized weights. Where
+            gradients are wanted, the float weights are used. See docs/quantization.md.
 
     Returns:
         A module with the same forward, outputs and parameters. New batch and sequence sizes need no new capture. What
@@ -324,7 +347,7 @@ def optimize(
         )
     if cuda_graphs not in ("auto", "never"):
         raise ValueError(f"cuda_graphs={cuda_graphs!r}: use 'auto' or 'never'")
-    schedule = Schedule(model, Settings(verify, dict(impls or {}), cache, cuda_graphs, static_outputs))
+    schedule = Schedule(model, Settings(verify, dict(impls or {}), cache, cuda_graphs, static_outputs, quantize))
     fast = schedule.build()
     if args or kwargs:
         with torch.no_grad():

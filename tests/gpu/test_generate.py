@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import burnish
+from tests.runtime import encoder_decoders
 from tests.runtime.test_generate import FAMILIES, VOCABULARY, built, left_padded, prompt
 
 pytestmark = pytest.mark.gpu
@@ -38,6 +39,43 @@ def test_tokens_in_bfloat16_are_the_largest_within_rounding(family: str) -> None
     chosen = logits.gather(-1, out[:, 12:, None])[..., 0]
     spread = logits.std()
     assert ((logits.amax(-1) - chosen) < 0.05 * spread).all()
+
+
+@pytest.mark.parametrize("family", ["t5", "t5 gated", "bart"])
+def test_greedy_tokens_of_encoder_decoders_are_hugging_faces(family: str) -> None:
+    model = encoder_decoders.built(encoder_decoders.FAMILIES[family]).cuda()
+    fast = burnish.optimize(copy.deepcopy(model), cache="off")
+    graphs = []
+    for length in (11, 50):
+        source = encoder_decoders.source(length).cuda()
+        given = {"attention_mask": encoder_decoders.padding(source), "max_new_tokens": 200}
+        assert torch.equal(fast.generate(source, **given), model.generate(source, **given))
+        graphs.append(fast.__dict__["_session"][1]._graph)
+    assert graphs[0] is graphs[1] is not None
+
+
+def test_whisper_transcribes_as_hugging_face_does() -> None:
+    model = encoder_decoders.built(encoder_decoders.whisper).cuda()
+    fast = burnish.optimize(copy.deepcopy(model), cache="off")
+    suppressed = {"suppress_tokens": [4, 5, 6], "begin_suppress_tokens": list(range(50, 90))}
+    for seed in (1, 2):
+        given = {"input_features": encoder_decoders.audio(seed=seed).cuda(), "max_new_tokens": 200, **suppressed}
+        assert torch.equal(fast.generate(**given), model.generate(**given))
+    assert fast.__dict__["_session"][1]._graph is not None
+
+
+def test_the_last_token_of_a_captured_step_can_be_forced() -> None:
+    fast, model = fast_and_eager("llama", torch.float32)
+    given = {"max_new_tokens": 40, "forced_eos_token_id": 9, "suppress_tokens": [3, 4]}
+    for _ in range(2):
+        assert torch.equal(fast.generate(prompt().cuda(), **given), model.generate(prompt().cuda(), **given))
+
+
+def test_beams_are_hugging_faces() -> None:
+    fast, model = fast_and_eager("llama", torch.float32)
+    given = {"max_new_tokens": 60, "num_beams": 3}
+    for _ in range(2):
+        assert torch.equal(fast.generate(prompt().cuda(), **given), model.generate(prompt().cuda(), **given))
 
 
 def test_rows_end_and_the_host_learns_of_it(capsys: pytest.CaptureFixture[str]) -> None:

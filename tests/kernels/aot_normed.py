@@ -1,4 +1,4 @@
-"""Compiles ahead of time what `triton_gemv` launches for an RMS norm and a product at Llama's sizes, by every config.
+"""Compiles ahead of time what `triton_gemv` launches for a product and what joins it at Llama's sizes, by every config.
 
 Run as `python -m tests.kernels.aot_normed` in a process of its own, as `tests.kernels.aot` is. Prints one JSON list.
 `moved` are the blocks that go from one layout to another in the loop, through shared memory, less x and the norm's
@@ -29,6 +29,10 @@ def calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "rms_norm_linear", (x, scale, 1e-6, _empty(6144, 4096))
         yield "rms_norm_linear", (x, None, 1e-6, _empty(6144, 4096))
         yield "rms_norm_gated_mlp", (x, scale, 1e-6, _empty(2 * 14336, 4096), _empty(4096, 14336))
+        one, caches = x.transpose(0, 1), [_empty(rows, 8, 1024, 128) for _ in range(2)]
+        rest = _empty(rows, 1, 128), _empty(rows, 1, 128), *caches, torch.tensor(7)
+        yield "linear_rope_append", (one, _empty(6144, 4096), None, *rest)
+        yield "linear_rope_append", (one, _empty(6144, 4096), _empty(6144), *rest)
 
 
 def launches(capability: int) -> Iterator[tuple[str, Any, int]]:

@@ -17,11 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from burnish.kernels import attention_wgmma, matmul_wgmma, matmul_wgmma_finish, rope_wgmma
+from burnish.kernels import (
+    attention_wgmma,
+    gemv_mma,
+    gemv_mma_append,
+    matmul_wgmma,
+    matmul_wgmma_finish,
+    rope_wgmma,
+    widen,
+)
 from burnish.kernels.launch import Launch
 from burnish.ops._activations import activate
 
-MODULES: tuple[ModuleType, ...] = (matmul_wgmma, matmul_wgmma_finish, rope_wgmma, attention_wgmma)
+MODULES: tuple[ModuleType, ...] = (
+    matmul_wgmma,
+    matmul_wgmma_finish,
+    rope_wgmma,
+    attention_wgmma,
+    gemv_mma,
+    gemv_mma_append,
+    widen,
+)
 _PATIENCE = 20.0  # seconds until a wait counts as a deadlock
 
 
@@ -51,8 +67,17 @@ class Block:
     def __init__(self, data: Tensor, layout: Any = None) -> None:
         self.data, self.type = data, SimpleNamespace(layout=layout)
 
-    def to(self, dtype: torch.dtype | ElementType) -> Block:
-        return Block(self.data.to(dtype.dtype if isinstance(dtype, ElementType) else dtype), self.type.layout)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.data.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    def to(self, dtype: torch.dtype | ElementType, bitcast: bool = False) -> Block:
+        dtype = dtype.dtype if isinstance(dtype, ElementType) else dtype
+        return Block(self.data.view(dtype) if bitcast else self.data.to(dtype), self.type.layout)
 
     def __getitem__(self, index: Any) -> Block:
         return Block(self.data[index], self.type.layout)
@@ -62,7 +87,7 @@ def _blockwise(name: str) -> Callable[[Block, Any], Block]:
     return lambda self, other: Block(getattr(self.data, name)(_data(other)), self.type.layout)
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "lt", "le", "gt", "eq", "ne", "and"):
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "lt", "le", "gt", "ge", "eq", "ne", "and"):
     setattr(Block, f"__{_name}__", _blockwise(f"__{_name}__"))
     if _name in ("add", "sub", "mul", "truediv"):
         setattr(Block, f"__r{_name}__", _blockwise(f"__r{_name}__"))
@@ -182,6 +207,27 @@ def warpgroup_mma(a: Any, b: Shared, acc: Block, use_acc: bool = True, is_async:
     return Block(acc.data + product if use_acc else product, acc.type.layout)
 
 
+def mma_v2(a: Block, b: Block, acc: Block) -> Block:
+    return Block(acc.data + a.data.float() @ b.data.float(), acc.type.layout)
+
+
+def _bits(entries: Tensor, asm: str) -> Block:
+    return Block(entries.to(torch.bfloat16 if "bf16x2" in asm else torch.float16).view(torch.int16))
+
+
+def four_of(words: Block, asm: str) -> tuple[Block, ...]:
+    """What the instructions that `widen` is written in make of words."""
+    data = words.data.contiguous()
+    fp8 = "scale" in asm
+    entries = data.view(torch.float8_e4m3fn).float() if fp8 else data.view(torch.int8)
+    return tuple(_bits(entries.unflatten(-1, (-1, 4))[..., place], asm) for place in (0, 2, 1, 3))
+
+
+def eight_of(words: Block, asm: str) -> tuple[Block, ...]:
+    places = (0, 4, 1, 5, 2, 6, 3, 7)
+    return tuple(_bits(((words.data >> 4 * place) & 15) - 8, asm) for place in places)
+
+
 def warpgroup_mma_wait(outstanding: int, deps: tuple[Any, ...]) -> Any:
     return deps if len(deps) > 1 else deps[0]
 
@@ -190,7 +236,7 @@ class Gluon:
     """`triton.experimental.gluon.language`, as far as the kernels use it, for one program."""
 
     float16, bfloat16, float32 = torch.float16, torch.bfloat16, torch.float32
-    int32, int64 = torch.int32, torch.int64
+    int16, int32, int64 = torch.int16, torch.int32, torch.int64
     static_range, constexpr = builtins.range, None
 
     def __init__(self, program: int, programs: int, num_warps: int) -> None:
@@ -256,6 +302,10 @@ class Gluon:
         if not isinstance(condition, Block):
             return a if condition else b
         return Block(torch.where(condition.data, _data(a), _data(b)))
+
+    @staticmethod
+    def minimum(a: Block, b: Any) -> Block:
+        return Block(a.data.clamp(max=b), a.type.layout)
 
     @staticmethod
     def maximum(a: Any, b: Any) -> Any:
@@ -335,6 +385,9 @@ def _as_python(gluon: Gluon) -> Iterator[None]:
         "async_load": async_load,
         "warpgroup_mma": warpgroup_mma,
         "warpgroup_mma_wait": warpgroup_mma_wait,
+        "mma_v2": mma_v2,
+        "four_of": four_of,
+        "eight_of": eight_of,
         "reinterpret": lambda buffer, dtype, shape, layout: buffer.reshape(shape),
         "activate": lambda x, name: Block(activate(x.data, name.removesuffix("_half")), x.type.layout),
     }

@@ -12,7 +12,7 @@ from burnish.kernels import decode_attention
 from burnish.kernels.launch import Config, Target
 from burnish.numerics import assert_close, oracle, randn
 from burnish.op import Sample
-from burnish.ops import cached_attention
+from burnish.ops import attention, cached_attention
 from tests.slow import slow
 
 CONFIGS = [Config.of(4, 2, BLOCK_N=n, SPLITS=splits) for n, splits in ((16, 1), (16, 3), (32, 8), (64, 5), (128, 16))]
@@ -81,6 +81,48 @@ def test_what_is_not_filled_does_not_matter(guessed: int, monkeypatch: pytest.Mo
     expected = check(config, q, k, v, length)
     k[:, :, 42:], v[:, :, 42:] = torch.nan, torch.inf
     assert torch.equal(cached_attention.impls["triton"].fn(*cached_attention.bind(q, k, v, length), config), expected)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("length", [64, 200, *map(slow, (1, 17, 190))])
+def test_a_bias_is_read_over_what_is_filled(config: Config, length: int) -> None:
+    q, k, v = randn(2, 4, 2, 32, seed=0), randn(2, 2, 200, 32, seed=1), randn(2, 2, 200, 32, seed=2)
+    lengths, bias = torch.tensor([length, 200 - length]), randn(200, 4, 2, seed=3).permute(1, 2, 0)
+    check(config, q, k, v, lengths, bias=bias, window=150)
+    check(config, q[:, :, 1:], k, v, lengths, bias=randn(2, 1, 1, 200, dtype=torch.bfloat16, seed=4))
+    rest = bias[None].expand(2, 4, 2, 200).clone()
+    expected = check(config, q, k, v, lengths, bias=rest)
+    rest[0, :, :, length:], rest[1, :, :, 200 - length :] = torch.nan, torch.nan
+    bound = cached_attention.bind(q, k, v, lengths, bias=rest)
+    assert torch.equal(cached_attention.impls["triton"].fn(*bound, config=config), expected)
+
+
+def test_a_bias_of_the_lowest_number_masks_as_the_reference_does() -> None:
+    q, k, v = randn(1, 2, 1, 32, seed=0), randn(1, 2, 40, 32, seed=1), randn(1, 2, 40, 32, seed=2)
+    lowest = torch.finfo(torch.float32).min
+    for masked in (torch.arange(40) < 30, torch.arange(40) < 40):
+        check(None, q, k, v, torch.tensor(37), bias=torch.where(masked, lowest, 0.0))
+
+
+def test_a_bias_that_does_not_fit_is_refused() -> None:
+    q, k, v = randn(1, 2, 1, 32, seed=0), randn(1, 2, 40, 32, seed=1), randn(1, 2, 40, 32, seed=2)
+    with pytest.raises(ValueError, match="bias has shape"):
+        cached_attention(q, k, v, torch.tensor(3), bias=torch.zeros(39))
+    with pytest.raises(TypeError, match="bias has dtype torch"):
+        cached_attention(q, k, v, torch.tensor(3), bias=torch.zeros(40, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("config", [None, *CONFIGS], ids=str)
+def test_one_query_over_keys_that_are_all_there(config: Config | None) -> None:
+    impl = attention.impls["triton_decode"]
+    ran = 0
+    for sample in attention.samples("cpu", torch.float16):
+        bound = attention.bind(*sample.args, **sample.kwargs)
+        if all("not on a CUDA device" in reason for reason in impl.why_not(*bound)):
+            result = impl.fn(*bound, config=config)
+            assert_close(result, attention.reference(*bound), oracle(attention.reference, *bound))
+            ran += 1
+    assert ran >= 4
 
 
 def test_parts_fit_in_registers() -> None:

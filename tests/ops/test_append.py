@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from burnish.numerics import assert_close, oracle, randn
 from burnish.op import OPS, Op, Sample
-from burnish.ops import append_kv, layer_norm, rope, rope_append, rope_qk
+from burnish.ops import append_kv, layer_norm, linear_rope_append, rope, rope_append, rope_qk
 from burnish.ops.append_kv import append_by_index, append_by_slices
 from tests.ops.matrix import DTYPES, assert_impls
 from tests.ops.test_rope import tables
@@ -126,7 +126,7 @@ def test_in_place_writes_the_new_rows_and_nothing_else(op: Op, impl: str, sample
 
 def test_only_these_ops_donate() -> None:
     assert append_kv.donates == {0: 0, 1: 1}
-    assert rope_append.donates == {5: 1, 6: 2}
+    assert rope_append.donates == linear_rope_append.donates == {5: 1, 6: 2}
     for op in OPS.values():
         for impl in op.impls.values():
             assert (impl.in_place is not None) == (bool(op.donates) and impl.name != "reference")

@@ -148,21 +148,26 @@ def test_what_is_refused() -> None:
 
 
 def test_reasons() -> None:
-    gemv, skinny = (quantized_linear.impls[f"triton_{family}"] for family in ("gemv", "skinny"))
-    stored = weight(10, 256, "int8")
     off_gpu = "the inputs are on cpu, not on a CUDA device"
-    assert gemv.why_not(randn(1, 256), *stored) == [off_gpu]
-    assert gemv.why_not(randn(5, 256), *stored) == [off_gpu, "x has 5 rows; the kernel takes 1 to 4"]
-    assert "contiguous along K" in gemv.why_not(randn(256, 2).t(), *stored)[-1]
-    half = randn(17, 256, dtype=torch.float16)
-    assert skinny.why_not(half[:16], *stored) == [off_gpu]
-    assert skinny.why_not(half[:1], *stored) == [off_gpu, "x has 1 rows; the kernel takes 2 to 16"]
-    assert skinny.why_not(half, *stored) == [off_gpu, "x has 17 rows; the kernel takes 2 to 16"]
-    assert "takes float16 and bfloat16" in skinny.why_not(randn(2, 256), *stored)[-1]
+    why_not, stored = quantized_linear.impls["gluon_gemv"].why_not, weight(10, 256, "int8")
+    x = randn(17, 256, dtype=torch.float16)
+    for rows in (1, 16):
+        assert why_not(x[:rows], *stored) == [off_gpu]
+    assert why_not(x, *stored) == [off_gpu, "x has 17 rows; the kernel takes up to 16"]
+    assert "takes float16 and bfloat16" in why_not(x[:1].float(), *stored)[-1]
+    assert "contiguous along K" in why_not(randn(256, 2).half().t(), *stored)[-1]
     across = stored[0].t().contiguous().t()
-    assert "must be contiguous" in gemv.why_not(randn(1, 256), across, *stored[1:])[-1]
-    assert "scales are torch.float64" in gemv.why_not(randn(1, 256), stored[0], stored[1].double(), None, "int8")[-1]
+    assert "must be contiguous" in why_not(x[:1], across, *stored[1:])[-1]
+    assert "scales are torch.float64" in why_not(x[:1], stored[0], stored[1].double(), None, "int8")[-1]
     shifted = torch.zeros(10 * 256 + 8, dtype=torch.int8)[8:].view(10, 256)
-    assert "multiple of 16 bytes" in gemv.why_not(randn(1, 256), shifted, *stored[1:])[-1]
-    with use(quantized_linear="triton_gemv"), pytest.raises(ValueError, match="not on a CUDA device"):
-        quantized_linear(randn(1, 256), *stored)
+    assert why_not(x[:1], shifted, *stored[1:]) == [off_gpu, "the weight does not begin at a multiple of 16 bytes"]
+    grouped = weight(10, 256, "int4")
+    assert why_not(x[:1], *grouped) == [off_gpu]
+    assert quantized_gated_product.impls["gluon_gemv"].why_not(x[:1], *grouped) == [off_gpu]
+    by_64 = weight(10, 256, "int4", group_size=64)
+    assert why_not(x[:1], *by_64) == [off_gpu, "64 columns share a scale; the kernel takes groups of 128"]
+    zeros = weight(10, 256, "int4", symmetric=False)
+    assert why_not(x[:1], *zeros) == [off_gpu, "there are zeros, which the kernel does not subtract"]
+    assert "K is above 32768" in why_not(x.new_zeros(1, 32784), *weight(2, 32784, "int8"))[-1]
+    with use(quantized_linear="gluon_gemv"), pytest.raises(ValueError, match="not on a CUDA device"):
+        quantized_linear(x[:1], *stored)

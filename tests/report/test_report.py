@@ -54,6 +54,8 @@ def report_of(
         history=history,
         served=signatures,
         verifications=[verification(*verified)] if verified else [],
+        quantizations=[],
+        perplexity=None,
     )
     return Report(schedule)
 

@@ -112,6 +112,9 @@ def test_the_step_appends_in_place_and_attends_to_the_cache(pair: tuple[Any, Opt
         {"repetition_penalty": 1.3},
         {"do_sample": True, "top_k": 1},
         {"max_length": 20},
+        {"suppress_tokens": list(range(5, 60))},
+        {"begin_suppress_tokens": list(range(5, 60))},
+        {"forced_eos_token_id": 9},
         {"generation_config": transformers.GenerationConfig(max_new_tokens=7, pad_token_id=0)},
     ],
 )

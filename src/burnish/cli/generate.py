@@ -19,6 +19,7 @@ from burnish.cli.options import (
     DtypeOption,
     LayersOption,
     ModelArgument,
+    QuantizeOption,
     load_model,
     resolve_device,
 )
@@ -69,6 +70,7 @@ def generate(
     dtype: DtypeOption = None,
     layers: LayersOption = None,
     device: DeviceOption = None,
+    quantize: QuantizeOption = None,
     cache: CacheOption = CacheMode.readwrite,
     no_stream: Annotated[
         bool, typer.Option("--no-stream", help="Print all at the end: the host waits for no token.")
@@ -94,7 +96,8 @@ def generate(
         asked = _asked(loaded, prompt, tokenizer, options, stop, secrets.randbelow(2**31) if seed is None else seed)
         weights = _weights_of_a_step(loaded.model)
         update(f"optimizing {model}: capture, rewrite, measure, verify")
-        generator = Generator.of(loaded, asked, cache)
+        generator = Generator.of(loaded, asked, cache, None if quantize is None else quantize.kind)
+        weights = None if weights is None else weights - generator.bytes_saved
     streams = not (no_stream or as_json or generator.left_to_hugging_face) and asked.input_ids.shape[0] == 1
     made = generator.run(streams)
     output.data({"name": model, "origin": loaded.origin, **made.data(here, weights)})

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from burnish.hardware import DeviceInfo
     from burnish.models import Loaded
+    from burnish.quantize import Kind
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,10 @@ class Generator:
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, loaded: Loaded, asked: Asked, cache: CacheMode) -> Generator:
+    def of(cls, loaded: Loaded, asked: Asked, cache: CacheMode, quantize: Kind | None) -> Generator:
         import burnish
 
-        made = cls(burnish.optimize(loaded.model, cache=cache.mode), asked)
+        made = cls(burnish.optimize(loaded.model, cache=cache.mode, quantize=quantize), asked)
         room = asked.input_ids.shape[1] + asked.options["max_new_tokens"]
         made._generate(max_new_tokens=min(asked.options["max_new_tokens"], 3), max_cache_len=room)
         made.left_to_hugging_face = bool(made.notes)
@@ -127,7 +128,15 @@ class Generator:
         for reason in dict.fromkeys(one.kept_original for one in served if one.kept_original is not None):
             count = sum(one.kept_original == reason for one in served)
             made.notes.append(f"{count} of {len(served)} graphs not used, the model runs as it was: {reason}")
+        if said := made.fast.report().quantized():
+            made.notes.append(said)
         return made
+
+    @property
+    def bytes_saved(self) -> int:
+        """How much less a step reads of quantized weights."""
+        done = self.fast.schedule.quantizations
+        return done[-1].bytes_before - done[-1].bytes_after if done else 0
 
     def run(self, streams: bool) -> Made:
         asked = self.asked

@@ -18,6 +18,7 @@ from burnish.cli.options import (
     ImplOption,
     LayersOption,
     ModelArgument,
+    QuantizeOption,
     SeqOption,
     TextOption,
     load_model,
@@ -54,6 +55,7 @@ def optimize(
     layers: LayersOption = None,
     device: DeviceOption = None,
     impl: ImplOption = None,
+    quantize: QuantizeOption = None,
     verify: VerifyOption = True,
     cache: CacheOption = CacheMode.readwrite,
     save_report: Annotated[Path | None, typer.Option(help="Write the report as JSON to this file.")] = None,
@@ -69,10 +71,20 @@ def optimize(
         update(f"optimizing {model}: capture, rewrite, measure, verify")
         import burnish
 
-        fast = burnish.optimize(loaded.model, loaded.args, loaded.kwargs, verify=verify, impls=impls, cache=cache.mode)
+        kind, measured_on = None if quantize is None else quantize.kind, None
+        fast = burnish.optimize(
+            loaded.model, loaded.args, loaded.kwargs, verify=verify, impls=impls, cache=cache.mode, quantize=kind
+        )
+        if kind is not None:
+            from burnish.cli.quantizing import measure_perplexity
+
+            update(f"measuring the perplexity of {model}")
+            measured_on = measure_perplexity(fast, loaded)
         report = fast.report()
     output.data({"name": model, "origin": loaded.origin, **report.to_dict()})
     output.show(_heading(loaded), "", report)
+    if measured_on is not None:
+        output.show("", f"Perplexity is of {measured_on}.")
     if save_report is not None:
         report.to_json(save_report)
         output.show("", f"The report is in {save_report}.")

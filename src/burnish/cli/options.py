@@ -39,6 +39,18 @@ class CacheMode(str, Enum):
         return self.value
 
 
+class Quantize(str, Enum):
+    """How weights may be quantized."""
+
+    int8 = "int8"
+    int4 = "int4"
+    fp8 = "fp8"
+
+    @property
+    def kind(self) -> Literal["int8", "int4", "fp8"]:
+        return self.value
+
+
 _INPUTS = "Inputs"
 
 ModelArgument = Annotated[
@@ -64,6 +76,9 @@ DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1; default: CUDA where there is one.", show_default=False)
 ]
 CacheOption = Annotated[CacheMode, typer.Option(help="Choices that were measured before.")]
+QuantizeOption = Annotated[
+    Quantize | None, typer.Option(help="Read weights in so many bits, and show what that changes.", show_default=False)
+]
 ImplOption = Annotated[
     list[str] | None,
     typer.Option("--impl", metavar="OP=IMPL", help="Run this Op by this Impl, whatever is faster; repeatable."),

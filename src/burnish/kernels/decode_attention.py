@@ -18,7 +18,16 @@ from torch import Tensor
 from burnish.kernels.attention_configs import padded
 from burnish.kernels.attention_inputs import as_bytes
 from burnish.kernels.counters import counters
-from burnish.kernels.decode_blocks import LOWEST, add_block, add_blocks, ask_ahead, finish, first_and_stop, one_block
+from burnish.kernels.decode_blocks import (
+    LOWEST,
+    add_block,
+    add_blocks,
+    ask_ahead,
+    bias_block,
+    finish,
+    first_and_stop,
+    one_block,
+)
 from burnish.kernels.launch import Config, Target, launch, launch_dependents, target_of, wait_for_inputs
 
 FAR = 1 << 29
@@ -31,6 +40,7 @@ _AHEAD = 1 << 24  # bytes that are asked for before the kernel ahead is done: a 
 def decode_attention_kernel(
     q, k, v, out, padding, lengths, parts, counter, lq, most, window, scale, groups, stride_qb, stride_qh,
     stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_pb, stride_pn, stride_length,
+    bias, stride_bb, stride_bh, stride_bm, stride_bn,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
     KEPT: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, ONE: tl.constexpr, SINGLE: tl.constexpr,
     GUESS: tl.constexpr, AHEAD: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
@@ -41,6 +51,7 @@ def decode_attention_kernel(
     `parts` is float32: for each batch, key head and split KEPT rows of BLOCK_DV; then for each batch, key head
     and row SPLITS maxima; then as many sums.
     SINGLE: a program has one block at most. GUESS: that block is read, in any case, before the length is known.
+    lengths is None where all `most` keys are filled, and bias where there is none.
     """
     launch_dependents(PDL)
     batch, split, key_head = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -48,15 +59,17 @@ def decode_attention_kernel(
         lq = 1  # no division by it is left
     k += batch * stride_kb + key_head * stride_kh
     v += batch * stride_vb + key_head * stride_vh
-    lengths += batch * stride_length
+    if lengths is not None:
+        lengths += batch * stride_length
     if PDL:
         ask_ahead(
             k, v, lengths, split, lq, most, window, stride_kn, stride_vn, D, DV, WINDOW, GUESS, AHEAD, BLOCK_N, SPLITS
         )
     wait_for_inputs(PDL)
 
-    # Volatile, so that no compiler takes it to be the load above.
-    length = tl.minimum(tl.load(lengths, volatile=True).to(tl.int32), most)
+    length = most
+    if lengths is not None:  # volatile, so that no compiler takes it to be the load above
+        length = tl.minimum(tl.load(lengths, volatile=True).to(tl.int32), most)
     first, blocks = first_and_stop(length, split, lq, window, BLOCK_N, WINDOW)
     row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     # The last row fills up those that do not exist: no mask would be kept, or spilled, from here to the last store.
@@ -66,22 +79,26 @@ def decode_attention_kernel(
     queries = tl.load(q_rows, mask=None if BLOCK_D == D else (column < D)[None, :])
     last = length - lq + query  # the position of each row's query: the last key that it sees
     padding += batch * stride_pb
+    if bias is not None:
+        bias += batch * stride_bb + head * stride_bh + query.to(tl.int64) * stride_bm
 
     acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
     row_max = tl.full((ROWS,), LOWEST, tl.float32)
     row_sum = tl.zeros((ROWS,), tl.float32)
     if SINGLE:
+        extra = bias_block(bias, first + tl.arange(0, BLOCK_N), stride_bn, length)
         key, real, keys, values = one_block(
             k, v, padding, first, length, most, stride_kn, stride_vn, stride_pn, D, DV, BLOCK_D, BLOCK_DV, PADDED,
             GUESS, BLOCK_N,
         )  # fmt: skip
         acc, row_max, row_sum = add_block(
-            acc, row_max, row_sum, queries, keys, values, real, key, length, last, window, scale, PADDED, WINDOW, ONE
-        )
+            acc, row_max, row_sum, queries, keys, values, real, key, length, last, window, scale, PADDED, WINDOW, ONE,
+            extra,
+        )  # fmt: skip
     else:
         acc, row_max, row_sum = add_blocks(
             acc, row_max, row_sum, queries, k, v, padding, first, length, last, window, scale, stride_kn, stride_vn,
-            stride_pn, D, DV, BLOCK_D, BLOCK_DV, PADDED, WINDOW, ONE, BLOCK_N, SPLITS,
+            stride_pn, D, DV, BLOCK_D, BLOCK_DV, PADDED, WINDOW, ONE, BLOCK_N, SPLITS, bias, stride_bn,
         )  # fmt: skip
     finish(
         acc, row_max, row_sum, out, parts, counter, batch, key_head, split, blocks, groups, lq, DV, BLOCK_DV, ROWS,
@@ -120,13 +137,14 @@ def decode_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lengths: Tensor,
+    lengths: Tensor | None,
     key_padding_mask: Tensor | None = None,
     window: int | None = None,
     scale: float | None = None,
+    bias: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """Attention of q over the first `lengths` keys of a cache, arguments as of the Op `cached_attention`.
+    """Attention of q over the first `lengths` keys of a cache (None: all), arguments as of the Op `cached_attention`.
 
     q (B, Hq, Lq, D) with at most 64 queries for each key head (Hq / Hkv * Lq), k (B, Hkv, Lmax, D), v (B, Hkv, Lmax,
     Dv), of one dtype; head dimensions up to 256. The result is (B, Hq, Lq, Dv), stored as (B, Lq, Hq, Dv).
@@ -141,8 +159,9 @@ def decode_attention(
         decode_attention_kernel, (batch, config["SPLITS"], key_heads), q, k, v, out, padding, lengths,
         *parts_and_counter(q, batch * key_heads, constants, config), lq, most,
         FAR if window is None else min(window, FAR), (d**-0.5 if scale is None else scale) * math.log2(math.e),
-        heads // key_heads, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *steps, 0 if lengths.numel() == 1 else
-        lengths.stride(0), config=config, like=q, PADDED=key_padding_mask is not None, ONE=lq == 1, **constants,
+        heads // key_heads, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *steps,
+        0 if lengths is None or lengths.numel() == 1 else lengths.stride(0), *_bias_and_steps(bias, q, most),
+        config=config, like=q, PADDED=key_padding_mask is not None, ONE=lq == 1, **constants,
     )  # fmt: skip
     return out.transpose(1, 2)
 
@@ -185,6 +204,14 @@ def padding_and_steps(key_padding_mask: Tensor | None, like: Tensor) -> tuple[Te
     if key_padding_mask is None:
         return like, 0, 0
     return as_bytes(key_padding_mask), key_padding_mask.stride(0), key_padding_mask.stride(1)
+
+
+def _bias_and_steps(bias: Tensor | None, q: Tensor, most: int) -> tuple[Tensor | None, int, int, int, int]:
+    """The bias and its strides. Where there is none, those are 1: Triton makes a constant of that, no argument."""
+    if bias is None:
+        return None, 1, 1, 1, 1
+    steps = bias.expand(*q.shape[:3], most).stride()
+    return bias, steps[0], steps[1], steps[2], steps[3]
 
 
 def _chunk(splits: int, part_bytes: int, warps: int) -> int:

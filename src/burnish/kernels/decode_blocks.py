@@ -47,6 +47,8 @@ def ask_ahead(
     STEP: tl.constexpr = SPLITS * BLOCK_N
     if GUESS:
         first, stop = split * BLOCK_N, most
+    elif lengths is None:
+        first, stop = first_and_stop(most, split, lq, window, BLOCK_N, WINDOW)[0], most
     else:
         stop = tl.minimum(tl.load(lengths, cache_modifier=".cg").to(tl.int32), most)
         first = first_and_stop(stop, split, lq, window, BLOCK_N, WINDOW)[0]
@@ -87,12 +89,25 @@ def one_block(
 
 
 @triton.jit
+def bias_block(bias, key, stride_bn, length):
+    """What is added to the scores, for each row and key; `bias` points to where each row begins, or is None."""
+    block = None
+    if bias is not None:
+        pointers = bias[:, None] + key.to(tl.int64)[None, :] * stride_bn
+        block = tl.load(pointers, mask=(key < length)[None, :], other=0.0).to(tl.float32)
+        block = tl.maximum(block, LOWEST / 4)  # the lowest number, which masks are made of, times log2(e) is -inf
+    return block
+
+
+@triton.jit
 def add_block(
     acc, row_max, row_sum, queries, keys, values, real, key, length, last, window, scale, PADDED: tl.constexpr,
-    WINDOW: tl.constexpr, ONE: tl.constexpr,
+    WINDOW: tl.constexpr, ONE: tl.constexpr, bias=None,
 ):  # fmt: skip
-    """One step of the softmax over blocks of keys, which are at the positions `key`."""
+    """One step of the softmax over blocks of keys, which are at the positions `key`; `bias` for each row and key."""
     scores = dot(queries, tl.trans(keys), tl.zeros((queries.shape[0], keys.shape[0]), tl.float32)) * scale
+    if bias is not None:
+        scores += bias * 1.4426950408889634  # log2(e), as it is in the scale
     seen = (key < length)[None, :]
     if PADDED:
         seen = seen & (real != 0)[None, :]
@@ -112,9 +127,9 @@ def add_block(
 def add_blocks(
     acc, row_max, row_sum, queries, k, v, padding, first, length, last, window, scale, stride_kn, stride_vn, stride_pn,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PADDED: tl.constexpr,
-    WINDOW: tl.constexpr, ONE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr, ONE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, bias=None, stride_bn=0,
 ):  # fmt: skip
-    """`add_block` of every block of a program, of which the first one starts at `first`."""
+    """`add_block` of every block of a program, of which the first one starts at `first`; `bias` as of `bias_block`."""
     for start in range(first, length, SPLITS * BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         real = key
@@ -123,8 +138,9 @@ def add_blocks(
         keys = _rows(k, key, stride_kn, length, D, BLOCK_D)
         values = _rows(v, key, stride_vn, length, DV, BLOCK_DV)
         acc, row_max, row_sum = add_block(
-            acc, row_max, row_sum, queries, keys, values, real, key, length, last, window, scale, PADDED, WINDOW, ONE
-        )
+            acc, row_max, row_sum, queries, keys, values, real, key, length, last, window, scale, PADDED, WINDOW, ONE,
+            bias_block(bias, key, stride_bn, length),
+        )  # fmt: skip
     return acc, row_max, row_sum
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from burnish.kernels.gemv import gemv, gemv_configs
+from burnish.kernels.gemv_mma import gemv_mma, gemv_mma_configs
 from burnish.kernels.launch import Config
 from burnish.kernels.matmul import matmul
 from burnish.kernels.matmul_configs import Product, matmul_configs
@@ -28,6 +29,7 @@ class Family:
 FAMILIES = {
     "matmul": Family(matmul, matmul_configs),
     "gemv": Family(gemv, gemv_configs),
+    "gemv_mma": Family(gemv_mma, gemv_mma_configs),
     "skinny": Family(skinny, skinny_configs),
     "tma": Family(matmul_tma, matmul_tma_configs),
     "wgmma": Family(matmul_wgmma, matmul_wgmma_configs),

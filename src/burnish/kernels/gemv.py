@@ -7,14 +7,13 @@ sums are divided by in the end.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from burnish.kernels.launch import Config, launch, launch_dependents, prefetch, wait_for_inputs
+from burnish.kernels.launch import Config, launch, launch_dependents, wait_for_inputs
 from burnish.kernels.layout import rows_of
 from burnish.kernels.matmul import epilogue, row_offsets
 from burnish.kernels.matmul_configs import Product
@@ -25,6 +24,66 @@ class Norm(NamedTuple):
 
     weight: Tensor | None
     eps: float
+
+
+@triton.jit
+def multiply(
+    weight_ptrs,
+    x_ptrs,
+    weight,
+    weight_up,
+    to_up,
+    weight_mask,
+    x_mask,
+    k,
+    K,
+    stride_x_k,
+    norm_weight_ptr,
+    stride_norm_weight,
+    GATED: tl.constexpr,
+    NORMED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Products of x (BLOCK_M, 1, K) and weight (1, BLOCK_N, K), if GATED also with the rows `to_up` further on, and if
+    NORMED x squared; each added up over the blocks of K, and not yet within one.
+
+    The pointers are to the first blocks, of which `weight` and `weight_up` have been loaded already.
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), tl.float32)
+    squares = tl.zeros((BLOCK_M, 1, BLOCK_K), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        weight_ptrs += BLOCK_K
+        if NORMED and norm_weight_ptr is not None:
+            # First, because values that meet are laid out as the one loaded last: the largest is to stay where it is.
+            norm_weight_ptrs = norm_weight_ptr + ((start + k) * stride_norm_weight)[None, None, :]
+            if EVEN_K:
+                norm_weight = tl.load(norm_weight_ptrs)
+            else:
+                norm_weight = tl.load(norm_weight_ptrs, mask=(start + k < K)[None, None, :], other=0.0)
+        if EVEN_K:
+            mask = weight_mask & (tl.full((1, 1, 1), start + BLOCK_K, tl.int32) < K)
+            x = tl.load(x_ptrs, mask=x_mask, other=0.0).to(tl.float32)
+        else:
+            mask = weight_mask & (start + BLOCK_K + k < K)[None, None, :]
+            x = tl.load(x_ptrs, mask=x_mask & (start + k < K)[None, None, :], other=0.0).to(tl.float32)
+        next_weight = tl.load(weight_ptrs, mask=mask, other=0.0)
+        if NORMED:
+            squares += x * x
+            if norm_weight_ptr is not None:
+                x *= norm_weight.to(tl.float32)
+        acc += x * weight.to(tl.float32)
+        weight = next_weight
+        if GATED:
+            next_up = tl.load(weight_ptrs + to_up, mask=mask, other=0.0)
+            up += x * weight_up.to(tl.float32)
+            weight_up = next_up
+        x_ptrs += BLOCK_K * stride_x_k
+
+    return acc, up, squares
 
 
 @triton.jit
@@ -59,7 +118,6 @@ def gemv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
-    AHEAD: tl.constexpr = 0,  # blocks of weight, beyond the first, that are brought into the L2 cache before the wait
 ):
     launch_dependents(PDL)
     # Blocks are (rows of x, rows of weight, K). The weight's is loaded as (1, rows, K), so that every row of x finds
@@ -80,45 +138,27 @@ def gemv_kernel(
     weight_up = weight
     if GATED:
         weight_up = tl.load(weight_ptrs + to_up, mask=mask, other=0.0)
-    if PDL and AHEAD > 0:
-        LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
-        far = BLOCK_K + LINE * tl.arange(0, AHEAD * BLOCK_K // LINE)
-        rows = weight_ptr + tl.minimum(n, N - 1).to(tl.int64) * stride_weight_n
-        lines = rows[:, None] + tl.minimum(far, K - 1)[None, :]
-        prefetch(lines)
-        if GATED:
-            prefetch(lines + to_up)
     wait_for_inputs(PDL)
-    acc = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), tl.float32)
-    up = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), tl.float32)
-    squares = tl.zeros((BLOCK_M, 1, BLOCK_K), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        weight_ptrs += BLOCK_K
-        if NORMED and norm_weight_ptr is not None:
-            # First, because values that meet are laid out as the one loaded last: the largest is to stay where it is.
-            norm_weight_ptrs = norm_weight_ptr + ((start + k) * stride_norm_weight)[None, None, :]
-            if EVEN_K:
-                norm_weight = tl.load(norm_weight_ptrs)
-            else:
-                norm_weight = tl.load(norm_weight_ptrs, mask=(start + k < K)[None, None, :], other=0.0)
-        if EVEN_K:
-            mask = weight_mask & (tl.full((1, 1, 1), start + BLOCK_K, tl.int32) < K)
-            x = tl.load(x_ptrs, mask=x_mask, other=0.0).to(tl.float32)
-        else:
-            mask = weight_mask & (start + BLOCK_K + k < K)[None, None, :]
-            x = tl.load(x_ptrs, mask=x_mask & (start + k < K)[None, None, :], other=0.0).to(tl.float32)
-        next_weight = tl.load(weight_ptrs, mask=mask, other=0.0)
-        if NORMED:
-            squares += x * x
-            if norm_weight_ptr is not None:
-                x *= norm_weight.to(tl.float32)
-        acc += x * weight.to(tl.float32)
-        weight = next_weight
-        if GATED:
-            next_up = tl.load(weight_ptrs + to_up, mask=mask, other=0.0)
-            up += x * weight_up.to(tl.float32)
-            weight_up = next_up
-        x_ptrs += BLOCK_K * stride_x_k
+    acc, up, squares = multiply(
+        weight_ptrs,
+        x_ptrs,
+        weight,
+        weight_up,
+        to_up,
+        weight_mask,
+        x_mask,
+        k,
+        K,
+        stride_x_k,
+        norm_weight_ptr,
+        stride_norm_weight,
+        GATED,
+        NORMED,
+        EVEN_K,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
 
     acc = tl.sum(acc, axis=2)
     up = tl.sum(up, axis=2) if GATED else None
@@ -167,13 +207,7 @@ def gemv_configs(product: Product) -> list[Config]:
             block_n, block_k = (block_n // 2, block_k) if block_n > 2 else (block_n, block_k // 2)
         blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": min(block_k, deepest)}
         configs.append(Config.of(num_warps=warps, num_stages=1, **blocks))
-    # Where the kernel ahead leaves the memory idle, as attention of one token does, more of the weight comes meanwhile.
-    far = [_with_ahead(config) for config in configs[:2] if product.target.pdl and config["BLOCK_K"] < depth]
-    return list(dict.fromkeys(configs + far))
-
-
-def _with_ahead(config: Config) -> Config:
-    return replace(config, blocks=(*config.blocks, ("AHEAD", 1)))
+    return list(dict.fromkeys(configs))
 
 
 def gemv(

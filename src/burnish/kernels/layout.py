@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 MAX_GEMV_ROWS = 8  # with more, the products of ordinary cores would be slower than the memory
+MAX_GEMV_MMA_ROWS = 16
+MAX_GEMV_MMA_DEPTH = 32768
 MAX_SKINNY_ROWS = 64
 MIN_TMA_ROWS = 128
 MIN_WGMMA_ROWS = 33
@@ -54,6 +56,20 @@ def gemv_reasons(x: Tensor, weights: tuple[Tensor, ...]) -> list[str]:
     reasons = [f"x has {rows} rows; the kernel takes up to {MAX_GEMV_ROWS}"] if rows > MAX_GEMV_ROWS else []
     if any(weight.stride(1) != 1 and weight.shape[1] > 1 for weight in weights):
         reasons.append("a weight is not contiguous along K")
+    return reasons
+
+
+def gemv_mma_reasons(x: Tensor, weights: tuple[Tensor, ...]) -> list[str]:
+    """Further reasons against the kernel that reads the weight right into tensor cores' operands."""
+    rows, reasons = x.numel() // max(1, x.shape[-1]), []
+    if x.element_size() != 2:
+        reasons.append(f"the inputs are {x.dtype}; the kernel takes float16 and bfloat16")
+    if rows > MAX_GEMV_MMA_ROWS:
+        reasons.append(f"x has {rows} rows; the kernel takes up to {MAX_GEMV_MMA_ROWS}")
+    if x.stride(-1) != 1 or any(weight.stride(1) != 1 for weight in weights):
+        reasons.append("x or a weight is not contiguous along K")
+    if any(weight.shape[1] > MAX_GEMV_MMA_DEPTH for weight in weights):
+        reasons.append(f"K is above {MAX_GEMV_MMA_DEPTH}; the kernel has the code of each step over it")
     return reasons
 
 

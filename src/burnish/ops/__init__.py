@@ -14,6 +14,7 @@ from burnish.ops.linear import linear
 from burnish.ops.linear_add_layer_norm import linear_add_layer_norm
 from burnish.ops.linear_add_rms_norm import linear_add_rms_norm
 from burnish.ops.linear_rope import linear_rope
+from burnish.ops.linear_rope_append import linear_rope_append
 from burnish.ops.penalize_repetition import penalize_repetition
 from burnish.ops.quantized_gated_product import quantized_gated_product
 from burnish.ops.quantized_linear import quantized_linear
@@ -40,6 +41,7 @@ __all__ = [
     "linear_add_layer_norm",
     "linear_add_rms_norm",
     "linear_rope",
+    "linear_rope_append",
     "penalize_repetition",
     "quantized_gated_product",
     "quantized_linear",

@@ -1,20 +1,24 @@
-"""PyTorch's attention kernels for CUDA as Impls of `attention`, whose docstring says what the arguments are.
+"""What runs `attention` on CUDA, apart from the kernels made for it: PyTorch's kernels, and the one that decodes.
 
-They are called directly: F.scaled_dot_product_attention prefers flash attention where cuDNN's is up to 1.8 times as
-fast (H200, head_dim 128, causal), and it aligns causality to the first query.
+PyTorch's are called directly: F.scaled_dot_product_attention prefers flash attention where cuDNN's is up to 1.8 times
+as fast (H200, head_dim 128, causal), and it aligns causality to the first query.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from burnish.ops._common import HALF_TYPES
 from burnish.ops._masks import additive_mask, allowed_pairs
-from burnish.ops._triton import hopper_why_not
+from burnish.ops._triton import hopper_why_not, triton_why_not
 
 _ALIGNMENT = 16  # bytes of one load
 _FEWEST_QUERIES = 33  # of the Gluon kernel, whose blocks have 64
+_MOST_HEADS, _WIDEST_DECODED = 64, 256  # of the decode kernel: query heads of a key head, and head_dim
 _BOTTOM_RIGHT = 2  # custom_mask_type: the last query sees all keys
 
 
@@ -190,6 +194,60 @@ def torch_efficient(
     mask_type = _BOTTOM_RIGHT if skip_future else 0
     out = kernel(q, k, v, mask, None, None, None, None, 0.0, mask_type, False, scale=scale)[0].transpose(1, 2)
     return _heads_last(out if nothing is None else out.masked_fill_(nothing, 0.0))
+
+
+def decode_why_not(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> list[str]:
+    reasons = triton_why_not(q) + _head_dim_reasons(q, v, _WIDEST_DECODED)
+    if k.numel() == 0 or v.numel() == 0:
+        reasons.append("k or v is empty")
+    if q.shape[2] != 1:
+        reasons.append(f"there are {q.shape[2]} queries; the kernel is for one")
+    if bias is not None:
+        reasons.append("the kernel takes no bias here")
+    if q.shape[1] // max(1, k.shape[1]) > _MOST_HEADS:
+        reasons.append(f"{q.shape[1] // k.shape[1]} query heads share a key head; the kernel takes {_MOST_HEADS}")
+    return reasons
+
+
+def decode_configs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> Sequence[Any]:
+    from burnish.kernels import decode_attention
+
+    return decode_attention.decode_configs(q, k, v)
+
+
+def triton_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    config: Any = None,
+) -> Tensor:
+    """One query, the keys split among programs: `cached_attention`'s kernel over keys that are all there."""
+    from burnish.kernels.decode_attention import decode_attention
+
+    return decode_attention(q, k, v, None, key_padding_mask, window, scale, config=config)
 
 
 def mask_reasons(q: Tensor, k: Tensor, bias: Tensor | None) -> list[str]:

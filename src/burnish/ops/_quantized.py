@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from burnish.kernels.layout import layout_reasons
+from burnish.kernels.layout import gemv_mma_reasons, layout_reasons
 from burnish.numerics import randn
 from burnish.op import Sample
 from burnish.ops._common import HALF_TYPES, check_floating, check_same_dtype, check_vector
 from burnish.ops._triton import triton_why_not
 from burnish.quantize import GROUP_SIZES, KINDS, QuantizedWeight, columns_of, quantize_weight
-
-MAX_QUANTIZED_GEMV_ROWS = 4  # with 8, the products of ordinary cores take 22 instructions a byte, of int4 50
-MAX_QUANTIZED_SKINNY_ROWS = 16
 
 Operands = tuple[Tensor, Tensor, Tensor | None, str]
 """What stands for a weight: how its entries are stored, its scales, zeros and kind."""
@@ -94,55 +90,26 @@ def samples_of(rows: int, device: torch.device, dtype: torch.dtype, last: dict[s
 
 
 def kernel_reasons(
-    family: str,
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    residual: Tensor | None = None,
+    x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, kind: str, residual: Tensor | None = None
 ) -> list[str]:
-    """Reasons against the kernels of a family, "gemv" or "skinny"."""
-    reasons = triton_why_not(x) + layout_reasons(x, (weight,), residual)
+    """Reasons against the kernel that widens the weight in registers."""
+    reasons = triton_why_not(x) + layout_reasons(x, (weight,), residual) + gemv_mma_reasons(x, (weight,))
     if scales.dtype not in (*HALF_TYPES, torch.float32):
-        reasons.append(f"scales are {scales.dtype}; the kernels take float16, bfloat16 and float32")
-    for name, tensor in (("the weight", weight), ("scales", scales), ("zeros", zeros)):
-        if tensor is not None and not tensor.is_contiguous():
+        reasons.append(f"scales are {scales.dtype}; the kernel takes float16, bfloat16 and float32")
+    for name, tensor in (("the weight", weight), ("scales", scales)):
+        if not tensor.is_contiguous():
             reasons.append(f"{name} has strides {tensor.stride()}; it must be contiguous")
     if weight.storage_offset() % 16:
         reasons.append("the weight does not begin at a multiple of 16 bytes")
-    fewest, most = (1, MAX_QUANTIZED_GEMV_ROWS) if family == "gemv" else (2, MAX_QUANTIZED_SKINNY_ROWS)
-    rows = x.numel() // max(1, x.shape[-1])
-    if not fewest <= rows <= most:
-        reasons.append(f"x has {rows} rows; the kernel takes {fewest} to {most}")
-    if family == "gemv" and x.stride(-1) != 1:  # loaded entry by entry, x takes so many registers that they spill
-        reasons.append(f"x has strides {x.stride()}; it must be contiguous along K")
-    if family == "skinny" and x.dtype not in HALF_TYPES:
-        reasons.append(f"the inputs are {x.dtype}; the kernel takes float16 and bfloat16")
+    if zeros is not None:
+        reasons.append("there are zeros, which the kernel does not subtract")
+    if kind == "int4" and (group := x.shape[-1] // scales.shape[1]) != 128:
+        reasons.append(f"{group} columns share a scale; the kernel takes groups of 128")
     return reasons
 
 
-def kernel_configs(
-    family: str, x: Tensor, weight: Tensor, scales: Tensor, kind: str, gated: bool = False
-) -> Sequence[Any]:
+def kernel_configs(x: Tensor, weight: Tensor, kind: str, gated: bool = False) -> list[Any]:
+    from burnish.kernels.gemv_mma import gemv_mma_configs
     from burnish.kernels.matmul_configs import Product
-    from burnish.kernels.quantized import quantized_gemv_configs
-    from burnish.kernels.quantized_skinny import quantized_skinny_configs
 
-    product = Product.of(x, weight, gated)
-    if family == "gemv":
-        return quantized_gemv_configs(product, kind)
-    return quantized_skinny_configs(product, kind, x.shape[-1] // scales.shape[1] if kind == "int4" else 0)
-
-
-def multiplier(family: str) -> Callable[..., Tensor]:
-    """The launcher of a family's kernel."""
-    from burnish.kernels.quantized import quantized_gemv
-    from burnish.kernels.quantized_skinny import quantized_skinny
-
-    return quantized_gemv if family == "gemv" else quantized_skinny
-
-
-DESCRIPTIONS = {
-    "triton_gemv": "A Triton kernel for up to 4 rows of x, which widens the weight in registers as it streams it.",
-    "triton_skinny": "A Triton kernel for 2 to 16 rows of x, which widens the weight and multiplies on tensor cores.",
-}
+    return gemv_mma_configs(Product.of(x, weight, gated), kind)

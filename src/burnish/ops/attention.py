@@ -119,6 +119,9 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("grouped bias", (*grouped, tensor(1, 4, 33, 33, seed=6)))
     yield Sample("grouped decode", decode, {"is_causal": True})
     yield Sample("grouped decode, padding, window", decode, {"key_padding_mask": padding(2, 77).flip(1), "window": 9})
+    one = qkv(2, 4, 4, 1, 130, 32)
+    yield Sample("one query", one)
+    yield Sample("one query, padding, two-sided window", one, {"key_padding_mask": padding(2, 130), "window": 90})
     yield Sample("wide v", qkv(2, 4, 4, 17, 17, 32, 48))
     yield Sample("one head of keys", qkv(2, 4, 1, 17, 17, 80), {"is_causal": True})
     strided = square[0], square[1].contiguous(), tensor(1, 1, 33, 32, seed=7).expand(2, 4, 33, 32)
@@ -315,6 +318,11 @@ def _triton(
     from burnish.kernels.attention import attention_forward
 
     return attention_forward(q, k, v, bias, key_padding_mask, is_causal, window, scale, config=config)
+
+
+attention.impl("triton_decode", why_not=_attention_cuda.decode_why_not, configs=_attention_cuda.decode_configs)(
+    _attention_cuda.triton_decode
+)
 
 
 def _gluon_configs(

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
-from burnish.ops._common import nbytes, not_on_cpu, wide
+from burnish.ops._common import check_floating, nbytes, not_on_cpu, wide
 from burnish.ops._triton import triton_why_not
 from burnish.ops.attention import attention
 
@@ -30,8 +30,11 @@ def _check(
     key_padding_mask: Tensor | None,
     window: int | None,
     scale: float | None,
+    bias: Tensor | None,
 ) -> None:
-    attention.check(q, k, v, None, key_padding_mask, True, window, scale)
+    attention.check(q, k, v, bias, key_padding_mask, True, window, scale)
+    if bias is not None:
+        check_floating("bias", bias)
     if lengths.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"lengths has dtype {lengths.dtype}; it must be int32 or int64")
     if lengths.dim() > 1 or lengths.numel() not in (1, q.shape[0]):
@@ -48,11 +51,14 @@ def _cost(
     key_padding_mask: Tensor | None,
     window: int | None,
     scale: float | None,
+    bias: Tensor | None,
 ) -> Cost:
     batch, heads, length, width = q.shape
     keys = k.shape[2] if isinstance(lengths, FakeTensor) else min(int(lengths.max()), k.shape[2])
     keys = keys if window is None else min(keys, window + length - 1)
     read = sum(batch * t.shape[1] * keys * t.shape[3] * t.element_size() for t in (k, v))
+    if bias is not None:
+        read += bias.numel() // bias.shape[-1] * min(keys, bias.shape[-1]) * bias.element_size()
     out = batch * heads * length * v.shape[3] * q.element_size()
     return Cost(2 * batch * heads * length * keys * (width + v.shape[3]), nbytes(q) + read + out)
 
@@ -86,6 +92,12 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("several tokens, window, lengths", (*few, lengths(150, 31)), {"window": 9})
     yield Sample("several tokens, the first", (*few, lengths(5)))
     yield Sample("scale", (*one, lengths(64)), {"scale": 1.0})
+    by_head = tensor(300, 8, 1, seed=3).permute(1, 2, 0)  # as an embedding of each position leaves it
+    yield Sample("bias by head", (*one, lengths(157)), {"bias": by_head[None]})
+    yield Sample("bias, left padding", (*one, lengths(200, 41)), {"bias": by_head, "key_padding_mask": left})
+    full_bias = {"bias": tensor(2, 4, 5, 200, seed=4).float(), "window": 40, "scale": 1.0}
+    yield Sample("several tokens, bias of each", (*few, lengths(150, 31)), full_bias)
+    yield Sample("bias of queries", (*few, lengths(150)), {"bias": tensor(5, 1, seed=5)})
     yield Sample("odd sizes", (*cached(1, 3, 1, 2, 77, 40, 24), lengths(76)))
     yield Sample("tokens before heads", (*(t.transpose(1, 2).contiguous().transpose(1, 2) for t in one), lengths(157)))
     yield Sample("1x32/8x1024x128", (*cached(1, 32, 8, 1, 1024, 128), lengths(1000)))
@@ -99,6 +111,7 @@ def _shape(
     key_padding_mask: Tensor | None,
     window: int | None,
     scale: float | None,
+    bias: Tensor | None,
 ) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2)
 
@@ -112,13 +125,14 @@ def cached_attention(
     key_padding_mask: Tensor | None = None,
     window: int | None = None,
     scale: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of the newest tokens over the first `lengths` keys of a cache, their own among them.
 
     Shapes: q (B, Hq, Lq, D); the cache k (B, Hkv, Lmax, D) and v (B, Hkv, Lmax, Dv), Hq a multiple of Hkv; lengths one
     int32 or int64 number, or (B,): how many keys are filled (more than Lmax counts as Lmax); the rest must be finite.
-    key_padding_mask (B, Lmax), bool or integer: nonzero for a real token. The result is (B, Hq, Lq, Dv), stored as
-    (B, Lq, Hq, Dv).
+    key_padding_mask (B, Lmax), bool or integer: nonzero for a real token. bias, floating and finite, broadcasts to
+    (B, Hq, Lq, Lmax): added to the scaled scores. The result is (B, Hq, Lq, Dv), stored as (B, Lq, Hq, Dv).
     Positions: query i is token lengths - Lq + i, and sees the keys up to its own; window w those less than w positions
     back. A query that sees no key gives zeros. scale defaults to D ** -0.5.
     Dtypes: q, k and v the same floating one, the result's; scores and softmax in float32 (float64 for float64).
@@ -129,6 +143,8 @@ def cached_attention(
     seen = _seen(q, k, lengths, key_padding_mask, window)
     keys, values = (t.repeat_interleave(groups, dim=1) for t in (k, v))
     scores = q.to(dtype) @ keys.to(dtype).transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias.to(dtype)
     nothing = ~seen.any(dim=-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(~(seen | nothing), -torch.inf), dim=-1).masked_fill(nothing, 0.0)
     return (weights.to(v.dtype) @ values).transpose(1, 2).contiguous().transpose(1, 2)
@@ -145,6 +161,11 @@ def _seen(q: Tensor, k: Tensor, lengths: Tensor, key_padding_mask: Tensor | None
     return seen if key_padding_mask is None else seen & key_padding_mask.to(torch.bool)[:, None, None, :]
 
 
+def _with_bias(seen: Tensor, bias: Tensor | None) -> Tensor:
+    """One mask of both, boolean without a bias."""
+    return seen if bias is None else torch.where(seen, bias, -torch.inf)
+
+
 def _torch_why_not(
     q: Tensor,
     k: Tensor,
@@ -153,6 +174,7 @@ def _torch_why_not(
     key_padding_mask: Tensor | None,
     window: int | None,
     scale: float | None,
+    bias: Tensor | None,
 ) -> list[str]:
     return not_on_cpu(q) + (["an input is empty"] if q.numel() == 0 or k.numel() == 0 or v.numel() == 0 else [])
 
@@ -166,15 +188,18 @@ def _torch(
     key_padding_mask: Tensor | None = None,
     window: int | None = None,
     scale: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """`attention` over the filled part, whose size a CPU knows."""
     most = max(1, min(int(lengths.max()), k.shape[2]))
     filled = k[:, :, :most], v[:, :, :most]
+    bias = None if bias is None else bias[..., :most]
     if int(lengths.min()) >= most >= q.shape[2]:
         real = None if key_padding_mask is None else key_padding_mask[:, :most]
-        arguments: tuple[Any, ...] = (q, *filled, None, real, True, window, scale)
+        arguments: tuple[Any, ...] = (q, *filled, bias, real, True, window, scale)
     else:
-        arguments = (q, *filled, _seen(q, k, lengths, key_padding_mask, window)[..., :most], None, False, None, scale)
+        mask = _with_bias(_seen(q, k, lengths, key_padding_mask, window)[..., :most], bias)
+        arguments = (q, *filled, mask, None, False, None, scale)
     out: Tensor = attention.select(*arguments).fn(*arguments)
     return out
 
@@ -187,6 +212,7 @@ def _torch_masked_why_not(
     key_padding_mask: Tensor | None,
     window: int | None,
     scale: float | None,
+    bias: Tensor | None,
 ) -> list[str]:
     return [] if q.is_cuda else [f"the inputs are on {q.device.type}, not on a CUDA device"]
 
@@ -200,11 +226,13 @@ def _torch_masked(
     key_padding_mask: Tensor | None = None,
     window: int | None = None,
     scale: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """F.scaled_dot_product_attention over the whole cache with a mask."""
     seen = _seen(q, k, lengths, key_padding_mask, window)
     nothing = ~seen.any(dim=-1, keepdim=True)
-    out = F.scaled_dot_product_attention(q, k, v, seen | nothing, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    mask = _with_bias(seen | nothing, None if bias is None else bias.to(q.dtype))
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.masked_fill(nothing, 0.0).transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -216,6 +244,7 @@ def _triton_why_not(
     key_padding_mask: Tensor | None,
     window: int | None,
     scale: float | None,
+    bias: Tensor | None,
 ) -> list[str]:
     reasons = triton_why_not(q)
     if k.numel() == 0 or v.numel() == 0:
@@ -236,6 +265,7 @@ def _triton_configs(
     key_padding_mask: Tensor | None,
     window: int | None,
     scale: float | None,
+    bias: Tensor | None,
 ) -> Sequence[Any]:
     from burnish.kernels.decode_attention import decode_configs
 
@@ -251,9 +281,10 @@ def _triton(
     key_padding_mask: Tensor | None = None,
     window: int | None = None,
     scale: float | None = None,
+    bias: Tensor | None = None,
     config: Any = None,
 ) -> Tensor:
     """A Triton kernel that reads the filled part (a small cache whole), split among programs."""
     from burnish.kernels.decode_attention import decode_attention
 
-    return decode_attention(q, k, v, lengths, key_padding_mask, window, scale, config=config)
+    return decode_attention(q, k, v, lengths, key_padding_mask, window, scale, bias, config=config)

@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from burnish.kernels.layout import gemv_reasons, layout_reasons, skinny_reasons, tma_reasons, wgmma_reasons
+from burnish.kernels.layout import (
+    gemv_mma_reasons,
+    gemv_reasons,
+    layout_reasons,
+    skinny_reasons,
+    tma_reasons,
+    wgmma_reasons,
+)
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._activations import GATES, activate, check_activation
@@ -240,6 +247,13 @@ _register_triton(
 )
 _register_triton(
     "triton_gemv", "Two Triton kernels for a few rows of x, which stream the weights.", "gemv", True, gemv_reasons
+)
+_register_triton(
+    "gluon_gemv",
+    "Two Gluon kernels for up to 16 rows of x, which read the weights right into tensor cores' left operand.",
+    "gemv_mma",
+    True,
+    gemv_mma_reasons,
 )
 _register_triton(
     "triton_skinny",

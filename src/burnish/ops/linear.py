@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from burnish.kernels.layout import gemv_reasons, layout_reasons, skinny_reasons, tma_reasons, wgmma_reasons
+from burnish.kernels.layout import (
+    gemv_mma_reasons,
+    gemv_reasons,
+    layout_reasons,
+    skinny_reasons,
+    tma_reasons,
+    wgmma_reasons,
+)
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._activations import ACTIVATIONS, activate, activate_, check_activation
@@ -176,6 +183,12 @@ _register_kernel(
     "A Triton kernel for a few rows of x, which streams the weight without tensor cores.",
     "gemv",
     gemv_reasons,
+)
+_register_kernel(
+    "gluon_gemv",
+    "A Gluon kernel for up to 16 rows of x, which reads the weight right into tensor cores' left operand.",
+    "gemv_mma",
+    gemv_mma_reasons,
 )
 _register_kernel(
     "triton_skinny",

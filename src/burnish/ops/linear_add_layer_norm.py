@@ -322,4 +322,5 @@ def _register_product(name: str, description: str) -> None:
 
 
 _register_product("triton_gemv", "Two kernels: a product of a few rows that adds the residual, and the norm.")
+_register_product("gluon_gemv", "The same for up to 16 rows, with tensor cores that read the weight themselves.")
 _register_product("triton_skinny", "The same for up to 64 rows, with tensor cores.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._activations import GATES, activate, check_activation
 from burnish.ops._common import nbytes, wide
-from burnish.ops._quantized import DESCRIPTIONS, check_quantized, kernel_configs, kernel_reasons, multiplier, samples_of
+from burnish.ops._quantized import check_quantized, kernel_configs, kernel_reasons, samples_of
 from burnish.quantize import dequantize
 
 
@@ -111,48 +111,42 @@ def _torch(
     return activate(gate, activation).mul_(up).contiguous()
 
 
-def _register_kernel(name: str) -> None:
-    family = name.removeprefix("triton_")
-
-    def why_not(
-        x: Tensor,
-        gate_up_weight: Tensor,
-        scales: Tensor,
-        zeros: Tensor | None,
-        kind: str,
-        bias: Tensor | None,
-        activation: str,
-    ) -> list[str]:
-        return kernel_reasons(family, x, gate_up_weight, scales, zeros)
-
-    def configs(
-        x: Tensor,
-        gate_up_weight: Tensor,
-        scales: Tensor,
-        zeros: Tensor | None,
-        kind: str,
-        bias: Tensor | None,
-        activation: str,
-    ) -> Sequence[Any]:
-        return kernel_configs(family, x, gate_up_weight, scales, kind, gated=True)
-
-    def impl(
-        x: Tensor,
-        gate_up_weight: Tensor,
-        scales: Tensor,
-        zeros: Tensor | None,
-        kind: str,
-        bias: Tensor | None = None,
-        activation: str = "silu",
-        config: Any = None,
-    ) -> Tensor:
-        return multiplier(family)(
-            x, gate_up_weight, scales, zeros, kind, bias, activation, gated=True, config=config
-        )  # fmt: skip
-
-    impl.__doc__ = DESCRIPTIONS[name]
-    quantized_gated_product.impl(name, why_not=why_not, configs=configs)(impl)
+def _gluon_why_not(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    kind: str,
+    bias: Tensor | None,
+    activation: str,
+) -> list[str]:
+    return kernel_reasons(x, gate_up_weight, scales, zeros, kind)
 
 
-for _name in DESCRIPTIONS:
-    _register_kernel(_name)
+def _gluon_configs(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    kind: str,
+    bias: Tensor | None,
+    activation: str,
+) -> list[Any]:
+    return kernel_configs(x, gate_up_weight, kind, gated=True)
+
+
+@quantized_gated_product.impl("gluon_gemv", why_not=_gluon_why_not, configs=_gluon_configs)
+def _gluon(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    kind: str,
+    bias: Tensor | None = None,
+    activation: str = "silu",
+    config: Any = None,
+) -> Tensor:
+    """A Gluon kernel for up to 16 rows of x, which widens the weight in registers as it streams it."""
+    from burnish.kernels.gemv_mma import gemv_mma
+
+    return gemv_mma(x, gate_up_weight, bias, activation, gated=True, config=config, kind=kind, scales=scales)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._activations import activate, activate_, check_activation
 from burnish.ops._common import check_same_dtype, nbytes, wide
-from burnish.ops._quantized import DESCRIPTIONS, check_quantized, kernel_configs, kernel_reasons, multiplier, samples_of
+from burnish.ops._quantized import check_quantized, kernel_configs, kernel_reasons, samples_of
 from burnish.quantize import dequantize
 
 
@@ -129,49 +129,45 @@ def _torch(
     return (out if residual is None else out.add_(residual)).contiguous()
 
 
-def _register_kernel(name: str) -> None:
-    family = name.removeprefix("triton_")
-
-    def why_not(
-        x: Tensor,
-        weight: Tensor,
-        scales: Tensor,
-        zeros: Tensor | None,
-        kind: str,
-        bias: Tensor | None,
-        activation: str,
-        residual: Tensor | None,
-    ) -> list[str]:
-        return kernel_reasons(family, x, weight, scales, zeros, residual)
-
-    def configs(
-        x: Tensor,
-        weight: Tensor,
-        scales: Tensor,
-        zeros: Tensor | None,
-        kind: str,
-        bias: Tensor | None,
-        activation: str,
-        residual: Tensor | None,
-    ) -> Sequence[Any]:
-        return kernel_configs(family, x, weight, scales, kind)
-
-    def impl(
-        x: Tensor,
-        weight: Tensor,
-        scales: Tensor,
-        zeros: Tensor | None,
-        kind: str,
-        bias: Tensor | None = None,
-        activation: str = "none",
-        residual: Tensor | None = None,
-        config: Any = None,
-    ) -> Tensor:
-        return multiplier(family)(x, weight, scales, zeros, kind, bias, activation, residual, config=config)
-
-    impl.__doc__ = DESCRIPTIONS[name]
-    quantized_linear.impl(name, why_not=why_not, configs=configs)(impl)
+def _gluon_why_not(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    kind: str,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+) -> list[str]:
+    return kernel_reasons(x, weight, scales, zeros, kind, residual)
 
 
-for _name in DESCRIPTIONS:
-    _register_kernel(_name)
+def _gluon_configs(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    kind: str,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+) -> list[Any]:
+    return kernel_configs(x, weight, kind)
+
+
+@quantized_linear.impl("gluon_gemv", why_not=_gluon_why_not, configs=_gluon_configs)
+def _gluon(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    kind: str,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    config: Any = None,
+) -> Tensor:
+    """A Gluon kernel for up to 16 rows of x, which widens the weight in registers as it streams it."""
+    from burnish.kernels.gemv_mma import gemv_mma
+
+    return gemv_mma(x, weight, bias, activation, residual, config=config, kind=kind, scales=scales)

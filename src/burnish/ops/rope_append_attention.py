@@ -111,7 +111,7 @@ def _shape(
     scale: float | None,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out = cached_attention.shape(q, k_cache, v_cache, lengths, key_padding_mask, window, scale)
+    out = cached_attention.shape(q, k_cache, v_cache, lengths, key_padding_mask, window, scale, None)
     return out, torch.empty_like(k_cache), torch.empty_like(v_cache)
 
 

@@ -30,6 +30,8 @@ class Report:
         self.history = list(schedule.history)
         self.served = list(schedule.served)
         self.verifications = schedule.verifications
+        self.quantizations = list(schedule.quantizations)
+        self.perplexity = schedule.perplexity
 
     # --- data -------------------------------------------------------------------------------------
 
@@ -40,6 +42,17 @@ class Report:
             "model": self.model,
             "summary": self.summary(),
             "steps": [asdict(record) for record in self.history],
+            "quantized": [
+                {
+                    "kind": each.kind,
+                    "products": each.products,
+                    "bytes_before": each.bytes_before,
+                    "bytes_after": each.bytes_after,
+                    "difference": each.difference,
+                }
+                for each in self.quantizations
+            ],
+            "perplexity": self.perplexity,
             "signatures": [asdict(served) for served in self.served],
             "verified": [
                 {
@@ -83,7 +96,17 @@ class Report:
         if units:
             passed = sum(unit.verdict is not None and unit.verdict.ok for unit in units)
             sentences.append(f"{passed} of {len(units)} rewritten values are within what eager's own error allows.")
+        if self.quantizations:
+            sentences.append(f"{self.quantized()}.")
         return " ".join(sentences)
+
+    def quantized(self) -> str:
+        """What was quantized and what that changed, in a line; of the first Program. Empty where nothing was."""
+        said = [str(self.quantizations[0])] if self.quantizations else []
+        if said and self.perplexity is not None:
+            before, after = self.perplexity
+            said.append(f"perplexity {before:.4g} -> {after:.4g} ({after / before - 1:+.2%})")
+        return "; ".join(said)
 
     # --- tables -----------------------------------------------------------------------------------
 

@@ -323,19 +323,25 @@ def _rotate_in_product(graph_module: fx.GraphModule, node: fx.Node) -> str | Non
 
 def _path_from_split(heads: Any) -> list[fx.Node] | None:
     """The nodes from a split of (B, S, N) to one part's heads (B, H, S, D), where each has one reader but the split."""
+    path = path_to_heads(heads)
+    split: Any = path[0].args[0] if path and path[0].target is operator.getitem else None
+    return [split, *path] if path and split and split.target is aten.split_with_sizes.default else None
+
+
+def path_to_heads(heads: Any) -> list[fx.Node] | None:
+    """The nodes from (B, S, N) to its heads (B, H, S, D), where each has one reader."""
     swapped = arguments(heads) if heads.target in (aten.transpose.int, aten.permute.default) else {}
     if {swapped.get("dim0"), swapped.get("dim1")} != {1, 2} and swapped.get("dims") != [0, 2, 1, 3]:
         return None
     view = heads.args[0]
     part = view.args[0] if view.target in (aten.view.default, aten.reshape.default) else None
-    split = part.args[0] if isinstance(part, fx.Node) and part.target is operator.getitem else None
-    if not isinstance(split, fx.Node) or split.target is not aten.split_with_sizes.default:
+    if not isinstance(part, fx.Node):
         return None
-    path = [part, view, heads]
     one, two = value(part).shape, value(view).shape
-    if len(two) != 4 or not same(one[:2], two[:2]) or not all(len(step.users) == 1 for step in path):
+    path = [part, view, heads]
+    if len(one) != 3 or len(two) != 4 or not same(one[:2], two[:2]) or not all(len(step.users) == 1 for step in path):
         return None
-    return [split, *path]
+    return path
 
 
 def _move_before(node: fx.Node, *wanted: fx.Node) -> bool:

@@ -86,7 +86,9 @@ def _fuse_attention(graph_module: fx.GraphModule, append: fx.Node) -> str | None
     attention, (query, *caches) = readers[0], results
     if attention.target is not _ATTENTION or len(query.users) != 1:
         return f"{attention.name} is not the attention to the cache, or not all that reads the rotated query"
-    *operands, total, padding, window, scale = ops.cached_attention.bind(*attention.args, **attention.kwargs)
+    *operands, total, padding, window, scale, bias = ops.cached_attention.bind(*attention.args, **attention.kwargs)
+    if bias is not None:
+        return f"{attention.name} has a bias"
     if operands != results or not _is_one_more(total, lengths):
         return f"{attention.name} attends to something else than what is filled now"
 

@@ -161,8 +161,11 @@ def _manual() -> Iterator[Rewrite]:
 def strip_around_attention(graph_module: fx.GraphModule) -> Outcome:
     """Keys and values repeated for grouped heads, and copies made contiguous: the Op takes them as they were."""
     count = 0
-    attention = ops.attention.overload
+    attention, cached = ops.attention.overload, ops.cached_attention.overload
     for node in graph_module.graph.nodes:
+        if node.target is cached and (bare := _without_copy(node.args[0])) is not node.args[0]:
+            node.args = (bare, *node.args[1:])
+            count += 1
         if node.target is not attention:
             continue
         q, k, v = node.args[:3]
@@ -218,9 +221,9 @@ def _ungrouped(node: fx.Node) -> fx.Node | None:
 def fold_query_scale(graph_module: fx.GraphModule) -> Outcome:
     """attention(view(x * c), ..., scale) -> attention(view(x), ..., scale * c): Whisper scales its queries right after
     the product."""
-    count = 0
+    count, by_target = 0, {op.overload: op for op in (ops.attention, ops.cached_attention)}
     for node in graph_module.graph.nodes:
-        if node.target is not ops.attention.overload:
+        if node.target not in by_target:
             continue
         moved, scaled = [], node.args[0]
         while scaled.target in _MOVES and len(scaled.users) == 1:
@@ -232,9 +235,10 @@ def fold_query_scale(graph_module: fx.GraphModule) -> Outcome:
             or not isinstance(scaled.args[1], (int, float))
         ):
             continue
-        *args, scale = ops.attention.bind(*node.args, **node.kwargs)
-        head_dim = value(node.args[0]).shape[-1]
-        node.args, node.kwargs = (*args, scaled.args[1] * (1 / math.sqrt(head_dim) if scale is None else scale)), {}
+        op = by_target[node.target]
+        args = dict(zip(op.signature.parameters, op.bind(*node.args, **node.kwargs), strict=True))
+        scale = 1 / math.sqrt(value(node.args[0]).shape[-1]) if args["scale"] is None else args["scale"]
+        node.args, node.kwargs = tuple((args | {"scale": scaled.args[1] * scale}).values()), {}
         scaled.replace_all_uses_with(scaled.args[0])
         for moved_node in moved:
             forget_origin(moved_node)

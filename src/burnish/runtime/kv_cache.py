@@ -8,9 +8,9 @@ a model runs, whose layers all write from there on, and is advanced once by whoe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,10 +19,36 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from burnish.runtime.module import State
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+LENGTH_STEP = 256
+"""`generate` makes caches for a multiple of so many tokens, so that the next prompt finds one that fits."""
+
 _TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
 
 
-class KVCache(Cache, State):
+class CacheState(State):
+    """What caches do as a `State`: a call's result has them in the place of what its graph made of them."""
+
+    def put_into(self, result: Any) -> Any:
+        """The result of a call with the cache, which takes over what was not written into it in place."""
+        if isinstance(result, dict):
+            if isinstance(made := result.get("past_key_values"), type(self)):
+                self.take_over(made)
+                result["past_key_values"] = self
+            return result
+        for made in result:
+            if isinstance(made, type(self)):
+                self.take_over(made)
+        return tuple(self if isinstance(part, type(self)) else part for part in result)
+
+    def take_over(self, made: Any) -> None:
+        """Copies what is elsewhere in `made`, a cache of the same kind and sizes."""
+        raise NotImplementedError
+
+
+class KVCache(Cache, CacheState):
     """A static cache for one batch.
 
     A Hugging Face model takes it as `past_key_values`, whether optimized or not. An optimized one fills it in place and
@@ -39,7 +65,7 @@ class KVCache(Cache, State):
         super().__init__(layers=[_Layer(self, k, v) for k, v in zip(keys, values, strict=True)])
 
     @classmethod
-    def of(cls, model: Any, batch: int, max_length: int) -> KVCache:
+    def of(cls, model: Any, batch: int, max_length: int) -> Self:
         """An empty cache for a Hugging Face model's decoder, in the model's dtype and on its device.
 
         ValueError for sizes below 1.
@@ -47,6 +73,7 @@ class KVCache(Cache, State):
         if batch < 1 or max_length < 1:
             raise ValueError(f"batch={batch}, max_length={max_length}: both must be at least 1")
         config = model.config.get_text_config(decoder=True)
+        layers = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         weight = next(p for p in model.parameters() if p.is_floating_point())
@@ -54,9 +81,8 @@ class KVCache(Cache, State):
         def empty() -> Tensor:  # what is not filled must be finite
             return weight.new_zeros(batch, heads, max_length, width)
 
-        layers = range(config.num_hidden_layers)
         lengths = torch.zeros((), dtype=torch.int64, device=weight.device)
-        return cls([empty() for _ in layers], [empty() for _ in layers], lengths)
+        return cls([empty() for _ in range(layers)], [empty() for _ in range(layers)], lengths)
 
     @property
     def batch(self) -> int:
@@ -71,6 +97,15 @@ class KVCache(Cache, State):
     @property
     def is_empty(self) -> bool:
         return self.filled == 0
+
+    def tensors(self) -> list[Tensor]:
+        """All that there is: keys and values of each layer, and `lengths`."""
+        return [*(tensor for layer in self.layers for tensor in (layer.keys, layer.values)), self.lengths]
+
+    @classmethod
+    def of_tensors(cls, tensors: Sequence[Tensor], filled: int) -> Self:
+        """A cache of what `tensors` gives."""
+        return cls(list(tensors[:-1:2]), list(tensors[1:-1:2]), tensors[-1], filled)
 
     def check_room(self, tokens: int) -> None:
         """ValueError where so many more tokens do not fit: the device would not say so."""
@@ -88,19 +123,7 @@ class KVCache(Cache, State):
         self.check_room(tokens)
         return tokens
 
-    def put_into(self, result: Any) -> Any:
-        """The result of a call with the cache, which takes over what was not written into it in place."""
-        if isinstance(result, dict):
-            if isinstance(made := result.get("past_key_values"), KVCache):
-                self._take_over(made)
-                result["past_key_values"] = self
-            return result
-        for made in result:
-            if isinstance(made, KVCache):
-                self._take_over(made)
-        return tuple(self if isinstance(part, KVCache) else part for part in result)
-
-    def _take_over(self, made: KVCache) -> None:
+    def take_over(self, made: KVCache) -> None:
         for mine, other in zip(self.layers, made.layers, strict=True):
             for to, tensor in ((mine.keys, other.keys), (mine.values, other.values)):
                 if to.data_ptr() != tensor.data_ptr():
@@ -166,6 +189,12 @@ class _Layer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return (query_length if self.cache.is_empty else self.keys.shape[2]), 0
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was, where it is in memory."""
+        for tensor in (self.keys, self.values):
+            filled = tensor[:, :, : self.cache.filled]
+            filled.copy_(filled.index_select(0, beam_idx.to(filled.device)))
+
     def get_seq_length(self) -> Any:
         return self.cache.get_seq_length()
 
@@ -199,21 +228,23 @@ def _grown(tensor: Tensor, max_length: int, filled: int) -> Tensor:
     return grown
 
 
+def tensor_names(layers: int) -> list[str]:
+    """Those of a cache's `tensors()`."""
+    return [*(f"{name}{i}" for i in range(layers) for name in ("keys", "values")), "lengths"]
+
+
 def _flatten(cache: KVCache) -> tuple[list[Tensor], int]:
     """Of what the host knows only whether it is empty makes another graph."""
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    return [*tensors, cache.lengths], 0 if cache.is_empty else 1
+    return cache.tensors(), 0 if cache.is_empty else 1
 
 
 def _flatten_with_keys(cache: KVCache) -> tuple[list[tuple[pytree.KeyEntry, Tensor]], int]:
     tensors, filled = _flatten(cache)
-    names = [f"{name}{i}" for i in range(len(cache.layers)) for name in ("keys", "values")]
-    return list(zip(map(pytree.GetAttrKey, [*names, "lengths"]), tensors, strict=True)), filled
+    return list(zip(map(pytree.GetAttrKey, tensor_names(len(cache))), tensors, strict=True)), filled
 
 
 def _unflatten(leaves: Iterable[Tensor], filled: int) -> KVCache:
-    *tensors, lengths = leaves
-    return KVCache(tensors[::2], tensors[1::2], lengths, filled)
+    return KVCache.of_tensors(list(leaves), filled)
 
 
 pytree.register_pytree_node(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from burnish import ops
 from burnish.op import Op
 from burnish.ops.sample_token import kept_scores
 from burnish.prepare import GraphEntry, PlainEntry
+from burnish.runtime.allowed_tokens import AllowedTokens, TokenRules
 from burnish.runtime.cuda_graph import GraphMemory
+from burnish.runtime.encoder_decoder_cache import EncoderDecoderKVCache
 from burnish.runtime.kv_cache import KVCache
 from burnish.runtime.module import STALE, OptimizedModule
 from burnish.tuning import Tuner
@@ -37,6 +39,7 @@ class Sampling:
     eos: tuple[int, ...] = ()
     pad: int = 0
     strings: bool = False
+    rules: TokenRules = field(default_factory=TokenRules)
 
     @property
     def may_end(self) -> bool:
@@ -46,17 +49,31 @@ class Sampling:
     @classmethod
     def of(cls, config: Any) -> Sampling:
         """That of a Hugging Face GenerationConfig."""
-        eos = config.eos_token_id
-        eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        eos = _tokens(config.eos_token_id)
         pad = config.pad_token_id if config.pad_token_id is not None else next(iter(eos), 0)
         filters = ("temperature", "top_k", "top_p", "min_p") if config.do_sample else ()
         given = {name: getattr(config, name) for name in (*filters, "repetition_penalty")}
         given = {name: value for name, value in given.items() if value is not None}
-        return cls(bool(config.do_sample), **given, eos=eos, pad=pad, strings=bool(config.stop_strings))
+        rules = TokenRules(
+            _tokens(config.suppress_tokens),
+            _tokens(config.begin_suppress_tokens),
+            config.forced_bos_token_id,
+            _tokens(config.forced_eos_token_id),
+        )
+        return cls(bool(config.do_sample), **given, eos=eos, pad=pad, strings=bool(config.stop_strings), rules=rules)
+
+
+def _tokens(given: Any) -> tuple[int, ...]:
+    """None, a token or several."""
+    return () if given is None else (given,) if isinstance(given, int) else tuple(given)
 
 
 class Session:
     """The memory of one batch that is generated, and the step on it; it serves one prompt after another.
+
+    Args:
+        padded: whether prompts may be padded, on the left.
+        cache: one for so many rows and tokens; None: a KVCache.
 
     Attributes:
         cache: the keys and values so far.
@@ -64,9 +81,17 @@ class Session:
         finished: (batch,) bool, rows that have ended.
     """
 
-    def __init__(self, model: OptimizedModule, batch: int, max_length: int, padded: bool, sampling: Sampling) -> None:
+    def __init__(
+        self,
+        model: OptimizedModule,
+        batch: int,
+        max_length: int,
+        padded: bool,
+        sampling: Sampling,
+        cache: KVCache | EncoderDecoderKVCache | None = None,
+    ) -> None:
         self.model, self.sampling = model, sampling
-        self.cache = KVCache.of(model, batch, max_length)
+        self.cache = KVCache.of(model, batch, max_length) if cache is None else cache
         device = self.cache.lengths.device
         self.sequences = torch.zeros(batch, max_length, dtype=torch.int64, device=device)
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
@@ -77,6 +102,8 @@ class Session:
         self._mask = torch.ones(batch, max_length, dtype=torch.int64, device=device) if padded else None
         self._start = torch.zeros(batch, dtype=torch.int64, device=device) if padded else None
         self._position = torch.zeros(batch, 1, dtype=torch.int64, device=device) if padded else None
+        self._prompt = 0  # tokens that were given
+        self._allowed: AllowedTokens | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._memory: GraphMemory | None = None
         self._logits: Tensor | None = None  # what the graph leaves there
@@ -84,13 +111,11 @@ class Session:
         self._is_ready = False
         self._functions: dict[str, Callable[..., Any]] = {}
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, seed: int) -> Tensor:
-        """Runs the prompt and chooses the first token. Returns the logits that it was chosen from, (batch, vocab)."""
-        self.cache.reset()
-        self.finished.zero_()
-        self.seed.fill_(seed)
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, seed: int, last: bool = False) -> Tensor:
+        """Runs the prompt and chooses the first token, which is also the `last` where no more are wanted. Returns the
+        logits that it was chosen from, (batch, vocab)."""
+        self._begin(input_ids, seed)
         length = input_ids.shape[1]
-        self.sequences[:, :length] = input_ids
         call: dict[str, Any] = {"input_ids": input_ids, "past_key_values": self.cache, "use_cache": True}
         if self._mask is not None and self._start is not None and self._position is not None:
             assert attention_mask is not None
@@ -102,13 +127,30 @@ class Session:
             call |= {"attention_mask": attention_mask, "position_ids": positions}
         if "logits_to_keep" in self.model._names:
             call["logits_to_keep"] = 1
-        logits: Tensor = self.model(**call).logits[:, -1]
+        return self._first_token(self.model(**call).logits[:, -1], last)
+
+    def _begin(self, tokens: Tensor, seed: int) -> None:
+        """Forgets the prompt before, and notes the tokens that this one begins with."""
+        self.cache.reset()
+        self.finished.zero_()
+        self.seed.fill_(seed)
+        self._prompt = tokens.shape[1]
+        self.sequences[:, : self._prompt] = tokens
+
+    def _first_token(self, logits: Tensor, last: bool) -> Tensor:
+        if self._allowed is None and self.sampling.rules != TokenRules():
+            self._allowed = AllowedTokens(self.sampling.rules, logits)
+        if self._allowed is not None:
+            self._allowed.move_to(self._prompt, self._prompt, last)
         self._choose(logits)
         return logits
 
-    def step(self) -> Tensor:
-        """Runs one token and chooses the next. Returns the logits, which the next step may overwrite."""
+    def step(self, last: bool = False) -> Tensor:
+        """Runs one token and chooses the next, the `last` one that is wanted or not. Returns the logits, which the next
+        step may overwrite."""
         self.cache.check_room(1)
+        if self._allowed is not None:
+            self._allowed.move_to(self.cache.filled + 1, self._prompt, last)
         if not self._is_ready or self._moved():
             self._prepare()
         logits = self._run() if self._graph is None else self._replayed(self._graph)
@@ -146,7 +188,8 @@ class Session:
         return counters if self._position is None else [*counters, self._position]
 
     def _call(self) -> dict[str, Any]:
-        call = {"input_ids": self._token, "past_key_values": self.cache, "use_cache": True}
+        """The model's call for one more token."""
+        call: dict[str, Any] = {"input_ids": self._token, "past_key_values": self.cache, "use_cache": True}
         if self._mask is not None:
             call |= {"attention_mask": self._mask, "position_ids": self._position}
         return call
@@ -184,6 +227,8 @@ class Session:
     def _choose(self, logits: Tensor) -> None:
         """The next token, at the place behind what is filled."""
         how, filled = self.sampling, self.cache.lengths
+        if self._allowed is not None:
+            logits = self._allowed.apply(logits)
         if how.repetition_penalty != 1.0:
             logits = self._fastest(ops.penalize_repetition, *self._penalized(logits))
         drawn = (logits, self.seed, filled, how.temperature, how.top_k, how.top_p, how.min_p, how.do_sample)
@@ -206,6 +251,8 @@ class Session:
     def scores(self, logits: Tensor) -> Tensor:
         """What the token was chosen by that these logits led to: penalized, divided, filtered; float32."""
         how, scores = self.sampling, logits.float()
+        if self._allowed is not None:
+            scores = self._allowed.apply(scores)
         if how.repetition_penalty != 1.0:
             scores = ops.penalize_repetition(*self._penalized(scores))
         return (

@@ -1,0 +1,53 @@
+"""Rotary tables of one new token: its position, `arange(1) + lengths`, is `lengths`, and two kernels less."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from burnish import ops
+from burnish.rewrites.rewrite import Outcome, arguments, insert, value
+
+aten = torch.ops.aten
+_RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
+
+
+def read_position_from_length(graph_module: fx.GraphModule) -> Outcome:
+    """rope_tables of a number on the device to which the range (0,) is added -> rope_tables of that number's view."""
+    count = 0
+    for node in list(graph_module.graph.nodes):
+        if node.target is not ops.rope_tables.overload:
+            continue
+        positions, *rest = ops.rope_tables.bind(*node.args, **node.kwargs)
+        shape, number = [1] * value(positions).dim(), _number(positions)
+
+        def build(number: Any, *rest: Any, shape: list[int] = shape) -> Any:
+            return ops.rope_tables(aten.view.default(number, shape), *rest)
+
+        if number is not None and insert(graph_module, [node], build, number, *rest) is None:
+            count += 1
+    return Outcome(count)
+
+
+def _number(positions: Any) -> fx.Node | None:
+    """The number that these positions, one in all, have."""
+    while positions.target is aten.unsqueeze.default:
+        positions = positions.args[0]
+    if positions.target is not aten.add.Tensor:
+        return None
+    wanted = value(positions)
+    one, other, alpha = arguments(positions).values()
+    for zero, number in ((one, other), (other, one)):
+        found = value(number)
+        if alpha == 1 and _is_zero(zero) and isinstance(found, Tensor) and found.dim() == 0:
+            return number if (found.dtype, found.device) == (wanted.dtype, wanted.device) else None
+    return None
+
+
+def _is_zero(node: Any) -> bool:
+    if not isinstance(node, fx.Node) or node.target not in _RANGES:
+        return False
+    size = value(node).shape[0]
+    return isinstance(size, int) and size == 1 and arguments(node).get("start", 0) == 0
