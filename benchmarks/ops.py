@@ -287,30 +287,11 @@ def _cached_attention(
     key_padding_mask: Tensor | None,
     window: int | None,
     scale: float | None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """As Hugging Face's static cache has it: a mask over the whole cache."""
     mask = torch.arange(k.shape[2]) < lengths.reshape(-1, 1, 1, 1)
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-
-
-def _rope_append_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    key_padding_mask: Tensor | None,
-    window: int | None,
-    scale: float | None,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As Hugging Face's static cache has it, but into copies."""
-    q, k_cache, v_cache = _rope_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved)
-    total = lengths + q.shape[2]
-    return _cached_attention(q, k_cache, v_cache, total, key_padding_mask, window, scale), k_cache, v_cache
 
 
 def _embedding_layer_norm(
@@ -587,10 +568,6 @@ BENCHED: dict[str, tuple[Callable[..., object], dict[str, Maker]]] = {
     "linear_rope_append": (
         _linear_rope_append,
         {"m1 k1024 h16/4 into 512 d64": _linear_rope_append_arguments(1024, 16, 4, 512, 300, 64)},
-    ),
-    "rope_append_attention": (
-        _rope_append_attention,
-        {"h16/4 300 of 512 d64": _rope_append_arguments(16, 4, 512, 300, 1, 64)},
     ),
     "attention": (
         _attention,

@@ -1,4 +1,4 @@
-"""Every Triton Impl, with every config it offers, compiles for each generation of GPUs without spilling registers."""
+"""Every Impl of Triton or Gluon, with every config it offers, compiles for each generation of GPUs and does not spill."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ import burnish.ops  # noqa: F401 isort: skip
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that one block may use
 RESERVED = 1024  # bytes that the system takes of each block
-WITH_KERNELS = sorted(name for name, op in OPS.items() if any("triton" in impl for impl in op.impls))
+WITH_KERNELS = sorted(
+    name for name, op in OPS.items() if any("triton" in impl or impl.startswith("gluon") for impl in op.impls)
+)
 
 
 @pytest.mark.parametrize("name", WITH_KERNELS)

@@ -28,7 +28,6 @@ from burnish.kernels.launch import Config, Launch, Target, recording
 from burnish.kernels.matmul_configs import Product
 from burnish.kernels.widen import STEP_COLUMNS
 from tests.kernels.gluon_emulator import emulate
-from tests.slow import slow
 
 KINDS = ["none", "int8", "fp8", "int4"]
 STORED: list[Kind] = ["int8", "fp8", "int4"]
@@ -82,8 +81,8 @@ def _assert_right_gated(x: Tensor, weight: Weight, *rest: Any, config: Config | 
     assert_close(_run(x, weight, *activated, gated=True, config=config), reference(*args), oracle(reference, *args))
 
 
-# Of K, steps of two warps: neither whole ones, of the last warp or of all (in words of 4 bits, whole ones only), nor,
-# without quantization, whole loads of a thread.
+# Columns that are not whole steps of both warps; but for int4, which is stored in such, not of one either, and those of a
+# dense weight are not even whole loads.
 DEPTHS = {"none": 205, "int8": 208, "fp8": 208, "int4": 384}
 
 
@@ -99,7 +98,7 @@ def test_rows(kind: str, dtype: torch.dtype, rows: int) -> None:
 
 
 @KIND
-@pytest.mark.parametrize("columns", [1, 22, slow(16)])
+@pytest.mark.parametrize("columns", [1, 22, 16])
 def test_gates(kind: str, columns: int) -> None:
     weight, bias = _weight(2 * columns, 256, kind), _tensor(2 * columns, seed=2)
     for rows in (1, 9):
@@ -109,7 +108,7 @@ def test_gates(kind: str, columns: int) -> None:
 
 
 @KIND
-@pytest.mark.parametrize("sizes", [(1, 16, 384), (16, 40, 1024), slow((8, 33, 4096)), slow((2, 16, 128))], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 16, 384), (16, 40, 1024), (8, 33, 4096), (2, 16, 128)], ids=str)
 def test_every_config(kind: str, sizes: tuple[int, int, int]) -> None:
     rows, columns, depth = sizes
     x, weight = _tensor(rows, depth, seed=0), _weight(2 * columns, depth, kind)
@@ -210,6 +209,19 @@ def test_configs(kind: str) -> None:
                 assert 1 <= config["AHEAD"] <= steps <= MAX_STEPS
                 assert config.num_warps == 1 or (config.num_warps // 2) * STEP_COLUMNS[kind] < depth
     assert len(gemv_mma_configs(Product(1, 4096, 4096, torch.bfloat16, H200), kind)) >= 3
+
+
+def test_what_the_product_of_a_dense_weight_does_not_take() -> None:
+    why_not, x, weight = linear.impls["gluon_gemv"].why_not, _tensor(17, 40, seed=0), _tensor(9, 40, seed=1)
+    off_gpu = "the inputs are on cpu, not on a CUDA device"
+    assert why_not(x[:16], weight) == [off_gpu]
+    assert why_not(x, weight) == [off_gpu, "x has 17 rows; the kernel takes up to 16"]
+    assert "takes float16 and bfloat16" in why_not(x[:1].float(), weight.float())[-1]
+    across = [(x[:9].t(), x[:, :9].t()), (x[:1], weight.t().contiguous().t()), (x[:1, ::2], weight[:, :20])]
+    assert all("x or a weight is not contiguous along K" in why_not(*tensors)[1:] for tensors in across)
+    deep = torch.zeros(1, MAX_GEMV_MMA_DEPTH + 1, dtype=torch.bfloat16)
+    assert "K is above 32768" in why_not(deep, deep)[-1]
+    assert why_not(deep[:, 1:], deep[:, 1:]) == [off_gpu]
 
 
 def test_a_launch_names_what_it_needs() -> None:

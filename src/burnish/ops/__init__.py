@@ -23,7 +23,6 @@ from burnish.ops.rms_norm_gated_mlp import rms_norm_gated_mlp
 from burnish.ops.rms_norm_linear import rms_norm_linear
 from burnish.ops.rope import rope
 from burnish.ops.rope_append import rope_append
-from burnish.ops.rope_append_attention import rope_append_attention
 from burnish.ops.rope_qk import rope_qk
 from burnish.ops.rope_tables import rope_tables
 from burnish.ops.sample_token import sample_token
@@ -50,7 +49,6 @@ __all__ = [
     "rms_norm_linear",
     "rope",
     "rope_append",
-    "rope_append_attention",
     "rope_qk",
     "rope_tables",
     "sample_token",

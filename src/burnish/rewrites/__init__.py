@@ -2,7 +2,7 @@
 
 from burnish.graph.trace import clean
 from burnish.rewrites.fuse import FUSE as _FUSE
-from burnish.rewrites.fuse_append import fuse_append_attention, fuse_rope_append
+from burnish.rewrites.fuse_append import fuse_rope_append
 from burnish.rewrites.fuse_positions import read_position_from_length
 from burnish.rewrites.fuse_product_append import fuse_linear_rope_append
 from burnish.rewrites.fuse_prologue import fuse_norm_prologue
@@ -28,8 +28,5 @@ FUSE: list[Rewrite | GraphPass] = [
     GraphPass("integer padding masks", read_integer_masks),
     GraphPass("padding masks shared", share_padding_masks),
 ]
-# Not among them yet: its kernel has not been timed in a model, against the two that it replaces. It takes
-# rope_append, so it would stand in the place of linear_rope_append.
-APPEND_ATTENTION = GraphPass("rope_append_attention", fuse_append_attention)
 
-__all__ = ["APPEND_ATTENTION", "FUSE", "RAISE", "GraphPass", "Rewrite", "apply"]
+__all__ = ["FUSE", "RAISE", "GraphPass", "Rewrite", "apply"]

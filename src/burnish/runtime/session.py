@@ -16,6 +16,7 @@ from torch import Tensor
 
 from burnish import ops
 from burnish.op import Op
+from burnish.ops._triton import triton_why_not
 from burnish.ops.sample_token import kept_scores
 from burnish.prepare import GraphEntry, PlainEntry
 from burnish.runtime.allowed_tokens import AllowedTokens, TokenRules
@@ -142,7 +143,7 @@ class Session:
             self._allowed = AllowedTokens(self.sampling.rules, logits)
         if self._allowed is not None:
             self._allowed.move_to(self._prompt, self._prompt, last)
-        self._choose(logits)
+        self._choose(logits, self.cache.lengths - 1)
         return logits
 
     def step(self, last: bool = False) -> Tensor:
@@ -216,28 +217,34 @@ class Session:
             result = self._entry.unflatten(self._entry.run(flat.leaves))
         else:
             result = self.model._original(**call)
-        logits: Tensor = self.cache.put_into(result).logits
-        self.cache.lengths.add_(1)
-        if self._position is not None:
-            self._position.add_(1)
-        logits = logits[:, -1]
-        self._choose(logits)
+        logits: Tensor = self.cache.put_into(result).logits[:, -1]
+        self._choose(logits, self.cache.lengths, advance=True)
         return logits
 
-    def _choose(self, logits: Tensor) -> None:
-        """The next token, at the place behind what is filled."""
-        how, filled = self.sampling, self.cache.lengths
+    def _choose(self, logits: Tensor, fed: Tensor, advance: bool = False) -> None:
+        """The token after the one at the place `fed`, from which the logits are; `advance` notes that it was fed."""
+        how = self.sampling
         if self._allowed is not None:
             logits = self._allowed.apply(logits)
         if how.repetition_penalty != 1.0:
-            logits = self._fastest(ops.penalize_repetition, *self._penalized(logits))
-        drawn = (logits, self.seed, filled, how.temperature, how.top_k, how.top_p, how.min_p, how.do_sample)
+            logits = self._fastest(ops.penalize_repetition, *self._penalized(logits, fed + 1))
+        drawn = (logits, self.seed, fed, how.temperature, how.top_k, how.top_p, how.min_p, how.do_sample)
         token = self._fastest(ops.sample_token, *drawn)
+        if not triton_why_not(logits):
+            from burnish.kernels.next_token import next_token
+
+            places = (self._token, self.sequences, fed, self._position)
+            next_token(token, self.finished, self._eos, *places, how.pad, how.may_end, advance)
+            return
         if how.may_end:
             token = torch.where(self.finished, how.pad, token)
             self.finished |= torch.isin(token, self._eos)
         self._token.copy_(token[:, None])
-        self.sequences.index_copy_(1, filled.reshape(1), self._token)
+        self.sequences.index_copy_(1, fed.reshape(1) + 1, self._token)
+        if advance:
+            fed.add_(1)
+            if self._position is not None:
+                self._position.add_(1)
 
     def _fastest(self, op: Op, *args: Any) -> Any:
         """The Op by the Impl that is fastest here: all its calls are alike."""
@@ -254,10 +261,10 @@ class Session:
         if self._allowed is not None:
             scores = self._allowed.apply(scores)
         if how.repetition_penalty != 1.0:
-            scores = ops.penalize_repetition(*self._penalized(scores))
+            scores = ops.penalize_repetition(*self._penalized(scores, self.cache.lengths))
         return (
             kept_scores(scores, how.temperature, how.top_k, how.top_p, how.min_p) if how.do_sample else scores.clone()
         )
 
-    def _penalized(self, logits: Tensor) -> tuple[Any, ...]:
-        return logits, self.sequences, self.cache.lengths, self.sampling.repetition_penalty, self._start
+    def _penalized(self, logits: Tensor, count: Tensor) -> tuple[Any, ...]:
+        return logits, self.sequences, count, self.sampling.repetition_penalty, self._start
