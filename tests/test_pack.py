@@ -243,3 +243,33 @@ def test_no_packing_tears_another_apart(
 def test_a_packing_that_would_tear_another_apart_is_told() -> None:
     _, _, record = packed(Crossed("qk", "kv").eval(), never, X, X + 1)
     assert [miss.partition(": ")[2] for miss in record.near_misses] == ["a weight is packed with others already"] * 2
+
+
+class Columns(nn.Module):
+    """Weights that are stored (K, N), as GPT-2's; one of them something else reads as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.randn(WIDTH, WIDTH)) for _ in range(2))
+        self.bias = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.addmm(self.bias, x.view(-1, WIDTH), self.first)
+        return torch.addmm(self.bias, x, self.second) + self.second.sum()
+
+
+def test_on_cuda_columns_are_stored_as_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Columns()
+    values = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    _, _, record = packed(model, never)
+    assert "stored (N, K)" not in record.matches
+    monkeypatch.setattr("torch._subclasses.FakeTensor.is_cuda", True)
+    program, packs, record = packed(model, never)
+    monkeypatch.undo()
+    assert record.matches["stored (N, K)"] == 1
+    assert not packs
+    assert model.first.t().is_contiguous()
+    assert model.second.is_contiguous()
+    assert all(torch.equal(parameter, values[name]) for name, parameter in model.named_parameters())
+    assert_right(program, model)
+    assert "stored (N, K)" not in packed(model, never)[2].matches

@@ -44,6 +44,15 @@ def calls(capability: int) -> Iterator[tuple[str, torch.dtype, str, tuple[Any, .
         one, many, vector = deep[:, :1, :4096], deep[..., :4096], deep[0, 0, :4096]
         if capability == 90:
             yield kind, dtype, linear, (one, *_weight(6144, 4096, kind, dtype))
+            if kind == "int4":
+                yield (
+                    kind,
+                    dtype,
+                    linear,
+                    (deep[:, :1], *_weight(4096, 14336, kind, dtype), vector, "gelu", many[:, :1]),
+                )
+            if kind == "none":  # rows that do not begin at multiples of 16 bytes
+                yield kind, dtype, linear, (deep[..., :14340], *_weight(4096, 14340, kind, dtype))
         if dtype == torch.bfloat16:
             yield kind, dtype, linear, (deep, *_weight(4096, 14336, kind, dtype), vector, "gelu", many)
             gated, down = _weight(28672, 4096, kind, dtype), vector.new_empty(4096, 14336)

@@ -1,4 +1,4 @@
-"""Every Impl of Triton or Gluon, with every config it offers, compiles for each generation of GPUs and does not spill."""
+"""Every Triton or Gluon Impl, with every config it offers, compiles for each generation of GPUs and does not spill."""
 
 from __future__ import annotations
 

@@ -81,8 +81,8 @@ def _assert_right_gated(x: Tensor, weight: Weight, *rest: Any, config: Config | 
     assert_close(_run(x, weight, *activated, gated=True, config=config), reference(*args), oracle(reference, *args))
 
 
-# Columns that are not whole steps of both warps; but for int4, which is stored in such, not of one either, and those of a
-# dense weight are not even whole loads.
+# Columns that are not whole steps of both warps; but for int4, which is stored in steps, not of one warp either, and
+# those of a dense weight are not even whole loads.
 DEPTHS = {"none": 205, "int8": 208, "fp8": 208, "int4": 384}
 
 
@@ -198,8 +198,7 @@ def test_every_column_of_x_meets_its_own() -> None:
 
 @KIND
 def test_configs(kind: str) -> None:
-    depths = (1, 16, 32, 128, 384, 4096, 14336, MAX_GEMV_MMA_DEPTH - 16, MAX_GEMV_MMA_DEPTH)
-    for depth in depths:
+    for depth in (1, 16, 33, 128, 384, 4096, 14336, 20480, 28672, MAX_GEMV_MMA_DEPTH - 1, MAX_GEMV_MMA_DEPTH):
         for rows, gated in ((1, False), (16, True)):
             configs = gemv_mma_configs(Product(rows, 4096, depth, torch.bfloat16, H200, gated), kind)
             assert configs
@@ -209,6 +208,20 @@ def test_configs(kind: str) -> None:
                 assert 1 <= config["AHEAD"] <= steps <= MAX_STEPS
                 assert config.num_warps == 1 or (config.num_warps // 2) * STEP_COLUMNS[kind] < depth
     assert len(gemv_mma_configs(Product(1, 4096, 4096, torch.bfloat16, H200), kind)) >= 3
+
+
+def test_configs_have_no_more_steps_than_registers_are_enough_for() -> None:
+    def warps(rows: int, depth: int, kind: str) -> set[int]:
+        configs = gemv_mma_configs(Product(rows, 4096, depth, torch.bfloat16, H200), kind)
+        return {config.num_warps for config in configs}
+
+    assert warps(8, 14336, "int4") == {4, 8}
+    assert warps(16, 14336, "int4") == warps(16, 28672, "int4") == {8}, "of 16 warps, each has half the registers"
+    assert warps(1, 8192, "none") == {4, 8}
+    assert warps(1, 8196, "none") == {16}, "its entries are loaded one by one"
+    assert warps(1, 14336, "none") == {8}
+    assert warps(16, 28672, "none") == {16}
+    assert warps(16, MAX_GEMV_MMA_DEPTH - 1, "none") == {16}
 
 
 def test_what_the_product_of_a_dense_weight_does_not_take() -> None:
@@ -259,9 +272,12 @@ def test_at_models_sizes_nothing_spills_or_moves_and_few_instructions_do() -> No
     assert len(compiled) > 100
     assert not [entry for entry in compiled if "error" in entry or entry["spills"] or entry["loops"]]
     assert max(entry["stores"] for entry in compiled) <= 24, "sums alone go through shared memory, in the end"
-    most = {"int8": 2.7, "fp8": 3.2, "int4": 4.3}  # an H200 has time for 7 to 8 while a byte arrives
-    for kind, count in most.items():
-        wanted = (90, kind, [1, 1, 4096], "torch.bfloat16")
-        found = [e["per_byte"] for e in compiled if (e["capability"], e["kind"], e["x"], e["dtype"]) == wanted]
-        assert len(found) >= 3
-        assert max(found) < count
+    first: dict[str, float] = {}  # of one row of x in bfloat16
+    for entry in compiled:
+        if (entry["capability"], entry["x"], entry["dtype"]) == (90, [1, 1, 4096], "torch.bfloat16"):
+            first.setdefault(entry["kind"], entry["per_byte"])
+    # An H200 has time for 7 to 8 while a byte arrives.
+    assert first["none"] < 0.7
+    assert first["int8"] < 2.7
+    assert first["fp8"] < 3.2
+    assert first["int4"] < 4.3

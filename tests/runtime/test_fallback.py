@@ -95,6 +95,12 @@ def test_the_forward_is_the_optimized_one(pair: tuple[Any, OptimizedModule], mon
     assert all(isinstance(call["past_key_values"], KVCache) for call in calls)
 
 
+def test_a_tokenizer_for_stop_strings_does_not_keep_the_forward_from_being_optimized() -> None:
+    fast = burnish.optimize(built(llama), cache="off")
+    quietly(fast, prompt(), max_new_tokens=2, num_beams=2, tokenizer=object())
+    assert len(fast.schedule.programs) == 2  # type: ignore[attr-defined]
+
+
 def test_a_reason_is_told_once_for_a_model(pair: tuple[Any, OptimizedModule]) -> None:
     fast = burnish.optimize(copy.deepcopy(pair[0]), cache="off")
     with pytest.warns(UserWarning, match="left to Hugging Face, because of num_beams=2"):

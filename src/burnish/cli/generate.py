@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _PROMPT, _CHOICE = "The prompt", "How a token is chosen"
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call them
+_INPUTS = {"input_features": "audio", "input_values": "audio", "pixel_values": "pictures"}
 
 
 @app.command()
@@ -38,7 +39,7 @@ def generate(
     model: ModelArgument,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="Text to go on from; repeat it for more rows.", rich_help_panel=_PROMPT),
+        typer.Option(help="Text to go on from, or a source to write after; repeatable.", rich_help_panel=_PROMPT),
     ] = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Without --prompt: rows of made-up tokens (1).", rich_help_panel=_PROMPT)
@@ -94,9 +95,9 @@ def generate(
         _check_generates(loaded)
         tokenizer = _tokenizer(model) if prompt is not None else None
         asked = _asked(loaded, prompt, tokenizer, options, stop, secrets.randbelow(2**31) if seed is None else seed)
-        weights = _weights_of_a_step(loaded.model)
         update(f"optimizing {model}: capture, rewrite, measure, verify")
         generator = Generator.of(loaded, asked, cache, None if quantize is None else quantize.kind)
+        weights = _weights_of_a_step(loaded.model, generator.weights_of_a_step)
         weights = None if weights is None else weights - generator.bytes_saved
     streams = not (no_stream or as_json or generator.left_to_hugging_face) and asked.input_ids.shape[0] == 1
     made = generator.run(streams)
@@ -127,15 +128,18 @@ def _options(
         for option, value, why in (("--batch", batch, "each prompt is a row"), ("--seq", seq, "a prompt has a length")):
             if value is not None:
                 raise typer.BadParameter(f"{option} is of made-up tokens, and {why}; leave it out")
-        if any(not text for text in (*prompt, *(stop or ()))):
-            raise typer.BadParameter("--prompt and --stop: an empty text will not do")
+        for option, texts in (("--prompt", prompt), ("--stop", stop or ())):
+            if "" in texts:
+                raise typer.BadParameter(f"{option}: an empty text will not do")
         from burnish.models import PRESETS
 
-        if model in PRESETS:
+        if model in PRESETS and PRESETS[model].writes_text:
             raise typer.BadParameter(f"--prompt: {model} has random weights and no tokenizer; use a folder or a hub id")
         if ":" in model and not Path(model).is_dir():
             raise typer.BadParameter(f"--prompt: there is no tokenizer for {model}; leave it out for made-up tokens")
-    return given | ({} if sample is None and not given else {"do_sample": sample is not False})
+    if sample is None and not given:
+        return given
+    return given | {"do_sample": sample is not False, "num_beams": 1}
 
 
 def _check_generates(loaded: Loaded) -> None:
@@ -146,10 +150,13 @@ def _check_generates(loaded: Loaded) -> None:
     kind = type(model).__name__
     if not hasattr(model, "can_generate"):
         raise ModelError(f"{loaded.name}: {kind} is no Hugging Face model; only those generate here")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ModelError(f"{loaded.name}: {kind} has an encoder; only decoders generate here")
-    if not model.can_generate() or model.main_input_name != "input_ids":
+    if not model.can_generate():
         raise ModelError(f"{loaded.name}: {kind} does not generate text")
+    if (name := model.main_input_name) != "input_ids":
+        raise ModelError(
+            f"{loaded.name}: {kind} reads {_INPUTS.get(name, name)}, and text is all that can be given here; in Python "
+            f"burnish.optimize(model).generate({name}=...) would do"
+        )
 
 
 def _tokenizer(model: str) -> Any:
@@ -164,9 +171,12 @@ def _tokenizer(model: str) -> Any:
             ) from error
 
 
-def _weights_of_a_step(model: Any) -> int | None:
+def _weights_of_a_step(model: Any, read: Collection[str]) -> int | None:
     """Bytes of the weights that a step reads; None where they depend on the token. Tables of embeddings are only looked
-    up in, unless one of them is the last product's weight as well."""
+    up in, unless one of them is the last product's weight as well.
+
+    read: what a step's graph reads, by name: of an encoder-decoder not what only the source goes through.
+    """
     from torch import nn
 
     if any(getattr(model.config, name, None) for name in _EXPERTS):
@@ -174,7 +184,13 @@ def _weights_of_a_step(model: Any) -> int | None:
     head = model.get_output_embeddings()
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     tables -= {id(getattr(head, "weight", None))}
-    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in tables)
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    if model.config.is_encoder_decoder:
+        if not read:
+            return None
+        weights = {name: weights[name] for name in read if name in weights}
+    once = {id(weight): weight for weight in weights.values() if id(weight) not in tables}
+    return sum(weight.numel() * weight.element_size() for weight in once.values())
 
 
 def _asked(
@@ -185,8 +201,6 @@ def _asked(
     stop: Sequence[str] | None,
     seed: int,
 ) -> Asked:
-    from burnish.models import ModelError
-
     model: Any = loaded.model
     config = model.generation_config
     eos = () if config.eos_token_id is None else config.eos_token_id
@@ -196,15 +210,30 @@ def _asked(
     else:
         pad = config.pad_token_id if config.pad_token_id is not None else next(iter(eos), 0)
         ids, mask = _tokenized(loaded, prompts, tokenizer, pad)
-    longest = getattr(model.config, "max_position_embeddings", None)
-    length, new = ids.shape[1], options["max_new_tokens"]
-    if isinstance(longest, int) and length + new > longest:
-        fits = f"give {longest - length} or less" if length < longest else "give a shorter one"
-        room = f"{loaded.name} has positions for {longest} tokens, {length} of them for the prompt"
-        raise ModelError(f"--max-new-tokens={new}: {room}; {fits}")
     samples = bool(options.get("do_sample", config.do_sample))
     prompts = None if prompts is None else tuple(prompts)
-    return Asked(ids, mask, prompts, tokenizer, options, seed, samples, eos, tuple(stop or ()))
+    has_encoder = bool(model.config.is_encoder_decoder)
+    asked = Asked(ids, mask, prompts, tokenizer, options, seed, samples, eos, tuple(stop or ()), has_encoder)
+    _check_room(loaded, asked)
+    return asked
+
+
+def _check_room(loaded: Loaded, asked: Asked) -> None:
+    """ModelError where the model has not positions enough."""
+    from burnish.models import ModelError
+
+    config: Any = loaded.model.config
+    longest = getattr(config, "max_target_positions", getattr(config, "max_position_embeddings", None))
+    if not isinstance(longest, int):
+        return
+    has, length = f"{loaded.name} has positions for {longest} tokens", asked.input_ids.shape[1]
+    if length > longest or (length == longest and not asked.has_encoder):
+        option = "--seq" if asked.prompts is None else "--prompt"
+        raise ModelError(f"{option}: {has}, {length} of them for the prompt; give a shorter one")
+    new, first = asked.options["max_new_tokens"], asked.first_new
+    if first + new > longest:
+        what = "the start" if asked.has_encoder else "the prompt"
+        raise ModelError(f"--max-new-tokens={new}: {has}, {first} of them for {what}; give {longest - first} or less")
 
 
 def _made_up(loaded: Loaded) -> tuple[Tensor, Tensor | None]:
@@ -219,17 +248,24 @@ def _made_up(loaded: Loaded) -> tuple[Tensor, Tensor | None]:
 
 
 def _tokenized(loaded: Loaded, prompts: Sequence[str], tokenizer: Any, pad: int) -> tuple[Tensor, Tensor | None]:
-    """The prompts, padded on the left."""
-    import torch
-
+    """The prompts, padded on the left; before an encoder on the right, where its positions are those it has learned."""
     from burnish.models import ModelError
 
+    model: Any = loaded.model
     rows = [tokenizer(text)["input_ids"] for text in prompts]
     for text, row in zip(prompts, rows, strict=True):
         if not row:
             raise ModelError(f"--prompt: {loaded.name} has no tokens for {text!r}")
-    longest = max(map(len, rows))
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    target = next(loaded.model.parameters()).device
+    on_right = bool(model.config.is_encoder_decoder)
+    ids = _padded(rows, pad, on_right)
+    mask = _padded([[1] * len(row) for row in rows], 0, on_right)
+    target = next(model.parameters()).device
     return ids.to(target), None if bool(mask.all()) else mask.to(target)
+
+
+def _padded(rows: Sequence[list[int]], pad: int, on_right: bool) -> Tensor:
+    import torch
+
+    longest = max(map(len, rows))
+    missing = [[pad] * (longest - len(row)) for row in rows]
+    return torch.tensor([row + more if on_right else more + row for row, more in zip(rows, missing, strict=True)])

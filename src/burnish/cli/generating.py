@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from burnish._text import human_bytes, human_us
 from burnish.cli.options import CacheMode
+from burnish.cli.quantizing import why_slow
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 class Asked:
     """What is to be generated.
 
-    prompts: as texts; None for made-up tokens, without a tokenizer. options: of `generate`. eos, stop: what ends a row.
+    input_ids: the prompts, or an encoder-decoder's sources. prompts: as texts; None for made-up tokens, without a
+    tokenizer. options: of `generate`. eos, stop: what ends a row.
     """
 
     input_ids: Tensor
@@ -38,6 +40,12 @@ class Asked:
     samples: bool
     eos: tuple[int, ...]
     stop: tuple[str, ...]
+    has_encoder: bool = False
+
+    @property
+    def first_new(self) -> int:
+        """Where new tokens begin in what `generate` returns: behind the prompt, or behind a decoder's start token."""
+        return 1 if self.has_encoder else self.input_ids.shape[1]
 
     def ends(self, tokens: Sequence[int]) -> bool:
         """Whether the last of these new tokens ends the row."""
@@ -121,14 +129,16 @@ class Generator:
         import burnish
 
         made = cls(burnish.optimize(loaded.model, cache=cache.mode, quantize=quantize), asked)
-        room = asked.input_ids.shape[1] + asked.options["max_new_tokens"]
+        room = asked.first_new + asked.options["max_new_tokens"]
         made._generate(max_new_tokens=min(asked.options["max_new_tokens"], 3), max_cache_len=room)
         made.left_to_hugging_face = bool(made.notes)
         served = made.fast.schedule.served
         for reason in dict.fromkeys(one.kept_original for one in served if one.kept_original is not None):
             count = sum(one.kept_original == reason for one in served)
-            made.notes.append(f"{count} of {len(served)} graphs not used, the model runs as it was: {reason}")
+            made.notes.append(f"in {count} of {len(served)} graphs the model runs as it was: {reason}")
         if said := made.fast.report().quantized():
+            made.notes.append(said)
+        if quantize is not None and (said := why_slow(quantize, loaded)):
             made.notes.append(said)
         return made
 
@@ -137,6 +147,13 @@ class Generator:
         """How much less a step reads of quantized weights."""
         done = self.fast.schedule.quantizations
         return done[-1].bytes_before - done[-1].bytes_after if done else 0
+
+    @property
+    def weights_of_a_step(self) -> frozenset[str]:
+        """The weights that a step reads, by name; empty where no graph is of a step: the first is of the prompt."""
+        steps = self.fast.schedule.programs[1:]
+        nodes = steps[-1].captured.graph.nodes if steps else ()
+        return frozenset(node.target for node in nodes if node.op == "get_attr")
 
     def run(self, streams: bool) -> Made:
         asked = self.asked
@@ -149,8 +166,8 @@ class Generator:
         first = time.perf_counter()
         sequences = self._generate()
         ended = time.perf_counter()
-        steps = sequences.shape[1] - asked.input_ids.shape[1] - 1
-        rows = [asked.until_end(row) for row in sequences[:, asked.input_ids.shape[1] :].tolist()]
+        steps = sequences.shape[1] - asked.first_new - 1
+        rows = [asked.until_end(row) for row in sequences[:, asked.first_new :].tolist()]
         seconds = (ended - first) - (first - began)
         step_us = seconds / steps * 1e6 if steps and seconds > 0 else None
         return Made(asked, rows, (first - began) * 1e6, step_us, self.notes)

@@ -71,13 +71,14 @@ def optimize(
         update(f"optimizing {model}: capture, rewrite, measure, verify")
         import burnish
 
-        kind, measured_on = None if quantize is None else quantize.kind, None
+        kind, measured_on, slow = None if quantize is None else quantize.kind, None, None
         fast = burnish.optimize(
             loaded.model, loaded.args, loaded.kwargs, verify=verify, impls=impls, cache=cache.mode, quantize=kind
         )
         if kind is not None:
-            from burnish.cli.quantizing import measure_perplexity
+            from burnish.cli.quantizing import measure_perplexity, why_slow
 
+            slow = why_slow(kind, loaded)
             update(f"measuring the perplexity of {model}")
             measured_on = measure_perplexity(fast, loaded)
         report = fast.report()
@@ -85,6 +86,8 @@ def optimize(
     output.show(_heading(loaded), "", report)
     if measured_on is not None:
         output.show("", f"Perplexity is of {measured_on}.")
+    if slow is not None:
+        output.show("", f"{slow}.")
     if save_report is not None:
         report.to_json(save_report)
         output.show("", f"The report is in {save_report}.")

@@ -86,12 +86,15 @@ ImplOption = Annotated[
 
 
 def resolve_device(name: str | None) -> torch.device:
-    """The torch device of that name, CUDA or else the CPU for None; ValueError for one that is not here."""
+    """The torch device of that name, CUDA or else the CPU for None; an error for one that is not here."""
     import torch
 
     from burnish.hardware import device
 
-    kind = device(name, measure=False).kind
+    try:
+        kind = device(name, measure=False).kind
+    except ValueError as error:
+        raise ValueError(str(error).replace("target=", "--device=", 1)) from error
     return torch.device(name if name is not None else kind)
 
 

@@ -1,4 +1,4 @@
-"""What `--quantize` changes: a model's perplexity before and after."""
+"""What `--quantize` changes: a model's perplexity before and after, and the time where no kernel reads such weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from burnish.models import Loaded
+    from burnish.quantize import Kind
     from burnish.runtime.module import OptimizedModule
 
 
@@ -29,6 +30,17 @@ def measure_perplexity(fast: OptimizedModule, loaded: Loaded) -> str | None:
         return None
     perplexity_change(fast, ids)
     return f"{text}, {ids.numel()} tokens"
+
+
+def why_slow(kind: Kind, loaded: Loaded) -> str | None:
+    """What to know of a model that no kernel reads quantized; None where one does."""
+    import torch
+
+    weight = next(loaded.model.parameters())
+    if weight.is_cuda and weight.dtype is not torch.float32:
+        return None
+    where = "in float32" if weight.is_cuda else "on the CPU"
+    return f"{kind}: {where} each call dequantizes the weights first, and takes longer than without --quantize"
 
 
 def _text(loaded: Loaded) -> Tensor | None:

@@ -24,7 +24,7 @@ from burnish.kernels.layout import rows_of
 from burnish.kernels.matmul_configs import Product
 from burnish.kernels.widen import STEP_COLUMNS, widened
 
-MAX_STEPS = 128  # of a warp; the kernel has the code of each
+MAX_STEPS = 64  # of a warp: the kernel has the code of each, and 112 take up to 15 s to compile
 ROWS = gl.constexpr(16)  # of a program's weight: what one instruction of the tensor cores takes
 _SUMS = gl.constexpr(4)  # that steps are added to in turn, so that none has to wait for the one before it
 
@@ -203,17 +203,27 @@ def gemv_mma_kernel(
 
 def gemv_mma_configs(product: Product, kind: str = "none") -> list[Config]:
     """Configs of `gemv_mma`, the most promising first."""
-    columns = STEP_COLUMNS[kind]
+    columns, most = STEP_COLUMNS[kind], _most_steps(product, kind)
     # (warps, steps that are asked for before the wait): as measured on H200 with Llama's weights.
     shapes = {"none": [(4, 16), (2, 16), (8, 8), (4, 8)], "int4": [(4, 8), (4, 16), (2, 8), (8, 4)]}
-    configs: list[Config] = []
-    for warps, ahead in [*shapes.get(kind, [(4, 8), (8, 8), (4, 16), (2, 8)]), (16, 4)]:
+    wanted = shapes.get(kind, [(4, 8), (8, 8), (4, 16), (2, 8)])
+    fit = [(warps, ahead) for warps, ahead in wanted if triton.cdiv(product.depth, warps * columns) <= most]
+    configs = []
+    # Of int4, 16 warps spill ten times as much as 8, whose threads may have twice the registers.
+    for warps, ahead in fit or [(8, 4) if kind == "int4" else (16, 4)]:
         while warps > 1 and (warps // 2) * columns >= product.depth:
             warps //= 2
         steps = triton.cdiv(product.depth, warps * columns)
-        if steps <= MAX_STEPS and (warps < 16 or not configs):
-            configs.append(Config.of(num_warps=warps, num_stages=1, AHEAD=min(steps, ahead)))
+        configs.append(Config.of(num_warps=warps, num_stages=1, AHEAD=min(steps, ahead)))
     return list(dict.fromkeys(configs))
+
+
+def _most_steps(product: Product, kind: str) -> int:
+    """Steps of a warp that leave registers enough, as compiled for Hopper: more of int4 spill, for loads are moved far
+    ahead, as do more of rows whose entries are loaded one by one."""
+    if kind == "int4":
+        return 32 if product.rows <= 8 else 20
+    return MAX_STEPS if product.depth % 16 == 0 else MAX_STEPS // 2
 
 
 def gemv_mma(

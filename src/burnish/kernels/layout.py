@@ -68,7 +68,7 @@ def gemv_mma_reasons(x: Tensor, weights: tuple[Tensor, ...]) -> list[str]:
         reasons.append(f"x has {rows} rows; the kernel takes up to {MAX_GEMV_MMA_ROWS}")
     if x.stride(-1) != 1 or any(weight.stride(1) != 1 for weight in weights):
         reasons.append("x or a weight is not contiguous along K")
-    if any(weight.shape[1] > MAX_GEMV_MMA_DEPTH for weight in weights):
+    if max(x.shape[-1], *(weight.shape[1] for weight in weights)) > MAX_GEMV_MMA_DEPTH:
         reasons.append(f"K is above {MAX_GEMV_MMA_DEPTH}; the kernel has the code of each step over it")
     return reasons
 

@@ -24,19 +24,19 @@ def tokenized(name: str, source: str, model: nn.Module, wanted: Wanted) -> dict[
     encoded = tokenizer(list(wanted.text), padding=True, truncation=True, max_length=longest, return_tensors="pt")
     accepted = _parameters(model)
     inputs = {key: value.to(wanted.device) for key, value in encoded.items() if key in accepted}
-    return {**inputs, **_beside_the_input(model, len(wanted.text), wanted.seq or DEFAULT_SEQ, wanted.device)}
+    return {**inputs, **_beside_the_input(model, len(wanted.text), _seq(model, wanted), wanted.device)}
 
 
 def made_up(name: str, model: nn.Module, wanted: Wanted) -> dict[str, Any]:
     """Made-up inputs of the sizes wanted: seeded token ids without padding, or a random picture or sound."""
     config: Any = model.config
-    batch, seq = wanted.batch or DEFAULT_BATCH, wanted.seq or DEFAULT_SEQ
+    longest = _longest(model)
+    batch, seq = wanted.batch or DEFAULT_BATCH, _seq(model, wanted)
     kind = getattr(model, "main_input_name", "input_ids")
     generator = torch.Generator().manual_seed(0)
     has_seq = kind == "input_ids" or getattr(config, "is_encoder_decoder", False)
     if wanted.seq is not None and not has_seq:
         raise ModelError(f"--seq: {name} has no sequence length to choose; leave it out")
-    longest = _longest(model)
     if has_seq and longest is not None and seq > longest:
         raise ModelError(f"--seq={seq}: {name} has positions for {longest} tokens; give {longest} or less")
     inputs: dict[str, Any]
@@ -46,9 +46,9 @@ def made_up(name: str, model: nn.Module, wanted: Wanted) -> dict[str, Any]:
         # A tokenizer gives encoders a mask of padding; a decoder alone is run without one.
         if "attention_mask" in _parameters(model) and (config.is_encoder_decoder or not _generates(model)):
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    elif kind == "pixel_values":
-        size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
-        inputs = {kind: torch.randn(batch, config.num_channels, *size, generator=generator)}
+    elif kind == "pixel_values" and hasattr(picture := getattr(config, "encoder", config), "image_size"):
+        size = picture.image_size if isinstance(picture.image_size, (tuple, list)) else (picture.image_size,) * 2
+        inputs = {kind: torch.randn(batch, picture.num_channels, *size, generator=generator)}
     elif kind == "input_features" and hasattr(config, "max_source_positions"):
         inputs = {kind: torch.randn(batch, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)}
     else:
@@ -65,7 +65,8 @@ def _beside_the_input(model: nn.Module, batch: int, seq: int, device: torch.devi
     config: Any = model.config
     beside: dict[str, Any] = {}
     if getattr(config, "is_encoder_decoder", False):
-        ids = torch.randint(0, config.vocab_size, (batch, seq), generator=torch.Generator().manual_seed(1))
+        words = config.get_text_config(decoder=True).vocab_size
+        ids = torch.randint(0, words, (batch, seq), generator=torch.Generator().manual_seed(1))
         beside["decoder_input_ids"] = ids.to(device)
     if "use_cache" in _parameters(model):
         beside["use_cache"] = False
@@ -74,6 +75,10 @@ def _beside_the_input(model: nn.Module, batch: int, seq: int, device: torch.devi
 
 def _generates(model: Any) -> bool:
     return bool(model.can_generate())
+
+
+def _seq(model: nn.Module, wanted: Wanted) -> int:
+    return wanted.seq or min(DEFAULT_SEQ, _longest(model) or DEFAULT_SEQ)
 
 
 def _longest(model: nn.Module) -> int | None:

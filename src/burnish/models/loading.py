@@ -80,7 +80,7 @@ def _pretrained(name: str, source: str, wanted: Wanted) -> Loaded:
         except (OSError, ValueError, ImportError) as error:
             if isinstance(error, ModelError):
                 raise
-            hint = "" if is_folder else f"; {presets_like(name)}"
+            hint = "" if is_folder else f"; no folder here is called so; {presets_like(name)}"
             raise ModelError(f"{name} cannot be loaded: {first_line(error)}{hint}") from error
     place = "its package" if name == MINILM else source if is_folder else "the Hugging Face hub"
     return Loaded(name, model, (), kwargs, f"{type(model).__name__}, weights from {place}")

@@ -16,6 +16,11 @@ class Preset:
     config_class: str
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def writes_text(self) -> bool:
+        """Whether it goes on from a text, or writes after one."""
+        return self.auto_class in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+
 
 _LLAMA = {"vocab_size": 128256, "rms_norm_eps": 1e-5, "num_key_value_heads": 8, "num_attention_heads": 32}
 _ROPE = {"rope_type": "default", "rope_theta": 500000.0}
@@ -63,7 +68,7 @@ PRESETS: dict[str, Preset] = {
             "rope_parameters": _ROPE,
         },
     ),
-    "t5-small": Preset("AutoModelForSeq2SeqLM", "T5Config"),
+    "t5-small": Preset("AutoModelForSeq2SeqLM", "T5Config", {"decoder_start_token_id": 0}),
     "vit-base": Preset("AutoModel", "ViTConfig"),
     "whisper-tiny": Preset("AutoModelForSpeechSeq2Seq", "WhisperConfig"),
 }

@@ -94,17 +94,30 @@ def kernel_reasons(
 ) -> list[str]:
     """Reasons against the kernel that widens the weight in registers."""
     reasons = triton_why_not(x) + layout_reasons(x, (weight,), residual) + gemv_mma_reasons(x, (weight,))
-    if scales.dtype not in (*HALF_TYPES, torch.float32):
-        reasons.append(f"scales are {scales.dtype}; the kernel takes float16, bfloat16 and float32")
-    for name, tensor in (("the weight", weight), ("scales", scales)):
-        if not tensor.is_contiguous():
-            reasons.append(f"{name} has strides {tensor.stride()}; it must be contiguous")
-    if weight.storage_offset() % 16:
-        reasons.append("the weight does not begin at a multiple of 16 bytes")
+    reasons += _stored_reasons(weight, scales, None)
     if zeros is not None:
         reasons.append("there are zeros, which the kernel does not subtract")
     if kind == "int4" and (group := x.shape[-1] // scales.shape[1]) != 128:
         reasons.append(f"{group} columns share a scale; the kernel takes groups of 128")
+    return reasons
+
+
+def dequantize_reasons(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None) -> list[str]:
+    """Reasons against the kernel that writes the weight out in x's dtype."""
+    reasons = triton_why_not(x) + (["a weight is empty"] if weight.numel() == 0 else [])
+    return reasons + _stored_reasons(weight, scales, zeros)
+
+
+def _stored_reasons(weight: Tensor, scales: Tensor, zeros: Tensor | None) -> list[str]:
+    """Reasons against any kernel that reads what is stored."""
+    reasons = []
+    if scales.dtype not in (*HALF_TYPES, torch.float32):
+        reasons.append(f"scales are {scales.dtype}; the kernel takes float16, bfloat16 and float32")
+    for name, tensor in (("the weight", weight), ("scales", scales), ("zeros", zeros)):
+        if tensor is not None and not tensor.is_contiguous():
+            reasons.append(f"{name} has strides {tensor.stride()}; it must be contiguous")
+    if weight.storage_offset() % 16:
+        reasons.append("the weight does not begin at a multiple of 16 bytes")
     return reasons
 
 
@@ -113,3 +126,9 @@ def kernel_configs(x: Tensor, weight: Tensor, kind: str, gated: bool = False) ->
     from burnish.kernels.matmul_configs import Product
 
     return gemv_mma_configs(Product.of(x, weight, gated), kind)
+
+
+def dequantize_configs(weight: Tensor, scales: Tensor, kind: str) -> list[Any]:
+    from burnish.kernels import dequantize
+
+    return dequantize.dequantize_configs(weight, scales, kind)

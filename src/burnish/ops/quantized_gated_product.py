@@ -13,7 +13,14 @@ from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._activations import GATES, activate, check_activation
 from burnish.ops._common import nbytes, wide
-from burnish.ops._quantized import check_quantized, kernel_configs, kernel_reasons, samples_of
+from burnish.ops._quantized import (
+    check_quantized,
+    dequantize_configs,
+    dequantize_reasons,
+    kernel_configs,
+    kernel_reasons,
+    samples_of,
+)
 from burnish.quantize import dequantize
 
 
@@ -109,6 +116,49 @@ def _torch(
     """The dequantized weight in x's dtype, then F.linear and the gate."""
     gate, up = F.linear(x, dequantize(gate_up_weight, scales, zeros, kind, x.dtype), bias).chunk(2, dim=-1)
     return activate(gate, activation).mul_(up).contiguous()
+
+
+def _dequantize_why_not(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    kind: str,
+    bias: Tensor | None,
+    activation: str,
+) -> list[str]:
+    return dequantize_reasons(x, gate_up_weight, scales, zeros)
+
+
+def _dequantize_configs(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    kind: str,
+    bias: Tensor | None,
+    activation: str,
+) -> list[Any]:
+    return dequantize_configs(gate_up_weight, scales, kind)
+
+
+@quantized_gated_product.impl("triton_dequantize", why_not=_dequantize_why_not, configs=_dequantize_configs)
+def _triton_dequantize(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    kind: str,
+    bias: Tensor | None = None,
+    activation: str = "silu",
+    config: Any = None,
+) -> Tensor:
+    """The same by two Triton kernels: the weight is read once, and F.linear's result too."""
+    from burnish.kernels.dequantize import dequantize_weight
+    from burnish.kernels.gate import gate
+
+    weight = dequantize_weight(gate_up_weight, scales, zeros, kind, x.dtype, config=config)
+    return gate(F.linear(x, weight, bias), activation)
 
 
 def _gluon_why_not(

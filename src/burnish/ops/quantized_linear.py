@@ -13,7 +13,14 @@ from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._activations import activate, activate_, check_activation
 from burnish.ops._common import check_same_dtype, nbytes, wide
-from burnish.ops._quantized import check_quantized, kernel_configs, kernel_reasons, samples_of
+from burnish.ops._quantized import (
+    check_quantized,
+    dequantize_configs,
+    dequantize_reasons,
+    kernel_configs,
+    kernel_reasons,
+    samples_of,
+)
 from burnish.quantize import dequantize
 
 
@@ -125,8 +132,57 @@ def _torch(
     residual: Tensor | None = None,
 ) -> Tensor:
     """The dequantized weight in x's dtype, then F.linear, activation and residual in place."""
-    out = activate_(F.linear(x, dequantize(weight, scales, zeros, kind, x.dtype), bias), activation)
+    return _in_place(x, dequantize(weight, scales, zeros, kind, x.dtype), bias, activation, residual)
+
+
+def _in_place(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
+    out = activate_(F.linear(x, weight, bias), activation)
     return (out if residual is None else out.add_(residual)).contiguous()
+
+
+def _dequantize_why_not(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    kind: str,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+) -> list[str]:
+    return dequantize_reasons(x, weight, scales, zeros)
+
+
+def _dequantize_configs(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    kind: str,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+) -> list[Any]:
+    return dequantize_configs(weight, scales, kind)
+
+
+@quantized_linear.impl("triton_dequantize", why_not=_dequantize_why_not, configs=_dequantize_configs)
+def _triton_dequantize(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    kind: str,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    config: Any = None,
+) -> Tensor:
+    """The same, the weight dequantized by a Triton kernel that reads it once."""
+    from burnish.kernels.dequantize import dequantize_weight
+
+    dense = dequantize_weight(weight, scales, zeros, kind, x.dtype, config=config)
+    return _in_place(x, dense, bias, activation, residual)
 
 
 def _gluon_why_not(

@@ -73,6 +73,7 @@ _GIVEN_AS_IT_WAS = {
     "prefill_chunk_size",
     "cache_implementation",
 }
+_NOT_THE_MODELS = ("tokenizer", "assistant_tokenizer")  # of what Hugging Face hands on to a step
 _ONE_TOKEN_A_STEP = ("greedy_search", "sample", "beam_search", "beam_sample")
 
 
@@ -140,7 +141,7 @@ def _call(self: Any, *args: Any, return_dict: bool | None = None, **kwargs: Any)
         kwargs["encoder_outputs"] = (encoded.last_hidden_state,)
     if return_dict is not None and return_dict != getattr(self.config, "return_dict", None):
         kwargs["return_dict"] = return_dict
-    given = {name: value for name, value in kwargs.items() if value is not None}
+    given = {name: value for name, value in kwargs.items() if value is not None and name not in _NOT_THE_MODELS}
     return self.__dict__["_optimized"](*args, **given)
 
 
