@@ -16,6 +16,7 @@ from burnish.cli.generate import _weights_of_a_step
 from burnish.cli.generating import Asked, Stream
 from burnish.hardware import Rates
 from tests.cli.running import fails, run_json
+from tests.slow import slow
 from tests.zoo.hugging_face import needs
 
 pytestmark = needs("transformers")[0]
@@ -137,6 +138,7 @@ def test_prompts_of_different_lengths_as_json(model: Path, expected: list[list[i
     assert data["floor_us"] == pytest.approx(data["weights_bytes"] / 10e3)
 
 
+@pytest.mark.slow
 def test_a_seed_draws_the_same_text_again(model: Path) -> None:
     args = (str(model), "--prompt", "Hi", "--max-new-tokens", "8", "--sample", "--top-k", "200", "--temperature", "3")
     text, said = generated(*args, "--seed", "5")
@@ -184,7 +186,7 @@ def test_an_encoder_decoder_writes_after_a_source(t5: Path) -> None:
     assert generated(*args, "--no-stream")[0] == text
 
 
-@pytest.mark.parametrize("family", ["t5", "bart"])
+@pytest.mark.parametrize("family", [slow("t5"), "bart"])
 def test_sources_of_different_lengths_as_json(family: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(family)
     data = run_json("generate", str(folder), *(f"--prompt={p}" for p in PROMPTS), "--max-new-tokens=8", "--greedy")
@@ -193,6 +195,7 @@ def test_sources_of_different_lengths_as_json(family: str, request: pytest.Fixtu
     assert data["notes"] == []
 
 
+@pytest.mark.slow
 def test_a_step_reads_no_weight_that_only_the_source_goes_through(t5: Path) -> None:
     import transformers
 
@@ -206,6 +209,7 @@ def test_a_step_reads_no_weight_that_only_the_source_goes_through(t5: Path) -> N
     assert run_json("generate", str(t5), "--prompt", "Hi", "--max-new-tokens", "1")["weights_bytes"] is None
 
 
+@pytest.mark.slow
 def test_a_quantized_encoder_decoder(t5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("burnish.rewrites.quantize.MIN_ENTRIES", 1 << 8)
     _, said = generated(str(t5), "--prompt", "Hi", "--max-new-tokens", "4", "--quantize", "int8")
@@ -213,6 +217,7 @@ def test_a_quantized_encoder_decoder(t5: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "int8: on the CPU each call dequantizes the weights first" in said
 
 
+@pytest.mark.slow
 def test_beams_are_left_to_hugging_face_and_greedy_takes_one(bart: Path) -> None:
     args = (str(bart), "--prompt", "Hi", "--max-new-tokens", "4")
     _, said = generated(*args)
@@ -239,6 +244,7 @@ def test_a_preset_goes_on_from_made_up_tokens() -> None:
     assert "6 tokens in 2 rows; " in said
 
 
+@pytest.mark.slow
 def test_a_preset_with_an_encoder_writes_after_made_up_tokens() -> None:
     text, said = generated("t5-small", "--layers", "1", "--seq", "6", "--max-new-tokens", "3")
     assert len(text.split()) == 3

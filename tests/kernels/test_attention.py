@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 
 from burnish.kernels.attention_configs import configs_for
 from burnish.kernels.launch import Config, Target, recording
+from tests.slow import slow
 
 TMA = Config.of(4, 2, BLOCK_M=64, BLOCK_N=64, TMA=1)
 HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -97,7 +98,7 @@ def test_wide_heads_of_float32_are_refused() -> None:
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize(("lq", "lk"), [(96, 64), (70, 70), (33, 128)])  # whole blocks, and parts of them
+@pytest.mark.parametrize(("lq", "lk"), [(96, 64), slow(70, 70), slow(33, 128)])  # whole blocks, and parts of them
 def test_boolean_biases(lq: int, lk: int, is_causal: bool) -> None:
     q, k, v = qkv(2, 2, 1, lq, lk, 16)
     for shape, tma in (((lq, lk), 0), ((lq, lk), 1), ((2, lq, lk), 0), ((2, 1, lq, lk), 1), ((lq, 1), 0)):
@@ -172,7 +173,7 @@ def test_grouped_heads(hq: int, hkv: int, dtype: torch.dtype) -> None:
         check(*qkv(2, hq, hkv, lq, 17, 16, dtype), is_causal=True)
 
 
-@HALF
+@pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)], ids=str)
 def test_strides_of_every_kind(dtype: torch.dtype) -> None:
     q, k, v = qkv(2, 4, 4, 17, 17, 16, dtype)
     check(*(t.contiguous() for t in (q, k, v)))

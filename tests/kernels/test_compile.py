@@ -12,6 +12,7 @@ import pytest
 
 from burnish.op import OPS
 from tests.kernels.aot import CAPABILITIES, _early_arrivals
+from tests.slow import slow
 
 import burnish.ops  # noqa: F401 isort: skip
 
@@ -22,7 +23,11 @@ WITH_KERNELS = sorted(
 )
 
 
-@pytest.mark.parametrize("name", WITH_KERNELS)
+# What these compile beyond other Ops' kernels takes half a minute each.
+LONG = ("gated_mlp", "linear_rope_append", "rms_norm_gated_mlp", "rms_norm_linear")
+
+
+@pytest.mark.parametrize("name", [slow(name) if name in LONG else name for name in WITH_KERNELS])
 def test_kernels_compile_and_do_not_spill(name: str) -> None:
     _assert_compiles(name)
 

@@ -201,7 +201,7 @@ def test_reasons() -> None:
         "cos and sin have 4 columns; the kernel rotates whole heads, of 8"
     ]
     assert reasons(*args, v_cache=args[6][..., :4]) == [
-        "heads of v have 4 entries where those of k have 8; the kernel takes one width"
+        "heads of v have 4 entries, those of k 8; the kernel takes one width"
     ]
     assert reasons(*args, sin=args[4].double()) == [
         "sin is torch.float64; the kernel takes float16, bfloat16 and float32"

@@ -117,6 +117,7 @@ def test_tiles_finished_by_a_team_of_its_own(
         assert_close(out, *expected)
 
 
+@pytest.mark.slow
 def test_sums_in_parts() -> None:
     op = OPS["linear_add_layer_norm"]
     x, weight = randn(200, 768, dtype=torch.float16, seed=0), randn(192, 768, dtype=torch.float16, seed=1)

@@ -17,6 +17,7 @@ from tests.slow import slow
 
 ALL = [OPS[name] for name in burnish.ops.__all__]
 NAMES = burnish.ops.__all__
+LONG = ("linear_rope_append", "quantized_gated_product", "quantized_linear")  # a fifth of a minute each
 WITH_GRADIENT = [OPS[name] for name in NAMES if name != "sample_token"]  # whose result is an index
 FEATURES = {  # of each Op, samples that together use every argument
     "add_layer_norm": ("odd", "no sum", "transposed"),
@@ -256,7 +257,7 @@ def test_export_with_dynamic_batch_and_sequence(name: str, make: Any, dynamic: t
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("op", ALL, ids=NAMES)
+@pytest.mark.parametrize("op", [slow(op) if op.name in LONG else op for op in ALL], ids=NAMES)
 def test_torchs_own_operator_checks(op: Op) -> None:
     for sample in samples(op)[:2]:
         torch.library.opcheck(op.overload, with_gradients(op.bind(*sample.args, **sample.kwargs)))

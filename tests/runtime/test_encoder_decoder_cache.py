@@ -28,7 +28,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=["t5", "whisper"])
+@pytest.fixture(scope="module", params=["t5", pytest.param("whisper", marks=pytest.mark.slow)])
 def pair(request: pytest.FixtureRequest) -> Pair:
     """A model, what was made of a copy of it, an encoder's inputs and the length of its output."""
     model = built(whisper if request.param == "whisper" else FAMILIES[request.param])
