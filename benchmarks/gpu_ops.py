@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu import captured, kernels_of, peers
+from benchmarks.op_eager import sample_token
 from benchmarks.runner import Case, CheckError, Record, Session, verdicts
 from burnish import numerics
 from burnish.hardware import device
@@ -195,12 +196,10 @@ def _decode_attention(session: Session, *, name: str, batch: int, length: int) -
 
 def _sample_token(session: Session, *, name: str, batch: int, top_k: int, top_p: float) -> list[Record]:
     """Against torch's argmax, or what `generate` does with torch's generator."""
-    from benchmarks.ops import BENCHED
-
     logits = randn(batch, 128256, dtype=torch.bfloat16, device="cuda", seed=1)
     number = torch.tensor(1, device="cuda")
     args = OPS["sample_token"].bind(logits, number, number, 0.8, top_k, top_p, do_sample=top_k > 0)
-    more = {"torch": captured(partial(BENCHED["sample_token"][0], *args))}
+    more = {"torch": captured(partial(sample_token, *args))}
     return _run(session, name, "sample_token", args, None, {}, more)
 
 

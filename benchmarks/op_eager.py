@@ -1,0 +1,286 @@
+"""How a model spells each Op with PyTorch's own functions: the peers of group `ops`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from burnish.quantize import dequantize
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, keep_sum: bool
+) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return F.layer_norm(total, x.shape[-1:], weight, bias, eps), total if keep_sum else total.new_empty(0)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """As Llama spells it."""
+    wide = x.float()
+    normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return normed if weight is None else weight * normed
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, keep_sum: bool
+) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return rms_norm(total, weight, eps), total if keep_sum else total.new_empty(0)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
+    out = _ACTIVATIONS[activation](F.linear(x, weight, bias))
+    return out if residual is None else out + residual
+
+
+def linear_add_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    keep_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    return add_layer_norm(F.linear(x, weight, bias), residual, norm_weight, norm_bias, eps, keep_sum)
+
+
+def linear_add_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    keep_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    return add_rms_norm(F.linear(x, weight, bias), residual, norm_weight, eps, keep_sum)
+
+
+def gated_mlp(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Gate and up as two products, as models have them."""
+    gate, up = gate_up_weight.chunk(2)
+    gate_bias, up_bias = (None, None) if gate_up_bias is None else gate_up_bias.chunk(2)
+    hidden = _ACTIVATIONS[activation](F.linear(x, gate, gate_bias)) * F.linear(x, up, up_bias)
+    return F.linear(hidden, down_weight, down_bias)
+
+
+def quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    kind: str,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor:
+    """The weight widened to x's dtype in each call, as a model has it that stores such weights and knows no kernel."""
+    return linear(x, dequantize(weight, scales, zeros, kind, x.dtype), bias, activation, residual)
+
+
+def quantized_gated_product(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    kind: str,
+    bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    gate, up = F.linear(x, dequantize(gate_up_weight, scales, zeros, kind, x.dtype), bias).chunk(2, dim=-1)
+    return _ACTIVATIONS[activation](gate) * up
+
+
+def rms_norm_linear(
+    x: Tensor, norm_weight: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    return linear(rms_norm(x, norm_weight, eps), weight, bias, activation, None)
+
+
+def rms_norm_gated_mlp(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    normed = rms_norm(x, norm_weight, eps)
+    return gated_mlp(normed, gate_up_weight, down_weight, gate_up_bias, down_bias, activation)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """As Llama spells it: half-split, all dimensions rotated."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def rope_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    return rope(q, cos, sin, interleaved), rope(k, cos, sin, interleaved)
+
+
+def rope_tables(position_ids: Tensor, inv_freq: Tensor, dtype: str, scaling: float) -> tuple[Tensor, Tensor]:
+    """As Llama spells it, with frequencies of float32."""
+    angles = position_ids[..., None].to(inv_freq.dtype) * inv_freq
+    angles = torch.cat((angles, angles), dim=-1)
+    kept = getattr(torch, dtype)
+    return (angles.cos() * scaling).to(kept), (angles.sin() * scaling).to(kept)
+
+
+def append_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """As Hugging Face's static cache has it, but into copies: the Op leaves its inputs as they are."""
+    position = lengths + torch.arange(k.shape[2])
+    return k_cache.index_copy(2, position, k), v_cache.index_copy(2, position, v)
+
+
+def rope_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return rope(q, cos, sin, interleaved), *append_kv(k_cache, v_cache, rope(k, cos, sin, interleaved), v, lengths)
+
+
+def linear_rope(
+    x: Tensor, weight: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, head_dim: int, rotated: int
+) -> Tensor:
+    """As Llama spells it, of one product; the last addition is in place, so that queries and keys are not copied."""
+    out = F.linear(x, weight, bias)
+    if cos.dim() == 3:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    heads = out[..., :rotated].unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    first, second = heads.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1) * sin
+    heads.mul_(cos).add_(turned)
+    return out
+
+
+def linear_rope_append(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, d = k_cache.shape[1], k_cache.shape[3]
+    product = F.linear(x, weight, bias).unflatten(-1, (-1, d)).transpose(1, 2)
+    q, k, v = product.split([product.shape[1] - 2 * heads, heads, heads], dim=1)
+    return rope_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> Tensor:
+    mask = bias if key_padding_mask is None else key_padding_mask.bool()[:, None, None, :]
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+
+
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    key_padding_mask: Tensor | None,
+    window: int | None,
+    scale: float | None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """As Hugging Face's static cache has it: a mask over the whole cache."""
+    mask = torch.arange(k.shape[2]) < lengths.reshape(-1, 1, 1, 1)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def embedding_layer_norm(
+    ids: Tensor,
+    word: Tensor,
+    position_ids: Tensor,
+    position: Tensor,
+    type_ids: Tensor | None,
+    type: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    total = F.embedding(ids, word) + F.embedding(position_ids, position)
+    if type_ids is not None and type is not None:
+        total = total + F.embedding(type_ids, type)
+    return F.layer_norm(total, total.shape[-1:], weight, bias, eps)
+
+
+def sample_token(
+    logits: Tensor,
+    seed: Tensor | None,
+    step: Tensor | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    do_sample: bool,
+) -> Tensor:
+    """As Hugging Face's `generate` has it, with torch's generator; without min_p."""
+    if not do_sample:
+        return logits.argmax(dim=-1)
+    scores = logits.float() / temperature
+    if top_k:
+        scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        ordered, order = scores.sort()
+        gone = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+        gone[:, -1] = False
+        scores = scores.masked_fill(gone.scatter(1, order, gone), -torch.inf)
+    return torch.multinomial(scores.softmax(dim=-1), 1).squeeze(1)
+
+
+def penalize_repetition(logits: Tensor, tokens: Tensor, length: Tensor, penalty: float, start: Tensor | None) -> Tensor:
+    """As Hugging Face's processor has it, which slices on the host."""
+    tokens = tokens[:, : int(length)]
+    score = logits.gather(1, tokens)
+    return logits.scatter(1, tokens, torch.where(score < 0, score * penalty, score / penalty))
