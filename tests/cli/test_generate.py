@@ -155,6 +155,7 @@ def test_a_row_ends_at_its_stop_string(model: Path, expected: list[list[int]]) -
     assert text.count(stop) == 1
 
 
+@pytest.mark.slow
 def test_what_is_left_to_hugging_face_is_said(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "beams"
     folder.mkdir()

@@ -234,12 +234,14 @@ IN_HALF += (
 
 
 def in_half() -> list[Any]:
-    """Every case in both half precisions; the variants of a family are slow tests."""
+    """Every case in both half precisions; the variants of a family, and float16, are slow tests."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+    def marks(name: str, short: str, case: Any) -> list[Any]:
+        return [*case.marks, *([] if name in IN_HALF and short == "bf16" else [pytest.mark.slow])]
+
     return [
-        pytest.param(
-            case, dtype, id=f"{name}-{short}", marks=[*case.marks, *([] if name in IN_HALF else [pytest.mark.slow])]
-        )
+        pytest.param(case, dtype, id=f"{name}-{short}", marks=marks(name, short, case))
         for name, case in zoo.CASES.items()
         for short, dtype in dtypes.items()
     ]

@@ -24,7 +24,7 @@ WITH_KERNELS = sorted(
 
 
 # What these compile beyond other Ops' kernels takes half a minute each.
-LONG = ("gated_mlp", "linear_rope_append", "rms_norm_gated_mlp", "rms_norm_linear")
+LONG = ("gated_mlp", "linear_rope", "linear_rope_append", "rms_norm_gated_mlp", "rms_norm_linear")
 
 
 @pytest.mark.parametrize("name", [slow(name) if name in LONG else name for name in WITH_KERNELS])

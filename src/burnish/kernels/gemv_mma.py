@@ -24,7 +24,7 @@ from burnish.kernels.layout import rows_of
 from burnish.kernels.matmul_configs import Product
 from burnish.kernels.widen import STEP_COLUMNS, widened
 
-MAX_STEPS = 64  # of a warp: the kernel has the code of each, and 112 take up to 15 s to compile
+MAX_STEPS = 64  # of a warp; the kernel has the code of each
 ROWS = gl.constexpr(16)  # of a program's weight: what one instruction of the tensor cores takes
 _SUMS = gl.constexpr(4)  # that steps are added to in turn, so that none has to wait for the one before it
 
@@ -219,11 +219,9 @@ def gemv_mma_configs(product: Product, kind: str = "none") -> list[Config]:
 
 
 def _most_steps(product: Product, kind: str) -> int:
-    """Steps of a warp that leave registers enough, as compiled for Hopper: more of int4 spill, for loads are moved far
-    ahead, as do more of rows whose entries are loaded one by one."""
-    if kind == "int4":
-        return 32 if product.rows <= 8 else 20
-    return MAX_STEPS if product.depth % 16 == 0 else MAX_STEPS // 2
+    """Steps of a warp that compile fast (112 take up to 15 s) and leave registers enough: more of int4 spill, for loads
+    are moved far ahead."""
+    return 20 if kind == "int4" and product.rows > 8 else 32
 
 
 def gemv_mma(
