@@ -25,7 +25,7 @@ from benchmarks.runner import Case, CheckError, Record, Session, verdicts
 from burnish import numerics
 from burnish.bench import Benchmark, Timing
 from burnish.hardware import device
-from burnish.runtime.generate import LENGTH_STEP
+from burnish.runtime.kv_cache import LENGTH_STEP
 from burnish.runtime.session import Sampling
 from burnish.runtime.session import Session as Generation
 

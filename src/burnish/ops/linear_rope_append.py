@@ -283,6 +283,17 @@ for _name, _product in (("torch_triton", "torch"), ("triton_skinny", "triton_ski
 # --- in one kernel --------------------------------------------------------------------------------
 
 
+def _fused_kernel(name: str) -> tuple[Callable[..., Tensor], Callable[..., Sequence[Any]]]:
+    """The kernel's launcher, and its configs."""
+    if name == "gluon_gemv":
+        from burnish.kernels.gemv_mma_append import gemv_mma_append, gemv_mma_append_configs
+
+        return gemv_mma_append, gemv_mma_append_configs
+    from burnish.kernels.gemv_append import gemv_append, gemv_append_configs
+
+    return gemv_append, gemv_append_configs
+
+
 def _register_fused(name: str, description: str) -> None:
     """An Impl whose kernel is that of `linear`'s of this name, with an epilogue of its own."""
     product = linear.impls[name]
@@ -312,10 +323,8 @@ def _register_fused(name: str, description: str) -> None:
         return list(dict.fromkeys(reasons))
 
     def configs(x: Tensor, weight: Tensor, *args: Any) -> Sequence[Any]:
-        from burnish.kernels.gemv_append import gemv_append_configs
-        from burnish.kernels.gemv_mma_append import gemv_mma_append_configs
-
-        return gemv_append_configs(x, weight) if name == "triton_gemv" else gemv_mma_append_configs(x, weight)
+        found: Sequence[Any] = _fused_kernel(name)[1](x, weight)
+        return found
 
     def run(
         x: Tensor,
@@ -329,10 +338,7 @@ def _register_fused(name: str, description: str) -> None:
         interleaved: bool = False,
         config: Any = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from burnish.kernels.gemv_append import gemv_append
-        from burnish.kernels.gemv_mma_append import gemv_mma_append
-
-        append = gemv_append if name == "triton_gemv" else gemv_mma_append
+        append = _fused_kernel(name)[0]
         return append(x, weight, bias, cos, sin, k_cache, v_cache, lengths, interleaved, config), k_cache, v_cache
 
     _register(name, description, why_not, configs, run)

@@ -17,7 +17,7 @@ from burnish.runtime.encoder_decoder import EncoderDecoderSession
 from burnish.runtime.encoder_decoder_cache import EncoderDecoderKVCache
 from burnish.runtime.endings import Endings
 from burnish.runtime.fallback import hugging_face, not_built
-from burnish.runtime.kv_cache import LENGTH_STEP as LENGTH_STEP
+from burnish.runtime.kv_cache import LENGTH_STEP
 from burnish.runtime.module import OptimizedModule
 from burnish.runtime.session import Sampling, Session
 

@@ -8,6 +8,7 @@ a model runs, whose layers all write from there on, and is advanced once by whoe
 from __future__ import annotations
 
 import contextlib
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -43,9 +44,9 @@ class CacheState(State):
                 self.take_over(made)
         return tuple(self if isinstance(part, type(self)) else part for part in result)
 
+    @abstractmethod
     def take_over(self, made: Any) -> None:
         """Copies what is elsewhere in `made`, a cache of the same kind and sizes."""
-        raise NotImplementedError
 
 
 class KVCache(Cache, CacheState):
