@@ -52,5 +52,6 @@ def add(a, b):
     same = 'def add(a, b):\n  # another comment\n\n  return f"{a} and {b}", a +   b\n'
     assert code_of(source) == code_of(same) == 'defadd(a,b):>returnf"{a}and{b}",a+b<'
     assert code_of(source) != code_of(source.replace("a + b", "a - b"))
+    assert code_of('x = f"{{{a} {b!r:>{width}}}}"') == 'x=f"{{{a}{b!r:>{width}}}}"'  # Python 3.12 has two tokens for {{
     inside, after = (f"for i in x:\n    f(i)\n{indent}g(i)\n" for indent in ("    ", ""))
     assert code_of(inside) != code_of(after)

@@ -57,6 +57,8 @@ def choose_in_model(prepared: Prepared, chosen: Chosen, seen: Seen, tuner: Tuner
             continue
         tried: dict[str, float] = {}
         for function, rival in rivals:
+            if tried and time.perf_counter() > ends:
+                break
             functions = {**chosen.functions, **dict.fromkeys((slot.name for slot in slots), function)}
             champion_us, rival_us = contest(chosen.functions, functions)
             if math.isinf(champion_us):  # the model cannot be captured: there will be no graph to be fast in
@@ -88,7 +90,7 @@ class ModelContest:
         if mine is None:
             return math.inf, math.inf
         mine.replay()
-        replays = max(3, math.ceil(_ENOUGH_US / _ROUNDS / replay_us(mine, 1)))
+        replays = math.ceil(_ENOUGH_US / _ROUNDS / replay_us(mine, 1))
         if other is None:
             return replay_us(mine, replays), math.inf
         other.replay()
