@@ -91,6 +91,12 @@ def test_a_float32_weight_on_half_inputs_stays(rewrite: Callable[..., Any]) -> N
     assert "the result is torch.float32" in found.reasons
 
 
+def test_a_number_is_no_weight(rewrite: Callable[..., Any]) -> None:
+    found = rewrite(lambda x: llama(x, 2), normal(2, 5, 24))  # type: ignore[arg-type]
+    assert not found.ops
+    assert "weight is the number 2" in found.reasons
+
+
 @pytest.mark.parametrize("affine", ["weight and bias", "weight", "neither"])
 def test_spellings_of_layer_norm(affine: str, rewrite: Callable[..., Any]) -> None:
     weights = {"weight and bias": 2, "weight": 1, "neither": 0}[affine]

@@ -83,6 +83,11 @@ NEAR = {
         (LENGTH, HEAD_DIM),
         "x, cos, sin have 4, 2, 2 dims, not 4",
     ),
+    "numbers": (
+        lambda x, cos, sin: turn(heads(x), 0.5, 0.25) + cos + sin,  # type: ignore[arg-type]
+        (1, 1, LENGTH, HEAD_DIM),
+        "cos or sin is a number",
+    ),
     "a table for all positions": (
         lambda x, cos, sin: turn(heads(x), cos, sin),
         (1, 1, 1, HEAD_DIM),

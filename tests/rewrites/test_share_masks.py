@@ -81,12 +81,22 @@ def test_other_devices_take_padding_as_such(device: str, count: int) -> None:
     assert share_padding_masks(program.graph_module).count == count
 
 
-@pytest.mark.parametrize(("dtype", "passes"), [(torch.bool, 0), (torch.float32, 1), (torch.int64, 1)], ids=str)
-def test_a_mask_compared_with_zero_is_read_in_place(
-    dtype: torch.dtype, passes: int, rewrite: Callable[..., Any]
+@pytest.mark.parametrize(
+    ("hidden", "dtype", "passes"),
+    [
+        (lambda mask: mask == 0, torch.bool, 0),
+        (lambda mask: mask == 0, torch.float32, 1),
+        (lambda mask: mask == 0, torch.int64, 1),
+        (lambda mask: ~mask, torch.bool, 0),
+        (lambda mask: mask.logical_not(), torch.bool, 0),
+        (lambda mask: mask.logical_not(), torch.int64, 1),
+    ],
+)
+def test_a_mask_that_is_negated_is_read_in_place(
+    hidden: Callable[[Tensor], Tensor], dtype: torch.dtype, passes: int, rewrite: Callable[..., Any]
 ) -> None:
     def layer(x: Tensor, mask: Tensor) -> Tensor:
-        scores = (x @ x.transpose(-2, -1) * 0.3).masked_fill(mask == 0, -1e4)
+        scores = (x @ x.transpose(-2, -1) * 0.3).masked_fill(hidden(mask), -1e4)
         return scores.softmax(-1) @ x
 
     found = rewrite(layer, heads(), torch.ones(LENGTH, LENGTH, dtype=dtype).tril())

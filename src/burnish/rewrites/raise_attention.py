@@ -115,7 +115,7 @@ def _spelling(scale_with: str, mask: str, softmax: str) -> tuple[Callable[..., A
 
     def replacement(**given: Any) -> Any:
         scale = given.get("scale", 1.0)
-        bias = aten.logical_not.default(given["mask"]) if mask == "filled" else given.get("bias")
+        bias = aten.bitwise_not.default(given["mask"]) if mask == "filled" else given.get("bias")
         scale = 1 / scale if scale_with == "over" else scale
         return _attend(given["q"], given["k"], given["v"], bias, False, scale)
 

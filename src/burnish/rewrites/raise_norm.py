@@ -72,6 +72,8 @@ def to_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _weight_is_vector(match: Match) -> str | None:
     x, weight = values(match, "x", "weight")
+    if isinstance(weight, (int, float)):
+        return f"weight is the number {weight}"
     if weight is not None and (weight.dim() != 1 or weight.shape[0] != x.shape[-1]):
         return f"weight of shape {tuple(weight.shape)} is not one factor for each of the last dim"
     if weight is not None and torch.result_type(x, weight) != x.dtype:

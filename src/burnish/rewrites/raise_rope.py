@@ -33,6 +33,8 @@ def _half_split_examples(dtype: torch.dtype) -> tuple[Any, ...]:
 
 def _refuse(match: Match) -> str | None:
     x, cos, sin, half = values(match, "x", "cos", "sin", "half")
+    if not (isinstance(cos, Tensor) and isinstance(sin, Tensor)):
+        return "cos or sin is a number"
     if x.dim() != 4 or cos.dim() != 4 or sin.dim() != 4:
         return f"x, cos, sin have {x.dim()}, {cos.dim()}, {sin.dim()} dims, not 4"
     if cos.shape[1] != 1 or sin.shape[1] != 1:

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from burnish.graph.matcher import Match, Pattern
+from burnish.graph.matcher import Match, Matches, Pattern
 from burnish.graph.rewriter import replace_pattern
 from burnish.record import StepRecord
 
@@ -59,8 +59,11 @@ def _prepared(pattern: Callable[..., Any], examples: Examples | None, dtype: tor
     return Pattern.of(pattern, examples(dtype) if examples else None)
 
 
-def apply(name: str, rewrites: Iterable[Rewrite | GraphPass], graph_module: fx.GraphModule) -> StepRecord:
-    """Runs `rewrites` in order on `graph_module` and records what each did."""
+def apply(
+    name: str, rewrites: Iterable[Rewrite | GraphPass], graph_module: fx.GraphModule, watch: Watch | None = None
+) -> StepRecord:
+    """Runs `rewrites` in order on `graph_module` and records what each did. `watch` is called after each with what it
+    found; it may look at the graph, and not change it."""
     started = time.perf_counter()
     record = StepRecord(name, nodes_before=len(graph_module.graph.nodes))
     matches: Counter[str] = Counter()
@@ -70,12 +73,15 @@ def apply(name: str, rewrites: Iterable[Rewrite | GraphPass], graph_module: fx.G
             outcome = rewrite.run(graph_module)
             matches[rewrite.name] += outcome.count
             record.near_misses += [f"{rewrite.name}: {reason}" for reason in outcome.refused]
+            if watch is not None:
+                watch(rewrite, outcome, None)
             continue
         if not rewrite.may_match(graph_module.graph):
             continue
         for dtype in dtypes if rewrite.examples else dtypes[:1]:
+            pattern = rewrite.prepared(dtype)
             try:
-                found = replace_pattern(graph_module, rewrite.prepared(dtype), rewrite.replacement, guard=rewrite.guard)
+                found = replace_pattern(graph_module, pattern, rewrite.replacement, guard=rewrite.guard)
             except (TypeError, ValueError) as error:  # the Op refuses what the guard let pass: the original stays
                 record.near_misses.append(f"{rewrite.name}: {error}")
                 continue
@@ -83,6 +89,8 @@ def apply(name: str, rewrites: Iterable[Rewrite | GraphPass], graph_module: fx.G
             record.near_misses += [f"{rewrite.name}: {reason}" for _, reason in found.refused]
             if not found and found.near_misses:
                 record.near_misses.append(f"{rewrite.name}: {found.near_misses[0].reason}")
+            if watch is not None:
+                watch(rewrite, found, pattern)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     record.matches = {key: count for key, count in matches.items() if count}
@@ -105,6 +113,10 @@ class GraphPass:
 
     name: str
     run: Callable[[fx.GraphModule], Outcome]
+
+
+Watch = Callable[[Rewrite | GraphPass, Matches | Outcome, Pattern | None], None]
+"""Is told what a rewrite found, after it has changed the graph, and the pattern that was searched, if there is one."""
 
 
 def rewrite_nodes(

@@ -46,15 +46,16 @@ def read_integer_masks(graph_module: fx.GraphModule) -> Outcome:
 
 
 def read_boolean_masks(graph_module: fx.GraphModule) -> Outcome:
-    """attention(bias=not (mask == 0)), as many spell it -> attention(bias=mask), or mask != 0 where it is not boolean:
-    one or two passes over the mask less."""
+    """attention(bias=not (mask == 0)), or not (not mask), as many spell it -> attention(bias=mask), or mask != 0 where
+    it is not boolean: one or two passes over the mask less."""
     count = 0
     for node in list(graph_module.graph.nodes):
         if node.target is not ops.attention.overload:
             continue
         args = ops.attention.bind(*node.args, **node.kwargs)
-        hidden = args[_BIAS].args[0] if _calls(args[_BIAS], aten.logical_not.default) else None
-        if hidden is None or not _calls(hidden, aten.eq.Scalar) or hidden.args[1] != 0:
+        hidden: Any = args[_BIAS].args[0] if _calls(args[_BIAS], aten.bitwise_not.default) else None
+        is_zero = _calls(hidden, aten.eq.Scalar) and hidden.args[1] == 0
+        if not (is_zero or _calls(hidden, aten.bitwise_not.default) or _calls(hidden, aten.logical_not.default)):
             continue
         mask = hidden.args[0]
         if value(mask).dtype != torch.bool:
