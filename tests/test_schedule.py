@@ -50,6 +50,13 @@ def ops_of(fast: OptimizedModule) -> Counter[str]:
     return Counter(op.name for node in nodes if (op := op_of(node.target)) is not None)
 
 
+def test_a_model_that_was_exported_before(model: nn.Module) -> None:
+    exported = torch.export.export(model, (x_of(),), dynamic_shapes=({1: torch.export.Dim.AUTO},)).module()
+    fast = burnish.optimize(exported, (x_of(),))
+    assert ops_of(fast)["attention"] == 1
+    assert_right(fast, model, x_of(seq=33))
+
+
 def impls_of(served: schedule.Served, op: str) -> list[tuple[str, str]]:
     found = ((slot.rpartition("_")[0], choice) for slot, choice in served.choices.items())
     return [(choice.impl, choice.source) for name, choice in found if name == op]

@@ -102,7 +102,7 @@ def _slotted(graph_module: fx.GraphModule) -> tuple[fx.Graph, list[Slot], list[s
             new.target = slot
             args = op.bind(*new.args, **new.kwargs)
             new.args, new.kwargs = tuple(_settled(graph, arg, i in op.weights) for i, arg in enumerate(args)), {}
-        elif (fast := _METHOD_OF.get(node.target)) is not None:
+        elif (fast := METHOD_OF.get(node.target)) is not None:
             new.target = fast
         mapping[node] = new
     return graph, slots, list(weight_nodes)
@@ -147,7 +147,7 @@ def _settled(graph: fx.Graph, arg: Any, is_weight: bool) -> Any:
 
 
 # The same functions without the dispatcher's Python-side schema matching: 1.9 us a call against 0.5 us for a view.
-_METHOD_OF: dict[Any, Callable[..., Any]] = {
+METHOD_OF: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.view.default: torch.Tensor.reshape,  # a slice of a merged product is strided where its own was not
     torch.ops.aten.reshape.default: torch.Tensor.reshape,
     torch.ops.aten.transpose.int: torch.Tensor.transpose,

@@ -84,8 +84,8 @@ def measure_captured(
     for name, function in functions.items():
         try:
             graph = finalists[name] = _chain(function, arguments, memory)
-            replays = math.ceil(_LONG_US / replay_us(graph, 1))
-            times[name] = replay_us(graph, min(replays, _REPLAYS)) / len(arguments)
+            enough = math.ceil(_LONG_US / replay_us(graph, 1))
+            times[name] = replay_us(graph, min(enough, _REPLAYS)) / len(arguments)
         except RuntimeError:  # it cannot run here, or cannot be captured
             times[name] = math.inf
             torch.cuda.synchronize()

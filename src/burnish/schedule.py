@@ -36,6 +36,7 @@ from burnish.verify import Verification, random_node
 
 if TYPE_CHECKING:
     from burnish.report import Report
+    from burnish.report.data import Explanation
 
 _SLOWER = 1.02
 
@@ -131,11 +132,28 @@ class Schedule:
         """The model with the scheduled steps applied (at the first call, where no inputs are known yet)."""
         return OptimizedModule(self.model, self)
 
-    def report(self) -> Report:
-        """What was done and what it costs."""
+    def report(self, explanation: Explanation | None = None) -> Report:
+        """What was done, and (see `OptimizedModule.report`) what it costs."""
         from burnish.report import Report
 
-        return Report(self)
+        return Report(self, explanation)
+
+    def prepared_for(self, call: Call) -> Prepared | None:
+        """What serves calls like this one; None where nothing was prepared for them, or the weights have moved."""
+        spec = call.structure()
+        if any(prepared.places.read() is None for prepared in self._prepared):
+            return None
+        for prepared in self._prepared:
+            program = prepared.program
+            same_mode = prepared.training == self.model.training
+            if program.in_spec == spec and same_mode and not program.rejects(call.leaves):
+                return prepared
+        return None
+
+    def served_for(self, call: Call) -> Served | None:
+        """How calls of these sizes are served; None before the first."""
+        shapes = _shapes(call)
+        return next((served for served in reversed(self.served) if served.shapes == shapes), None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy (or what is unpickled) starts afresh, with the same settings."""
@@ -180,15 +198,11 @@ class Schedule:
 
     def _prepare(self, call: Call, checks: Checks, served: Served) -> tuple[Prepared | None, str | None]:
         """What can serve the call, or why nothing can."""
-        spec = call.structure()
         if any(prepared.places.read() is None for prepared in self._prepared):
             self.forget()
-        for prepared in self._prepared:
-            program = prepared.program
-            same_mode = prepared.training == self.model.training
-            if program.in_spec == spec and same_mode and not program.rejects(call.leaves):
-                return prepared, None
-        structure = (str(spec), self.model.training, *map(_structure, call.leaves))
+        if (known := self.prepared_for(call)) is not None:
+            return known, None
+        structure = (str(call.structure()), self.model.training, *map(_structure, call.leaves))
         if structure in self._uncapturable:
             return None, self._uncapturable[structure]
         try:
@@ -333,18 +347,9 @@ def optimize(
     Raises:
         TypeError, ValueError: a bad argument; the model's own error for bad example inputs.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: an nn.Module is needed, not {type(model).__name__}")
+    check_call(model, args, kwargs)
     if isinstance(model, OptimizedModule):
         raise TypeError("model: this one is optimized already; give the module it was made from")
-    if not isinstance(args, tuple):
-        raise TypeError(
-            f"args: a tuple of positional inputs is needed, not {type(args).__name__}; write (x,) for one input"
-        )
-    if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise TypeError(
-            f"kwargs: a mapping of keyword inputs is needed, not {type(kwargs).__name__}; write {{'mask': mask}}"
-        )
     if cuda_graphs not in ("auto", "never"):
         raise ValueError(f"cuda_graphs={cuda_graphs!r}: use 'auto' or 'never'")
     schedule = Schedule(model, Settings(verify, dict(impls or {}), cache, cuda_graphs, static_outputs, quantize))
@@ -353,6 +358,20 @@ def optimize(
         with torch.no_grad():
             fast(*args, **(kwargs or {}))
     return fast
+
+
+def check_call(model: Any, args: Any, kwargs: Any) -> None:
+    """TypeError for what is no model, or no inputs."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: an nn.Module is needed, not {type(model).__name__}")
+    if not isinstance(args, tuple):
+        raise TypeError(
+            f"args: a tuple of positional inputs is needed, not {type(args).__name__}; write (x,) for one input"
+        )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(
+            f"kwargs: a mapping of keyword inputs is needed, not {type(kwargs).__name__}; write {{'mask': mask}}"
+        )
 
 
 def _shapes(call: Call) -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 MAX_ENTRIES = 512
@@ -113,9 +113,19 @@ class OptimizedModule(nn.Module):
         """A copy (or what is unpickled) has a model of its own and is optimized anew at its first call."""
         return type(self), (self._original, self.schedule)
 
-    def report(self) -> Any:
-        """What was done and what it costs: see `burnish.report.Report`."""
-        return self.schedule.report()  # type: ignore[attr-defined]
+    def report(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, before: Any = None) -> Any:
+        """What was done: a `burnish.report.Report`, at once. With the inputs of a call, also what it costs: the model
+        as it was and as it is now are measured on them, op by op, which takes some seconds.
+
+        Args:
+            before: the Report of `burnish.explain` on the same inputs. Without it the original is measured now: on
+                weights that `optimize` may have laid out anew.
+        """
+        if isinstance(args, tuple) and not args and not kwargs:
+            return self.schedule.report()  # type: ignore[attr-defined]
+        from burnish.report.after import report_on
+
+        return report_on(self, args, dict(kwargs or {}), before)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Tokens after a prompt, by a Hugging Face model: see `burnish.runtime.generate.generate`."""
@@ -221,7 +231,10 @@ class OptimizedModule(nn.Module):
 
 
 def _positional_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of forward's positional-or-keyword parameters; none of them if it also takes `*args`."""
+    """Names of forward's positional-or-keyword parameters; none of them if it also takes `*args`, or is a graph's: one
+    that was exported takes its arguments only as it was exported with them."""
+    if isinstance(model, fx.GraphModule):
+        return ()
     parameters = inspect.signature(model.forward).parameters.values()
     if any(p.kind in (p.VAR_POSITIONAL, p.POSITIONAL_ONLY) for p in parameters):
         return ()
