@@ -1,4 +1,4 @@
-"""`burnish demo`, `burnish ops` and `burnish device`."""
+"""`burnish demo` and `burnish ops`."""
 
 from __future__ import annotations
 
@@ -30,23 +30,6 @@ def demo(device: DeviceOption = None, cache: CacheOption = CacheMode.readwrite, 
         result = run(resolve_device(device), cache=cache.mode, on_progress=update)
     output.data(result.to_dict())
     output.show(render(result))
-
-
-@app.command()
-def device(
-    target: Annotated[str | None, typer.Argument(help="cpu, cuda, cuda:1; default: CUDA where there is one.")] = None,
-    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again.")] = False,
-    measure: Annotated[bool, typer.Option(help="Measure bandwidth and matrix rate.")] = True,
-    as_json: JsonOption = False,
-) -> None:
-    """Show what this machine is, and the bandwidth and matrix rate that it measured."""
-    output = Output(as_json)
-    with output.working("measuring"):
-        from burnish.hardware import device as describe
-
-        info = describe(target, measure=measure, refresh=refresh)
-    output.data(info.to_dict())
-    output.show(info)
 
 
 @app.command()
