@@ -1,11 +1,13 @@
 """`python -m benchmarks.tables`: regenerate the tables in README.md and docs/ from the results and the Op registry.
 
-A table stands between `<!-- table: GROUP [CASE PATTERN] -->` and `<!-- end table -->`; GROUP is a benchmark group or
-`registry`. `--check` changes nothing and fails where a table is out of date.
+A table stands between `<!-- table: GROUP [CASE PATTERN] -->` and `<!-- end table -->`; GROUP is a benchmark group,
+`predictions` or `registry`. `<!-- table: kernels GROUP [CASE PATTERN] -->` is the group's with the number of kernels
+beside each time. `--check` changes nothing and fails where a table is out of date.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -22,7 +24,9 @@ from burnish.bench import load_records
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(
-    r"(?P<start><!-- table: (?P<group>[\w-]+)(?: (?P<pattern>[^\n]+?))? -->\n).*?(?P<end><!-- end table -->)", re.DOTALL
+    r"(?P<start><!-- table: (?P<counted>kernels )?(?P<group>[\w-]+)(?: (?P<pattern>[^\n]+?))? -->\n)"
+    r".*?(?P<end><!-- end table -->)",
+    re.DOTALL,
 )
 _PEERS = ("eager", "torch.compile")  # in group ops; the other variants there are Impls
 
@@ -53,19 +57,20 @@ def renew(text: str, results: Path) -> str:
     """`text` with each marked table made anew."""
 
     def table(match: re.Match[str]) -> str:
-        lines = (
-            registry_table()
-            if match["group"] == "registry"
-            else group_tables(match["group"], match["pattern"], results)
-        )
+        if match["group"] == "registry":
+            lines = registry_table()
+        elif match["group"] == "predictions":
+            lines = predictions_tables(results)
+        else:
+            lines = group_tables(match["group"], match["pattern"], results, counted=bool(match["counted"]))
         return "\n".join([match["start"].rstrip("\n"), *lines, match["end"]])
 
     return MARKED.sub(table, text)
 
 
-def group_tables(group: str, pattern: str | None, results: Path) -> list[str]:
+def group_tables(group: str, pattern: str | None, results: Path, *, counted: bool = False) -> list[str]:
     """Per device that has results of this group one Markdown table, another for memory over many sizes, and under them
-    how it was measured."""
+    how it was measured. `counted`: the times with how many kernels they are of."""
     lines: list[str] = []
     for path in sorted(results.glob(f"*/{group}.json")):
         records = [record for record in load_records(path) if fnmatchcase(record["case"], pattern or "*")]
@@ -73,7 +78,7 @@ def group_tables(group: str, pattern: str | None, results: Path) -> list[str]:
             continue
         timed = [record for record in records if "reserved_mib" not in record]
         if timed:
-            lines += ["", *_device_table(timed)]
+            lines += ["", *(_kernel_table(timed) if counted else _device_table(timed))]
         if len(timed) < len(records):
             lines += ["", *_reserved_table([record for record in records if "reserved_mib" in record])]
         lines += ["", *_footer(records)]
@@ -90,6 +95,25 @@ def registry_table() -> list[str]:
         summary = (op.__doc__ or "").strip().split("\n")[0]
         signature = ", ".join(op.signature.parameters)
         lines.append(f"| `{name}({signature})` | {summary} | {', '.join(f'`{impl}`' for impl in op.impls)} |")
+    return [*lines, ""]
+
+
+def predictions_tables(results: Path) -> list[str]:
+    """Per device what was predicted for it (`benchmarks.predictions`) beside what was measured there."""
+    lines: list[str] = []
+    for path in sorted(results.glob("*/predictions.json")):
+        predictions = json.loads(path.read_text(encoding="utf-8"))
+        files = [path.with_name(f"{group}.json") for group in predictions["groups"]]
+        records = [record for file in files for record in load_records(file)]
+        measured = {record["case"]: record for record in records if record["variant"] == "burnish"}
+        lines += ["", *_rows(["case", "predicted", "measured", "off by", "kernels predicted", "launched"])]
+        for case, predicted in predictions["cases"].items():
+            record = measured[case]
+            off = f"{predicted['us'] / record['median_us'] - 1:+.0%}"
+            times = human_us(predicted["us"]), human_us(record["median_us"])
+            lines += _rows([case, *times, off, str(predicted["kernels"]), str(record["kernels"])])[:1]
+        lines += ["", f"Predicted on {predictions['date'][:10]} with torch {predictions['torch']}; measured:"]
+        lines += _footer([measured[case] for case in predictions["cases"]])
     return [*lines, ""]
 
 
@@ -132,6 +156,16 @@ def _device_table(records: list[Record]) -> Iterator[str]:
             yield from _rows([*cells, *_comparison(against, best), _floor(found[best])])[:1]
 
 
+def _kernel_table(records: list[Record]) -> Iterator[str]:
+    """How many kernels each variant launches and how long that takes: "9 in 104 us". Ours is the last."""
+    cases = _by_case(records)
+    variants = sorted(dict.fromkeys(record["variant"] for record in records), key=lambda variant: variant == "burnish")
+    yield from _rows(["kernels, and their time", *variants, "floor / time"])
+    for case, found in cases.items():
+        cells = [_counted(found.get(variant)) for variant in variants]
+        yield from _rows([case, *cells, _floor(found["burnish"]) if "burnish" in found else ""])[:1]
+
+
 def _rows(cells: list[str]) -> list[str]:
     """The cells as a Markdown row, and the rule that makes it a heading: first column left, the others right."""
     row = "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
@@ -145,6 +179,11 @@ def _measured(record: Record | None) -> str:
     mib = record.get("peak_mib", record.get("reserved_mib"))
     text = human_us(record["median_us"]) if mib is None else f"{mib:.0f} MiB"
     return f"{text} \\*" if record.get("inaccurate") else text
+
+
+def _counted(record: Record | None) -> str:
+    count = None if record is None else record["kernels"]
+    return _measured(record) if count is None else f"{count} in {_measured(record)}"
 
 
 def _comparison(found: dict[str, Record], ours: str) -> list[str]:

@@ -95,6 +95,17 @@ def test_memory_over_many_sizes_has_a_table_of_its_own(tmp_path: Path) -> None:
         assert table[start + 2 : start + 4] == ["| many | 50 MiB | 250 MiB |", ""]
 
 
+def test_tables_of_kernels_count_them_beside_the_time(tmp_path: Path) -> None:
+    records = [record("block", "burnish", 80.0, kernels=7, floor_us=40.0), record("block", "eager", 400.0, kernels=21)]
+    records += [record("block d64", "eager", 300.0), record("other", "eager", 9.0, kernels=1)]
+    save_records(tmp_path / "gpu" / "blocks.json", records)
+    marked = "<!-- table: kernels blocks block* -->\nold\n<!-- end table -->"
+    lines = renew(marked, tmp_path).splitlines()
+    assert lines[2] == "| kernels, and their time | eager | burnish | floor / time |"
+    assert lines[4:6] == ["| block | 21 in 400 us | 7 in 80 us | 50% |", "| block d64 | 300 us |  |  |"]
+    assert "other" not in "\n".join(lines)
+
+
 def test_op_tables_name_the_fastest_impl_and_its_floor(tmp_path: Path) -> None:
     times = {"eager": 30.0, "torch.compile": 20.0, "torch": 25.0, "onednn": 10.0}
     save_records(tmp_path / "cpu" / "ops.json", [record("linear", v, us, floor_us=5.0) for v, us in times.items()])

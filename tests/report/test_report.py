@@ -105,7 +105,7 @@ def test_every_step_choice_and_call_is_shown() -> None:
     ):
         assert row in rows, f"{' '.join(row)} in\n{text}"
     assert "rope: 0" not in text
-    assert max(map(len, text.splitlines())) <= 110
+    assert max(map(len, text.splitlines())) <= 100
     assert "\x1b" not in text
 
 
@@ -116,7 +116,7 @@ def test_a_reason_is_printed_as_it_is() -> None:
 
 def test_a_terminal_shows_the_same() -> None:
     report = report_of(served())
-    console = Console(width=110, file=io.StringIO(), record=True, force_terminal=True)
+    console = Console(width=100, file=io.StringIO(), record=True, force_terminal=True)
     console.print(report)
     shown = [line.rstrip() for line in console.export_text().splitlines()]
     assert shown[:-1] == str(report).splitlines(), "and an empty line"
@@ -138,7 +138,8 @@ def test_data_survive_json(tmp_path: Path) -> None:
     path = report.to_json(tmp_path / "report.json")
     data = json.loads(path.read_text())
     assert data == json.loads(json.dumps(report.to_dict()))
-    assert (data["schema"], data["model"], data["summary"]) == (1, "Linear", report.summary())
+    assert (data["schema"], data["model"], data["summary"]) == (2, "Linear", report.summary())
+    assert data["explanation"] is None
     assert data["steps"] == [asdict(record) for record in HISTORY]
     (signature,) = data["signatures"]
     assert signature["shapes"] == {"args[0]": [2, 8], "scale": []}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
+from burnish.graph.layout import Point, arrange, curve
 from burnish.graph.matcher import Match
 from burnish.graph.normalize import canonical, describe_key, is_symbolic_value
 
@@ -66,12 +66,11 @@ def draw(gm: fx.GraphModule, path: str | Path, highlight: Iterable[Match] = ()) 
     place = {box.node: i for i, box in enumerate(boxes)}
     edges = [(place[s], i) for i, box in enumerate(boxes) for s in box.node.all_input_nodes if s in place]
     try:
-        import igraph
+        routes = arrange(boxes, edges)
     except ImportError:
         path = path.with_suffix(".dot")
         path.write_text(_dot(boxes, edges), encoding="utf-8")
         return path
-    routes = _arrange(igraph, boxes, edges)
     path.write_text(_svg(boxes, routes, matches), encoding="utf-8")
     return path
 
@@ -159,103 +158,10 @@ def _short(text: str, limit: int = 36) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2 - 1]}\N{HORIZONTAL ELLIPSIS}{text[-limit // 2 :]}"
 
 
-# --- where things go --------------------------------------------------------------------------------------------------
-
-_Point = tuple[float, float]
-
-
-def _layers(count: int, edges: Sequence[tuple[int, int]]) -> list[int]:
-    """Every box below what it needs, and sources just above their first user."""
-    layer = [0] * count
-    for source, user in edges:  # edges come in order of computation, so sources are settled
-        layer[user] = max(layer[user], layer[source] + 1)
-    has_inputs = {user for _, user in edges}
-    for box in range(count):
-        users = [layer[user] for source, user in edges if source == box] if box not in has_inputs else []
-        if users:
-            layer[box] = min(users) - 1
-    return layer
-
-
-def _arrange(igraph: Any, boxes: list[_Box], edges: list[tuple[int, int]]) -> list[list[_Point]]:
-    """Place the boxes; return for every edge the points it passes."""
-    layers = _layers(len(boxes), edges)
-    # A long edge gets a place of its own in every layer that it crosses: it passes between boxes, not behind them.
-    chains: list[list[int]] = []
-    for source, target in edges:
-        passed = range(len(layers), len(layers) + layers[target] - layers[source] - 1)
-        layers += range(layers[source] + 1, layers[target])
-        chains.append([source, *passed, target])
-    steps = [step for chain in chains for step in itertools.pairwise(chain)]
-    graph = igraph.Graph(n=len(layers), edges=steps, directed=True)
-    layout = [(x, y) for x, y in graph.layout_sugiyama(layers=layers, maxiter=100)][: len(layers)]
-    rows = sorted({round(y) for _, y in layout})
-    heights = {
-        row: max((b.height for b, (_, y) in zip(boxes, layout, strict=False) if round(y) == row), default=0.0)
-        for row in rows
-    }
-    tops: dict[int, float] = {}
-    top = 30.0
-    for row in rows:
-        tops[row] = top
-        top += heights[row] + 38
-    centres = _columns(boxes, layout)
-    points = [(centres[i], tops[round(y)] + heights[round(y)] / 2) for i, (_, y) in enumerate(layout)]
-    for box, (x, y) in zip(boxes, points, strict=False):
-        box.x, box.y = x, y
-    routes = []
-    for chain in chains:
-        first, last = boxes[chain[0]], boxes[chain[-1]]
-        route: list[_Point] = [(first.x, first.y + first.height / 2)]
-        for at in chain[1:-1]:
-            x, y = points[at]
-            half = heights[round(layout[at][1])] / 2
-            route += [(x, y - half), (x, y + half)]
-        route.append((last.x, last.y - last.height / 2))
-        routes.append(route)
-    return routes
-
-
-def _columns(boxes: list[_Box], layout: Any) -> list[float]:
-    """Centres in pixels: the layout's order and rough places, moved apart where boxes of one row would touch."""
-    gap, lane = 26.0, 10.0
-    width = [box.width for box in boxes] + [lane] * (len(layout) - len(boxes))
-    unit = sorted(width[: len(boxes)])[len(boxes) // 2] * 0.62 + gap if boxes else gap
-    centre = [x * unit for x, _ in layout]
-    rows: dict[int, list[int]] = {}
-    for i, (_, y) in enumerate(layout):
-        rows.setdefault(round(y), []).append(i)
-    for members in rows.values():
-        members.sort(key=lambda i: layout[i][0])
-        placed = [centre[i] for i in members]
-        for left, right in zip(range(len(members)), range(1, len(members)), strict=False):
-            needed = (width[members[left]] + width[members[right]]) / 2 + gap
-            placed[right] = max(placed[right], placed[left] + needed)
-        # Keep the row where the layout wanted its middle, so that straight lines stay straight.
-        shift = sum(centre[i] - p for i, p in zip(members, placed, strict=True)) / len(members)
-        for i, p in zip(members, placed, strict=True):
-            centre[i] = p + shift
-    leftmost = min((c - w / 2 for c, w in zip(centre, width, strict=True)), default=0.0)
-    return [c - leftmost + 24 for c in centre]
-
-
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _curve(route: Sequence[_Point]) -> str:
-    x, y = route[0]
-    parts = [f"M{x:.1f},{y:.1f}"]
-    for next_x, next_y in route[1:]:
-        if abs(next_x - x) < 0.5:
-            parts.append(f"L{next_x:.1f},{next_y:.1f}")
-        else:
-            middle = (y + next_y) / 2
-            parts.append(f"C{x:.1f},{middle:.1f} {next_x:.1f},{middle:.1f} {next_x:.1f},{next_y:.1f}")
-        x, y = next_x, next_y
-    return " ".join(parts)
-
-
-def _svg(boxes: Sequence[_Box], routes: Sequence[Sequence[_Point]], matches: Sequence[Match]) -> str:
+def _svg(boxes: Sequence[_Box], routes: Sequence[Sequence[Point]], matches: Sequence[Match]) -> str:
     legend = _legend(matches)
     right = max([b.x + b.width / 2 for b in boxes] + [x for route in routes for x, _ in route], default=0.0) + 24
     bottom = max([b.y + b.height / 2 for b in boxes], default=0.0) + 24
@@ -269,7 +175,7 @@ def _svg(boxes: Sequence[_Box], routes: Sequence[Sequence[_Point]], matches: Seq
         f'<rect width="100%" height="100%" fill="{_PAPER}"/>',
         f'<g fill="none" stroke="{_QUIET}" stroke-width="1.2" stroke-opacity="0.75">',
     ]
-    lines += [f'<path d="{_curve(route)}" marker-end="url(#arrow)"/>' for route in routes]
+    lines += [f'<path d="{curve(route)}" marker-end="url(#arrow)"/>' for route in routes]
     lines.append('</g>\n<g text-anchor="middle">')
     lines += [_svg_box(box) for box in boxes]
     lines.append("</g>")

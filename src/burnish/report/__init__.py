@@ -1,4 +1,4 @@
-"""Reads what the schedule recorded; changes nothing."""
+"""Looks at models, and at what a Schedule recorded; changes nothing."""
 
 from burnish.report.report import Report
 

@@ -19,11 +19,12 @@ for either to count, or the host that did not ask for it in time."""
 class Kernel:
     """A kernel, or on the CPU an operator of PyTorch, that ran for an op.
 
-    us: of all `launches` together. grid, block: of the launch, where the profiler tells.
+    launches: how often in one block, a mean where blocks are folded. us: of all launches together. grid, block: of the
+    launch, where the profiler tells.
     """
 
     name: str
-    launches: int
+    launches: float
     us: float
     grid: tuple[int, ...] = ()
     block: tuple[int, ...] = ()
@@ -98,7 +99,7 @@ class Block:
         return sum(row.bytes for row in self.rows)
 
     @property
-    def launches(self) -> int:
+    def launches(self) -> float:
         return sum(kernel.launches for row in self.rows for kernel in row.kernels)
 
 
@@ -107,7 +108,8 @@ class Profile:
     """One version of a model ("as it was", "optimized") on one device.
 
     end_to_end_us: a call as the caller sees it; predicted where `predicted`. `unattributed_us` is what of it no op
-    accounts for: the host, where the device waits for it. floor_us: of the whole model.
+    accounts for: the host, where the device waits for it. floor_us: of the whole model. bandwidth_gbs, gflops: the
+    ceilings that the floors come from, GB/s and GFLOP/s by dtype.
     """
 
     version: str
@@ -115,6 +117,8 @@ class Profile:
     predicted: bool
     blocks: tuple[Block, ...]
     end_to_end_us: float
+    bandwidth_gbs: float = 0.0
+    gflops: dict[str, float] = field(default_factory=dict)
 
     @property
     def attributed_us(self) -> float:
@@ -130,7 +134,7 @@ class Profile:
 
     @property
     def launches(self) -> int:
-        return sum(block.launches * block.count for block in self.blocks)
+        return round(sum(block.launches * block.count for block in self.blocks))
 
 
 @dataclass(frozen=True)

@@ -1,46 +1,56 @@
-"""`Report`: what was done to a model and what it costs now, as tables for people and as data for machines."""
+"""`Report`: where a model's time goes, what was done to it and what that brought, for people and for machines."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from burnish._text import human_us, plain
+from burnish.report import tables
+from burnish.report.data import Explanation, Profile
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-    from rich.table import Table
 
-    from burnish.schedule import Schedule, Served
-    from burnish.tuning import Choice
+    from burnish.schedule import Schedule
 
-SCHEMA = 1
+SCHEMA = 2
+_WIDTH = 100
 
 
 class Report:
-    """What a Schedule did. `print(report)` shows it; `to_dict()` and `to_json()` give the same as data."""
+    """What is known about a model. `print(report)` shows it; `to_dict()` and `to_json()` give the same as data;
+    `to_html()`, `to_markdown()`, `to_svg()` and `to_trace()` show the profile.
 
-    def __init__(self, schedule: Schedule) -> None:
-        self._schedule = schedule
-        self.model = type(schedule.model).__name__
-        self.history = list(schedule.history)
-        self.served = list(schedule.served)
-        self.verifications = schedule.verifications
-        self.quantizations = list(schedule.quantizations)
-        self.perplexity = schedule.perplexity
+    `burnish.explain` makes one with a profile of the model as it is. `fast.report()` makes one of what was done, and
+    `fast.report(args, kwargs)` adds the profiles before and after.
+
+    Attributes:
+        explanation: the profiles, and what can be fused or was; None where nothing was profiled.
+        history, served, verifications, quantizations, perplexity: the Schedule's; empty where nothing was optimized.
+    """
+
+    def __init__(self, schedule: Schedule | None = None, explanation: Explanation | None = None) -> None:
+        self.explanation = explanation
+        self.model = type(schedule.model).__name__ if schedule is not None else explanation.model if explanation else ""
+        self._optimized = schedule is not None
+        self.history = list(schedule.history) if schedule else []
+        self.served = list(schedule.served) if schedule else []
+        self.verifications = schedule.verifications if schedule else []
+        self.quantizations = list(schedule.quantizations) if schedule else []
+        self.perplexity = schedule.perplexity if schedule else None
 
     # --- data -------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-able data; `schema` counts up when its form changes."""
+        """The report as JSON-able data; `schema` counts up when its form changes. docs/explain.md describes it."""
         return {
             "schema": SCHEMA,
             "model": self.model,
             "summary": self.summary(),
+            "explanation": None if self.explanation is None else _explanation_data(self.explanation),
             "steps": [asdict(record) for record in self.history],
             "quantized": [
                 {
@@ -71,12 +81,47 @@ class Report:
 
     def to_json(self, path: str | Path) -> Path:
         """Writes `to_dict()` to `path`."""
-        path = Path(path)
-        path.write_text(json.dumps(self.to_dict(), indent=2, default=str) + "\n")
-        return path
+        return _write(path, json.dumps(self.to_dict(), indent=2, default=str) + "\n")
+
+    def to_html(self, path: str | Path) -> Path:
+        """Writes one page to `path` that needs no network: charts, tables, graphs. ValueError without a profile."""
+        from burnish.report.html import render
+
+        return _write(path, render(self._profiled("to_html")))
+
+    def to_markdown(self, path: str | Path) -> Path:
+        """Writes tables to `path`, for an issue or a pull request. ValueError without a profile."""
+        from burnish.report.markdown import render
+
+        return _write(path, render(self._profiled("to_markdown")))
+
+    def to_trace(self, path: str | Path) -> Path:
+        """Writes the kernels of the costliest block to `path`, for Perfetto or chrome://tracing. ValueError without a
+        profile."""
+        from burnish.report.trace import trace_events
+
+        return _write(path, json.dumps(trace_events(self._profiled("to_trace"))) + "\n")
+
+    def to_svg(self, path: str | Path) -> Path:
+        """Writes the graphs of the costliest block to `path`, before and after side by side. ValueError without a
+        profile."""
+        from burnish.report.svg import render
+
+        return _write(path, render(self._profiled("to_svg")))
+
+    def _profiled(self, method: str) -> Explanation:
+        if self.explanation is None:
+            raise ValueError(f"{method}: nothing was profiled; give report(args, kwargs) the inputs of a call")
+        return self.explanation
+
+    # --- text -------------------------------------------------------------------------------------
 
     def summary(self) -> str:
         """What came of it, in a sentence or two."""
+        if not self._optimized and self.explanation is not None:
+            from burnish.report import digest
+
+            return digest.summary(self.explanation)
         if not self.served:
             return f"{self.model}: nothing has been called yet."
         timed = next((served for served in self.served if served.original_us and served.optimized_us), None)
@@ -90,7 +135,7 @@ class Report:
             before, after = timed.original_us or 0.0, timed.optimized_us or 1.0
             sentences.append(
                 f"{self.model} is {before / after:.2f}x as fast as before: "
-                f"{human_us(before)} -> {human_us(after)} a call at {_shapes_text(timed)}."
+                f"{human_us(before)} -> {human_us(after)} a call at {tables.shapes_text(timed)}."
             )
         units = [unit for verification in self.verifications for unit in verification.units]
         if units:
@@ -108,117 +153,50 @@ class Report:
             said.append(f"perplexity {before:.4g} -> {after:.4g} ({after / before - 1:+.2%})")
         return "; ".join(said)
 
-    # --- tables -----------------------------------------------------------------------------------
-
     def __str__(self) -> str:
-        return plain(*self._parts(), width=110)
+        return plain(*self._parts(), width=_WIDTH)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from self._parts()
 
     def _parts(self) -> list[RenderableType]:
+        parts: list[RenderableType] = []
+        if self.explanation is not None:
+            from burnish.report.terminal import render
+
+            parts += render(self.explanation)
+        return parts + self._done(spaced=bool(parts)) if self._optimized else parts
+
+    def _done(self, spaced: bool) -> list[RenderableType]:
         from rich.text import Text
 
-        parts: list[RenderableType] = [Text(self.summary()), "", self._steps()]
-        if any(served.choices for served in self.served):
-            parts += ["", self._impls()]
+        parts: list[RenderableType] = [*([""] if spaced else []), Text(self.summary()), "", tables.steps(self.history)]
+        units = [unit for verification in self.verifications for unit in verification.units]
+        if units:
+            parts += ["", tables.numerics(units)]
+        chosen = next((served for served in self.served if served.choices), None)
+        if chosen is not None:
+            parts += ["", tables.impls(chosen)]
         if self.served:
-            parts += ["", self._signatures()]
+            parts += ["", tables.signatures(self.served)]
         misses = [(record.name, miss) for record in self.history for miss in record.near_misses]
         if misses:
-            parts += ["", self._near_misses(misses)]
+            parts += ["", tables.near_misses(misses)]
         return parts
 
-    def _steps(self) -> RenderableType:
-        table = _table("What was done", "step", "what matched", "nodes", "time")
-        for record in self.history:
-            matched = [f"{count} x {name}" for name, count in record.matches.items() if count]
-            lines = [*matched, *record.numerics, *record.notes]
-            _add_row(
-                table,
-                record.name,
-                "\n".join(lines) or "nothing",
-                f"{record.nodes_before} -> {record.nodes_after}" if record.nodes_before else "",
-                human_us(record.seconds * 1e6),
-            )
-        return table
 
-    def _impls(self) -> RenderableType:
-        served = next(served for served in self.served if served.choices)
-        table = _table(f"Impls chosen at {_shapes_text(served)}", "Op", "calls", "Impl", "one call", "passed over")
-        groups: Counter[tuple[str, str]] = Counter()
-        example: dict[tuple[str, str], Choice] = {}
-        for slot, choice in served.choices.items():
-            key = (slot.rpartition("_")[0], f"{choice.candidate}|{sorted(choice.times_us.items())}")
-            groups[key] += 1
-            example[key] = choice
-        for key, count in groups.items():
-            choice = example[key]
-            time = choice.times_us.get(choice.candidate)
-            _add_row(
-                table,
-                key[0],
-                str(count),
-                choice.candidate + ("" if choice.source in ("measured", "cached") else f" ({choice.source})"),
-                human_us(time) if time else "",
-                "\n".join(_passed_over(choice)) or "no other",
-            )
-        return table
-
-    def _signatures(self) -> RenderableType:
-        table = _table("Calls served", "inputs", "before", "after", "speedup", "set up in", "note")
-        for served in self.served:
-            before, after = served.original_us, served.optimized_us
-            _add_row(
-                table,
-                _shapes_text(served),
-                human_us(before) if before else "",
-                human_us(after) if after else "",
-                f"{before / after:.2f}x" if before and after else "",
-                human_us(served.seconds * 1e6),
-                served.kept_original or served.not_captured or ("CUDA graph" if served.cuda_graph else ""),
-            )
-        return table
-
-    def _near_misses(self, misses: list[tuple[str, str]]) -> RenderableType:
-        table = _table("Almost matched", "step", "where and why not")
-        for (step, reason), count in Counter(misses).items():
-            _add_row(table, step, reason if count == 1 else f"{reason} ({count} times)")
-        return table
+def _explanation_data(explanation: Explanation) -> dict[str, Any]:
+    """As it is, and of each profile the sums, which a reader of JSON would have to work out."""
+    data = asdict(explanation)
+    for name in ("before", "after"):
+        profile: Profile | None = getattr(explanation, name)
+        if profile is not None:
+            sums = ("attributed_us", "unattributed_us", "floor_us", "launches")
+            data[name] |= {key: getattr(profile, key) for key in sums}
+    return data
 
 
-def _table(title: str, *columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        right = column in ("calls", "one call", "before", "after", "speedup", "time", "set up in", "nodes")
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
-    return table
-
-
-def _add_row(table: Table, *cells: str) -> None:
-    """Cells as they are: what stands in brackets in a reason ("float32[2, 8]") is no markup."""
-    from rich.text import Text
-
-    table.add_row(*map(Text, cells))
-
-
-def _passed_over(choice: Choice) -> list[str]:
-    # Of an Impl that was tried in several ways, the best.
-    best: dict[str, tuple[float, int]] = {}
-    for name, us in choice.times_us.items():
-        impl = name.split(" ")[0]
-        before, tried = best.get(impl, (us, 0))
-        best[impl] = (min(us, before), tried + 1)
-    slower = sorted((us, impl, tried) for impl, (us, tried) in best.items() if impl != choice.impl)
-    ways = {impl: f" (best of {tried})" if tried > 1 else "" for _, impl, tried in slower}
-    return [f"{impl}{ways[impl]}: {human_us(us) if math.isfinite(us) else 'failed'}" for us, impl, _ in slower] + [
-        f"{name}: {'; '.join(reasons)}" for name, reasons in choice.rejected.items()
-    ]
-
-
-def _shapes_text(served: Served) -> str:
-    shapes = dict.fromkeys("x".join(map(str, shape)) or "scalar" for shape in served.shapes.values())
-    return ", ".join(shapes) or "no tensors"
+def _write(path: str | Path, text: str) -> Path:
+    path = Path(path)
+    path.write_text(text, encoding="utf-8")
+    return path

@@ -1,0 +1,215 @@
+"""`explain`: where a model's time goes and what could be fused, before anything is changed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from burnish._text import human_us
+from burnish._unchanged import nothing_changed
+from burnish.capture import Program, capture
+from burnish.graph.show import describe_value
+from burnish.hardware import device
+from burnish.lower import Executable
+from burnish.report.as_called import AttentionCalls, attention_nodes
+from burnish.report.data import Explanation, GraphPicture, Profile, Span
+from burnish.report.fold import Folding
+from burnish.report.fusions import Rewritten, rewritten
+from burnish.report.measure import device_of, flat, measure, refuse_caches
+from burnish.report.opportunities import opportunities_of
+from burnish.report.pieces import costliest_block, groups_of, nodes_of, picture, timeline_of
+from burnish.report.predict import CostModel
+from burnish.report.report import Report
+from burnish.report.rows import Rows, Seen, folding_of, rows_of
+from burnish.report.sizes import work_in_calls
+from burnish.report.timing import Times
+from burnish.runtime.module import OptimizedModule
+from burnish.schedule import check_call
+
+Progress = Callable[[str], None]
+SDPA = "aten.scaled_dot_product_attention"
+_SECONDS = 2.0
+_UNSTEADY = 1.25  # so much longer than the quickest third of the calls took the median one
+
+
+def explain(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    target: str | None = None,
+    seconds: float = _SECONDS,
+    on_progress: Progress = lambda doing: None,
+) -> Report:
+    """Where the time of `model(*args, **kwargs)` goes, op by op, how far that is from what the device allows, and what
+    the default rewrites would save. The model stays as it is, and is run a few dozen times.
+
+    Args:
+        args, kwargs: the inputs; times are of these sizes.
+        target: a GPU that need not be here ("h200", see `burnish.targets`): nothing is run, all times are predicted
+            from the ops' costs, and the model may be on the meta device.
+        seconds: how long the model is timed, in all.
+        on_progress: is told what is being done.
+
+    Raises:
+        TypeError, ValueError: a bad argument; the model's own error for inputs that do not fit.
+        CaptureError: the model cannot be captured as one graph; the message names the place and the reason.
+    """
+    check_call(model, args, kwargs)
+    if isinstance(model, OptimizedModule):
+        raise TypeError("model: this one is optimized already; its report(args, kwargs) tells what that brought")
+    kwargs = dict(kwargs or {})
+    with torch.no_grad(), nothing_changed(model):
+        if target is not None:
+            from burnish.report.imagine import imagine
+
+            return Report(explanation=imagine(model, args, kwargs, target, on_progress))
+        return Report(explanation=_measured(model, args, kwargs, seconds, on_progress))
+
+
+def _measured(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seconds: float, on_progress: Progress
+) -> Explanation:
+    refuse_caches(args, kwargs)
+    leaves = flat(args, kwargs)
+    where = device_of(model, leaves)
+    on_progress("capturing the graph")
+    program, functions = captured_as_called(model, args, kwargs)
+    on_progress("measuring the model and each of its ops")
+    call = functools.partial(model, *args, **kwargs)
+    seen, times = measure(program.captured, functions, leaves, call, where=where, seconds=seconds)
+    seen.names = dict.fromkeys(functions, SDPA)
+    on_progress("measuring what this device can do")
+    here = device(where)
+    costs = CostModel.of(here, cuda=where.type == "cuda").fitted((seen.work[n], seen.us[n]) for n in seen.nodes)
+    on_progress("looking for what can be fused")
+    rewrites = rewritten(program.captured, names_of_sizes(program))
+    made = Seen(rewrites.graph_module, work_in_calls(rewrites.graph_module, leaves))
+    story = Story(program, seen, rewrites, made, costs)
+    profile = profile_of("as it was", here.label, seen, story.rows, costs, times)
+    return story.explanation(model, leaves, profile, notes=notes_on(profile, times, model))
+
+
+def captured_as_called(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Program, dict[Any, Callable[..., Any]]]:
+    """The model's Program, and what to call instead of the nodes that capture put in place of attention.
+
+    Where the model does not call torch's attention function at each of these, its own operators are captured.
+    """
+    with AttentionCalls() as noted:
+        model(*args, **kwargs)
+    program = capture(model, args, kwargs, attention_interface=bool(noted.calls))
+    nodes = attention_nodes(program.captured.graph)
+    if len(nodes) != len(noted.calls) and program.attention_interface:
+        program = capture(model, args, kwargs, attention_interface=False)
+        nodes = attention_nodes(program.captured.graph)
+    return program, dict(zip(nodes, noted.calls, strict=True)) if len(nodes) == len(noted.calls) else {}
+
+
+class Story:
+    """A captured graph that was timed or predicted, and the same graph rewritten: what an Explanation is made of.
+
+    Attributes:
+        folding, rows: the blocks of the captured graph.
+    """
+
+    def __init__(self, program: Program, before: Seen, rewrites: Rewritten, made: Seen, costs: CostModel) -> None:
+        self.program, self.before, self.rewrites, self.made, self.costs = program, before, rewrites, made, costs
+        self.folding: Folding = folding_of(before)
+        self.rows: Rows = rows_of(before, self.folding, costs)
+
+    def explanation(
+        self,
+        model: nn.Module,
+        leaves: list[Any],
+        before: Profile,
+        after: Profile | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> Explanation:
+        """Everything together, with pictures, timeline and code of the costliest block."""
+        shown = costliest_block(before.blocks)
+        pictures: list[GraphPicture] = []
+        timeline: tuple[Span, ...] = ()
+        if shown is not None:
+            groups = groups_of(self.rewrites.fusions, self.before)
+            nodes = nodes_of(self.before, self.folding, shown)
+            title = shown.path or shown.kind
+            pictures = [
+                picture(f"{title}, as it was", nodes, self.before, groups),
+                picture(f"{title}, fused", nodes_of(self.made, self.folding, shown), self.made, groups),
+            ]
+            timeline = timeline_of(self.before, self.rows, nodes)
+        return Explanation(
+            model=type(model).__name__,
+            inputs=described(self.program, leaves),
+            before=before,
+            after=after,
+            opportunities=opportunities_of(self.rewrites, self.made, self.before, self.rows, self.costs),
+            pictures=tuple(pictures),
+            timeline=timeline,
+            code=Executable(self.rewrites.graph_module, model).source.strip(),
+            notes=notes,
+        )
+
+
+def profile_of(
+    version: str, where: str, seen: Seen, rows: Rows, costs: CostModel, times: Times | None = None
+) -> Profile:
+    """A Profile of these rows; predicted where no call was timed."""
+    ops_us = sum(block.us * block.count for block in rows.blocks)
+    products = {work.dtype for work in seen.work.values() if work.kind not in ("pass", "free")}
+    return Profile(
+        version,
+        where,
+        predicted=times is None,
+        blocks=rows.blocks,
+        end_to_end_us=ops_us + costs.call_us if times is None else times.end_to_end_us,
+        bandwidth_gbs=costs.bandwidth_gbs,
+        gflops={str(dtype).removeprefix("torch."): costs.gflops(dtype) for dtype in sorted(products, key=str)},
+    )
+
+
+def notes_on(profile: Profile, times: Times, model: nn.Module) -> tuple[str, ...]:
+    """What a reader has to know to read the times right."""
+    notes = []
+    if times.median_us > _UNSTEADY * times.end_to_end_us:
+        usual, quick = human_us(times.median_us), human_us(times.end_to_end_us)
+        notes.append(f"Half of the calls took {usual} and more, the quickest {quick}: the machine was busy.")
+    rows = [row for block in profile.blocks for row in block.rows]
+    quickest = {row.bound for row in rows if row.us is not None and row.bytes and row.floor_us == row.us}
+    if quickest - {"compute"}:
+        notes.append(
+            "An op that is faster than its bytes could come from memory had them in a cache: it is at its floor."
+        )
+    if "compute" in quickest:
+        notes.append(
+            "A product was faster than the matrix rate that was measured: the device was busy then, so that floors are "
+            "too high. `burnish device --refresh` measures again."
+        )
+    if model.training:
+        notes.append("The model is in training mode: dropout is active. Call model.eval() to explain inference.")
+    return tuple(notes)
+
+
+def described(program: Program, leaves: list[Any]) -> tuple[str, ...]:
+    """ "input_ids int64[1, 128]" for each tensor."""
+    pairs = zip(program.inputs, leaves, strict=True)
+    return tuple(f"{spec.name} {describe_value(leaf)}" for spec, leaf in pairs if isinstance(leaf, Tensor))
+
+
+def names_of_sizes(program: Program) -> dict[str, str]:
+    """What the Program's symbols stand for: "s72" is "input_ids[0]"."""
+    names: dict[str, str] = {}
+    for spec in program.inputs:
+        for dim, size in enumerate(spec.sizes):
+            if isinstance(size, str):
+                names.setdefault(size, f"{spec.name}[{dim}]")
+    return names
+
+
+__all__ = ["SDPA", "Story", "captured_as_called", "explain", "names_of_sizes", "profile_of"]
