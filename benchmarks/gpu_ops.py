@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu import captured, kernels_of, peers
-from benchmarks.op_eager import sample_token
 from benchmarks.runner import Case, CheckError, Record, Session, verdicts
 from burnish import numerics
 from burnish.hardware import device
 from burnish.numerics import randn
 from burnish.op import OPS
+from burnish.peers.op_eager import sample_token
 from burnish.quantize import Kind, quantize_weight
 from burnish.tuning import Tuner
 

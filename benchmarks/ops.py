@@ -13,12 +13,12 @@ import torch
 
 import burnish.ops  # noqa: F401  (registers the Ops)
 from benchmarks import gpu_ops
-from benchmarks import op_eager as eager
-from benchmarks import op_inputs as inputs
 from benchmarks.runner import Case, CheckError, Record, Session, verdicts
 from burnish import numerics
 from burnish.hardware import device
 from burnish.op import OPS, Op
+from burnish.peers import op_eager as eager
+from burnish.peers import op_inputs as inputs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -1,5 +1,7 @@
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,7 +9,16 @@ import pytest
 import torch
 
 import burnish.bench
-from burnish.bench import RECORD_KEYS, Benchmark, BenchmarkError, Timing, benchmark, load_records, save_records
+from burnish.bench import (
+    RECORD_KEYS,
+    Benchmark,
+    BenchmarkError,
+    Timing,
+    Within,
+    benchmark,
+    load_records,
+    save_records,
+)
 from burnish.hardware import device
 
 
@@ -70,6 +81,20 @@ def test_each_block_is_warmed_and_the_time_is_shared_out(clock: Clock) -> None:
 def test_slow_calls_get_their_minimum(clock: Clock) -> None:
     result = benchmark({"a": clock.work("a", 10.0)}, seconds=0.1, rounds=2)
     assert [len(block) for block in result.timings["a"].rounds] == [3, 3]
+
+
+def test_a_context_is_entered_once_for_each_block_and_costs_nothing(clock: Clock) -> None:
+    entered: list[float] = []
+
+    @contextmanager
+    def slowly() -> Iterator[None]:
+        clock.now += 1.0
+        entered.append(clock.now)
+        yield
+
+    result = benchmark({"a": Within(clock.work("a", 0.01), slowly), "b": clock.work("b", 0.01)}, seconds=0.1, rounds=3)
+    assert len(entered) == 1 + 3  # the first call, and each block
+    assert result.timings["a"].median_us == pytest.approx(result.timings["b"].median_us)
 
 
 def test_a_machine_that_slows_down_leaves_the_ratio_alone() -> None:

@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,6 +34,18 @@ RECORD_KEYS = (
 _PAUSE_SECONDS = 0.05
 _WARMUP_SECONDS = 0.02
 _MIN_CALLS = 3
+
+
+@dataclass(frozen=True)
+class Within:
+    """A variant whose calls happen inside a context manager, which is entered once for each block and costs them
+    nothing: `Within(f, lambda: sdpa_kernel(SDPBackend.MATH))`, whose entering takes 14 us."""
+
+    function: Callable[..., object]
+    context: Callable[[], AbstractContextManager[object]]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> object:
+        return self.function(*args, **kwargs)
 
 
 class BenchmarkError(RuntimeError):
@@ -159,7 +172,8 @@ def benchmark(
     time per variant over all rounds; a block makes at least three timed calls, however long they take. Everything
     before a block (compiling, capturing) happens in its warm-up and is not counted.
 
-    Grad mode, autocast and the number of threads are the caller's: what holds around `benchmark` holds in the calls.
+    Grad mode, autocast and the number of threads are the caller's: what holds around `benchmark` holds in the calls. A
+    variant may be a `Within`, to be called inside a context of its own.
     On CUDA (where an argument or a result is a CUDA tensor) calls are timed with events; `cold_l2` fills the L2
     cache with other data before each call, as the layers around it would in a model; this also hides the host's time to
     launch.
@@ -170,7 +184,10 @@ def benchmark(
     _validate(variants, seconds, rounds)
     kwargs = dict(kwargs or {})
     calls = {name: _bind(name, function, args, kwargs) for name, function in variants.items()}
-    results = [call() for call in calls.values()]  # the first call of each may compile or capture: before any block
+    results = []
+    for name, call in calls.items():  # the first call of each may compile or capture: before any block
+        with _context_of(variants[name]):
+            results.append(call())
     target = _device_of([*args, *kwargs.values(), *results])
     del results
     if cold_l2 and target.type != "cuda":
@@ -184,7 +201,8 @@ def benchmark(
             if on_progress is not None:
                 on_progress(name, turn * len(order) + place + 1, rounds * len(order))
             time.sleep(_PAUSE_SECONDS)
-            blocks[name].append(time_block(calls[name], seconds / rounds))
+            with _context_of(variants[name]):
+                blocks[name].append(time_block(calls[name], seconds / rounds))
     return Benchmark(
         timings={name: Timing(tuple(taken)) for name, taken in blocks.items()},
         device=device(target, measure=False),
@@ -240,6 +258,10 @@ def _bind(
             raise BenchmarkError(f"variant {name!r} raised {type(error).__name__}: {error}") from error
 
     return call
+
+
+def _context_of(function: Callable[..., object]) -> AbstractContextManager[object]:
+    return function.context() if isinstance(function, Within) else nullcontext()
 
 
 def _device_of(values: Sequence[Any]) -> torch.device:

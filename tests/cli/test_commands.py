@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from typer.testing import CliRunner
 
 import burnish
 import burnish.demo
-from burnish.bench import RECORD_KEYS
 from burnish.checks import Checks
 from burnish.cli import app
 from burnish.cli.app import one_line
@@ -26,7 +23,7 @@ from tests.cli.running import fails, run, run_json
 
 def test_help_names_every_command() -> None:
     for text in (run(), run("--help"), run("-h")):
-        assert all(name in text for name in ("demo", "optimize", "graph", "bench", "ops", "device"))
+        assert all(name in text for name in ("demo", "optimize", "graph", "bench", "isolate", "ops", "device"))
 
 
 def test_version() -> None:
@@ -58,21 +55,6 @@ def test_errors_that_were_not_foreseen_keep_their_type() -> None:
     assert one_line(KeyError("weight")) == "KeyError: 'weight'"
     assert one_line(ValueError("say\nit")) == "say it"
     assert one_line(RuntimeError()) == "RuntimeError: RuntimeError"
-
-
-# device ---------------------------------------------------------------------------------------------------------------
-
-
-def test_device() -> None:
-    info = burnish.device("cpu", measure=False)
-    assert info.name in run("device", "cpu", "--no-measure")
-    data = run_json("device", "cpu", "--no-measure")
-    assert data["fingerprint"] == info.fingerprint
-    assert data["rates"] is None
-
-
-def test_device_that_is_not_here() -> None:
-    assert "'toaster' is not the name of a device" in fails("device", "toaster")
 
 
 # ops ------------------------------------------------------------------------------------------------------------------
@@ -195,87 +177,3 @@ def test_the_models_own_error_is_one_line() -> None:
 @pytest.mark.parametrize(("command", "option"), [("optimize", "--save-report"), ("graph", "--svg")])
 def test_a_file_that_cannot_be_written_is_found_before_the_work(command: str, option: str) -> None:
     assert "there is no folder" in fails(command, "no.such.module:factory", option, "missing/file")
-
-
-# graph ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("at", "counts"),
-    [
-        ("capture", "After capture: 13 nodes; Ops: none."),
-        ("raise", "After raise: 13 nodes; Ops: 1 layer_norm, 2 linear."),
-        ("fuse", "After fuse: 12 nodes; Ops: 1 layer_norm, 2 linear."),
-        ("pack", "After pack: 12 nodes; Ops: 1 layer_norm, 2 linear."),
-    ],
-)
-def test_graph_after_each_step(at: str, counts: str) -> None:
-    text = run("graph", "factory:block", "--device", "cpu", "--at", at)
-    assert counts in text
-    assert ("aten.gelu(" in text) == (at in ("capture", "raise"))
-    assert ("'gelu'" in text) == (at in ("fuse", "pack"))
-    assert "float32[s" in text
-
-
-def test_graph_with_its_code() -> None:
-    args = ("graph", "factory:block", "--device", "cpu", "--code")
-    assert "def forward(self, " in run(*args)
-    data = run_json(*args)
-    assert "linear" in data["code"]
-    assert [step["name"] for step in data["steps"]] == ["capture", "raise", "fuse", "pack"]
-    assert {"call_function", "get_attr", "output", "placeholder"} == {node["opcode"] for node in data["nodes"]}
-
-
-@pytest.mark.parametrize("at", ["capture", "pack"])
-def test_drawing_colours_the_ops(at: str, folder: Path) -> None:
-    pytest.importorskip("igraph", reason="drawing needs igraph")
-    assert "graph.svg" in run("graph", "factory:block", "--device", "cpu", "--at", at, "--svg", "graph.svg")
-    drawn = (folder / "graph.svg").read_text()
-    assert "layer_norm at " in drawn
-    assert "linear at " in drawn
-    assert "(2 nodes)" in drawn
-
-
-def test_drawing_without_igraph(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "igraph", None)
-    assert "pip install 'burnish[draw]'" in run("graph", "factory:block", "--device", "cpu", "--svg", "graph.svg")
-    assert (folder / "graph.dot").is_file()
-    assert not (folder / "graph.svg").exists()
-
-
-def test_graph_of_a_model_that_cannot_be_captured() -> None:
-    result = CliRunner().invoke(app, ["graph", "factory:data_dependent", "--device", "cpu"])
-    assert (result.exit_code, result.stdout) == (2, "")
-    last = result.stderr.splitlines()[-1]  # torch.export may have printed what it had of the graph
-    assert last.startswith("burnish: GuardOnDataDependentSymNode: ")
-    assert "factory.py:" in last
-
-
-# bench ----------------------------------------------------------------------------------------------------------------
-
-
-def test_bench() -> None:
-    args = ("bench", "factory:block", "--device", "cpu", "--seconds", "0.05")
-    assert "times as fast as eager" in run(*args)
-    data = run_json(*args)
-    assert [record["variant"] for record in data["records"]] == ["eager", "burnish"]
-    assert all(set(RECORD_KEYS) <= set(record) for record in data["records"])
-    assert data["times_as_fast"]["eager"] == 1.0
-
-
-def test_bench_times_eager_on_weights_that_were_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
-
-    def benchmark(variants: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        seen.update(variants)
-        raise ValueError("seen enough")
-
-    monkeypatch.setattr(burnish, "benchmark", benchmark)
-    assert fails("bench", "factory:block", "--device", "cpu") == "seen enough"
-    eager, fast = ({p.data_ptr() for p in seen[name].parameters()} for name in ("eager", "burnish"))
-    assert eager.isdisjoint(fast)
-
-
-def test_bench_without_memory_for_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("burnish.cli.stages.free_memory", lambda: 1000)
-    assert "a second copy of its weights needs" in fails("bench", "factory:block", "--device", "cpu")

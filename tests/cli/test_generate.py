@@ -102,7 +102,9 @@ def expected(model: Path) -> list[list[int]]:
 @pytest.fixture(autouse=True)
 def rates(monkeypatch: pytest.MonkeyPatch, untimed: None) -> None:
     monkeypatch.setattr("burnish.hardware._remembered", {})
-    monkeypatch.setattr("burnish.hardware._measure", lambda target: Rates(10.0, {"float32": 50.0}, "2026-01-01"))
+    monkeypatch.setattr(
+        "burnish.hardware.ceilings.measure", lambda target: Rates(10.0, {"float32": 50.0}, "2026-01-01")
+    )
 
 
 def generated(*args: str) -> tuple[str, str]:
@@ -147,6 +149,7 @@ def test_a_seed_draws_the_same_text_again(model: Path) -> None:
     assert generated(*args, "--seed", "6")[0] != text
 
 
+@pytest.mark.slow
 def test_a_row_ends_at_its_stop_string(model: Path, expected: list[list[int]]) -> None:
     stop = decoded(model, expected[0])[2:4]
     text, _ = generated(str(model), "--prompt", PROMPTS[0], "--stop", stop)
@@ -177,6 +180,7 @@ def written(folder: Path, prompt: str, new: int) -> list[int]:
     return tokens
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_writes_after_a_source(t5: Path) -> None:
     args = (str(t5), "--prompt", PROMPTS[0], "--max-new-tokens", "8")
     text, said = generated(*args)
@@ -227,6 +231,7 @@ def test_beams_are_left_to_hugging_face_and_greedy_takes_one(bart: Path) -> None
     assert "left to Hugging Face" not in generated(*args, "--greedy")[1]
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_has_positions_for_the_source_and_for_what_it_writes(bart: Path) -> None:
     has = f"{bart} has positions for 32 tokens"
     assert fails("generate", str(bart), "--prompt", "a" * 40).startswith(f"--prompt: {has}, 41 of them for the prompt")

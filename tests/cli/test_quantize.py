@@ -69,9 +69,12 @@ def test_what_predicts_no_token_has_no_perplexity() -> None:
     assert "erplexity" not in shown
 
 
+@pytest.mark.slow
 def test_generate(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("burnish.hardware._remembered", {})
-    monkeypatch.setattr("burnish.hardware._measure", lambda target: Rates(10.0, {"float32": 50.0}, "2026-01-01"))
+    monkeypatch.setattr(
+        "burnish.hardware.ceilings.measure", lambda target: Rates(10.0, {"float32": 50.0}, "2026-01-01")
+    )
     args = ["generate", str(model), "--prompt", "It is", "--max-new-tokens", "4", "--device", "cpu"]
     results = [CliRunner().invoke(app, [*args, *more], catch_exceptions=False) for more in ([], ["--quantize", "int8"])]
     assert [result.exit_code for result in results] == [0, 0]

@@ -58,7 +58,7 @@ ModelArgument = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A preset (minilm, bert-base, bert-large, gpt2, llama-3.2-1b, llama-3-8b, t5-small, vit-base, "
-        "whisper-tiny), a Hugging Face folder or hub id, or package.module:factory.",
+        "whisper-tiny), a Hugging Face folder or hub id, package.module:factory, or what `burnish isolate` wrote.",
         show_default=False,
     ),
 ]
@@ -74,6 +74,14 @@ DtypeOption = Annotated[Dtype | None, typer.Option(help="Of weights and inputs (
 LayersOption = Annotated[int | None, typer.Option(min=1, help="Build a preset with fewer layers.")]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1; default: CUDA where there is one.", show_default=False)
+]
+FactoryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PACKAGE.MODULE:FUNCTION",
+        help="Builds the model around an isolated submodule whose code is your own.",
+        show_default=False,
+    ),
 ]
 CacheOption = Annotated[CacheMode, typer.Option(help="Choices that were measured before.")]
 QuantizeOption = Annotated[
@@ -120,9 +128,10 @@ def load_model(
     dtype: Dtype | None,
     layers: int | None,
     device: str | None,
+    factory: str | None = None,
 ) -> Loaded:
     """The model of the command line with its inputs."""
     from burnish.models import Wanted, load
 
-    wanted = Wanted(batch, seq, dtype.torch if dtype else None, layers, tuple(text or ()), resolve_device(device))
-    return load(name, wanted)
+    torch_dtype = dtype.torch if dtype else None
+    return load(name, Wanted(batch, seq, torch_dtype, layers, tuple(text or ()), resolve_device(device), factory))

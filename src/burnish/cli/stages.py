@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 from torch import fx, nn
 
+import burnish
 from burnish._text import human_bytes
-from burnish.capture import Program, capture
+from burnish.capture import CaptureError, Program, capture
 from burnish.graph.matcher import Match, Pattern
 from burnish.lower import Executable, op_of
 from burnish.models import Loaded, ModelError, free_memory
-from burnish.op import OPS
+from burnish.op import OPS, Op
 from burnish.pack import pack
+from burnish.record import StepRecord
 from burnish.rewrites import FUSE, RAISE, apply
 
-STAGES = ("capture", "raise", "fuse", "pack")
+STAGES = ("capture", "raise", "fuse", "pack", "lower")
 
 
 def program_at(loaded: Loaded, stage: str) -> Program:
     """The Program after `stage`. CaptureError where the model cannot be captured.
 
-    Which weights are also stored (K, N) is measured when optimizing; it changes no node, and is left out here.
+    Which weights are also stored (K, N) is measured when optimizing; it changes no node, and is left out here. To lower
+    is to optimize: Impls are measured, and what a check rejects is undone.
     """
+    if stage == "lower":
+        return _lowered(loaded)
     program = capture(loaded.model, loaded.args, loaded.kwargs)
     steps = STAGES[: STAGES.index(stage) + 1]
     for name, rewrites in (("raise", RAISE), ("fuse", FUSE)):
@@ -33,16 +42,54 @@ def program_at(loaded: Loaded, stage: str) -> Program:
     return program
 
 
+class _Lowered:
+    """The Impl that was chosen for one Op call: what a lowered graph calls there."""
+
+    def __init__(self, op: Op, impl: str) -> None:
+        self.op = op
+        self.__name__ = self.__qualname__ = impl
+        self.__module__ = f"burnish.{op.name}"
+        self._fn: Callable[..., Any] = op.impls[impl].fn
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._fn(*args, **kwargs)
+
+
+def _lowered(loaded: Loaded) -> Program:
+    fast: Any = burnish.optimize(loaded.model, loaded.args, loaded.kwargs)
+    served = fast.schedule.served[0]
+    if not fast.schedule.programs:
+        raise CaptureError(served.kept_original)
+    program: Program = fast.schedule.program
+    slots = {slot.origin: slot for slot in Executable(program.graph_module, loaded.model).slots}
+    lowered = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph_module.graph))
+    counts: Counter[str] = Counter()
+    for node in lowered.graph.nodes:
+        if (slot := slots.get(node.name)) is not None and slot.name in served.choices:
+            choice = served.choices[slot.name]
+            node.target = _Lowered(slot.op, choice.impl)
+            counts[f"{slot.op.name}: {choice.candidate}"] += 1
+    lowered.recompile()
+    size = len(lowered.graph.nodes)
+    notes = [f"the original runs here: {served.kept_original}"] if served.kept_original else []
+    record = StepRecord("lower", dict(counts), nodes_before=size, nodes_after=size, notes=notes)
+    return replace(program, graph_module=lowered, history=[*program.history, record])
+
+
 def generated_code(program: Program, model: nn.Module) -> str:
-    """The Python that runs this graph, each Op a slot for an Impl."""
+    """The Python that runs this graph: each Op a slot for an Impl, or, once lowered, the Impl."""
+    graph = program.graph_module.graph
+    if any(isinstance(node.target, _Lowered) for node in graph.nodes):
+        return graph.python_code("self").src
     return Executable(program.graph_module, model).source
 
 
 def op_nodes(graph_module: fx.GraphModule) -> dict[str, list[fx.Node]]:
-    """The nodes that call Ops, by Op, in graph order."""
+    """The nodes that call Ops, or Impls of theirs, by Op, in graph order."""
     found: dict[str, list[fx.Node]] = {}
     for node in graph_module.graph.nodes:
-        if (op := op_of(node.target)) is not None:
+        op = node.target.op if isinstance(node.target, _Lowered) else op_of(node.target)
+        if op is not None:
             found.setdefault(op.name, []).append(node)
     return found
 

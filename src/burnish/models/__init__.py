@@ -1,4 +1,5 @@
-"""What a MODEL on the command line is: a preset, a Hugging Face folder or hub id, or `package.module:factory`.
+"""What a MODEL on the command line is: a preset, a Hugging Face folder or hub id, `package.module:factory`, or a folder
+that `burnish isolate` wrote.
 
 `load` builds the model in eval mode and makes inputs that fit it. Only a hub id that is no folder reaches for
 the network.

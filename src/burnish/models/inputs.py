@@ -20,8 +20,8 @@ def tokenized(name: str, source: str, model: nn.Module, wanted: Wanted) -> dict[
     tokenizer = transformers_module().AutoTokenizer.from_pretrained(source, local_files_only=Path(source).is_dir())
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    longest = min(wanted.seq or tokenizer.model_max_length, _longest(model) or tokenizer.model_max_length)
-    encoded = tokenizer(list(wanted.text), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    most = min(wanted.seq or tokenizer.model_max_length, longest(model) or tokenizer.model_max_length)
+    encoded = tokenizer(list(wanted.text), padding=True, truncation=True, max_length=most, return_tensors="pt")
     accepted = _parameters(model)
     inputs = {key: value.to(wanted.device) for key, value in encoded.items() if key in accepted}
     return {**inputs, **_beside_the_input(model, len(wanted.text), _seq(model, wanted), wanted.device)}
@@ -30,15 +30,15 @@ def tokenized(name: str, source: str, model: nn.Module, wanted: Wanted) -> dict[
 def made_up(name: str, model: nn.Module, wanted: Wanted) -> dict[str, Any]:
     """Made-up inputs of the sizes wanted: seeded token ids without padding, or a random picture or sound."""
     config: Any = model.config
-    longest = _longest(model)
+    most = longest(model)
     batch, seq = wanted.batch or DEFAULT_BATCH, _seq(model, wanted)
     kind = getattr(model, "main_input_name", "input_ids")
     generator = torch.Generator().manual_seed(0)
     has_seq = kind == "input_ids" or getattr(config, "is_encoder_decoder", False)
     if wanted.seq is not None and not has_seq:
         raise ModelError(f"--seq: {name} has no sequence length to choose; leave it out")
-    if has_seq and longest is not None and seq > longest:
-        raise ModelError(f"--seq={seq}: {name} has positions for {longest} tokens; give {longest} or less")
+    if has_seq and most is not None and seq > most:
+        raise ModelError(f"--seq={seq}: {name} has positions for {most} tokens; give {most} or less")
     inputs: dict[str, Any]
     if kind == "input_ids":
         ids = torch.randint(0, config.get_text_config().vocab_size, (batch, seq), generator=generator)
@@ -78,12 +78,13 @@ def _generates(model: Any) -> bool:
 
 
 def _seq(model: nn.Module, wanted: Wanted) -> int:
-    return wanted.seq or min(DEFAULT_SEQ, _longest(model) or DEFAULT_SEQ)
+    return wanted.seq or min(DEFAULT_SEQ, longest(model) or DEFAULT_SEQ)
 
 
-def _longest(model: nn.Module) -> int | None:
+def longest(model: nn.Module) -> int | None:
     """The most tokens that the model has positions for; None where it has no limit."""
-    limits = (getattr(model.config, name, None) for name in ("max_target_positions", "max_position_embeddings"))
+    config = getattr(model, "config", None)
+    limits = (getattr(config, name, None) for name in ("max_target_positions", "max_position_embeddings"))
     return next((limit for limit in limits if isinstance(limit, int)), None)
 
 

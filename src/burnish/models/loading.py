@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from burnish._text import human_bytes
+from burnish.isolated.folder import is_isolated
 from burnish.models.factory import from_factory
 from burnish.models.inputs import made_up, tokenized
+from burnish.models.isolated import from_isolated
 from burnish.models.library import minilm_folder, quiet_transformers
 from burnish.models.presets import MINILM, NAMES, PRESETS, Preset, presets_like
 from burnish.models.wanted import Loaded, ModelError, Wanted, first_line
@@ -27,13 +29,18 @@ def load(name: str, wanted: Wanted | None = None) -> Loaded:
     wanted = wanted or Wanted()
     if wanted.text and wanted.batch is not None:
         raise ModelError("--text: each text is a row of the batch; leave out --batch")
+    is_folder = Path(name).is_dir()
+    if wanted.factory is not None and not (is_folder and is_isolated(Path(name))):
+        raise ModelError(f"--factory: it is for a folder that `burnish isolate` wrote, which {name} is not")
     if name == MINILM:
         return _pretrained(name, minilm_folder(), wanted)
     if name in PRESETS:
         return _preset(name, PRESETS[name], wanted)
     if wanted.layers is not None:
         raise ModelError(f"--layers: only presets can be built with fewer layers: {', '.join(NAMES)}")
-    if Path(name).is_dir():
+    if is_folder and is_isolated(Path(name)):
+        return from_isolated(name, wanted)
+    if is_folder:
         if not Path(name, "config.json").is_file():
             raise ModelError(f"{name}: a Hugging Face model folder has a config.json, this one has none")
         return _pretrained(name, name, wanted)
@@ -98,6 +105,8 @@ def _keep_layers(config: Any, layers: int | None) -> None:
 
 def _check_memory(name: str, build: Callable[[], nn.Module], device: torch.device) -> None:
     """ModelError before anything is allocated, where the weights alone would not fit."""
+    if device.type == "meta":
+        return
     with torch.device("meta"):
         needed = sum(p.numel() * p.element_size() for p in build().parameters())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()

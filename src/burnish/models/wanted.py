@@ -21,7 +21,8 @@ class Wanted:
     """What the user asked for beside the model's name; None where nothing was asked.
 
     batch, seq: sizes of the made-up inputs. dtype: of weights and floating inputs. layers: keep so many (presets only).
-    text: sentences to tokenize in place of made-up ids, one row each.
+    text: sentences to tokenize in place of made-up ids, one row each. factory: `package.module:function` that builds
+    the model around an isolated submodule, where its code is the user's own.
     """
 
     batch: int | None = None
@@ -30,6 +31,7 @@ class Wanted:
     layers: int | None = None
     text: tuple[str, ...] = ()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    factory: str | None = None
 
 
 @dataclass(frozen=True)

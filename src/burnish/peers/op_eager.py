@@ -1,4 +1,4 @@
-"""How a model spells each Op with PyTorch's own functions: the peers of group `ops`."""
+"""How a model spells each Op with PyTorch's own functions: what there is before any fusing."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def rope_tables(position_ids: Tensor, inv_freq: Tensor, dtype: str, scaling: flo
 
 def append_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """As Hugging Face's static cache has it, but into copies: the Op leaves its inputs as they are."""
-    position = lengths + torch.arange(k.shape[2])
+    position = lengths + torch.arange(k.shape[2], device=k.device)
     return k_cache.index_copy(2, position, k), v_cache.index_copy(2, position, v)
 
 
@@ -234,7 +234,7 @@ def cached_attention(
     bias: Tensor | None = None,
 ) -> Tensor:
     """As Hugging Face's static cache has it: a mask over the whole cache."""
-    mask = torch.arange(k.shape[2]) < lengths.reshape(-1, 1, 1, 1)
+    mask = torch.arange(k.shape[2], device=k.device) < lengths.reshape(-1, 1, 1, 1)
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 

@@ -1,4 +1,4 @@
-"""Arguments of each Op, for group `ops`: random tensors of given sizes, in the dtype that is asked for."""
+"""Arguments of each Op: random tensors of given sizes, on the CPU, in the dtype that is asked for."""
 
 from __future__ import annotations
 
