@@ -1,0 +1,3 @@
+"""Whose functions are in a file."""
+
+DOMAIN, VERSION = "burnish", 1
