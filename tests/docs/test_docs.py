@@ -1,6 +1,9 @@
-"""The documentation is true: its Python runs, its links lead somewhere, its tables are those of the result files."""
+"""The documentation is true: its Python runs and prints and draws what the page shows, its links lead somewhere, its
+tables are those of the result files."""
 
+import io
 import re
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,23 +15,37 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
+SVG_TEXT = re.compile(r">([^<]+)</text>")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Block:
-    """One fenced block of Python: the words after the fence's `python`, the code, and the line on which it starts."""
+    """One fenced block of Python: the words after the fence's `python`, the code, and the line on which it starts.
+
+    `shown` is the block fenced as `output` after it: what it prints. Fenced as `output measured`, its numbers are those
+    of one run, and only the rest must be as printed.
+    """
 
     words: list[str]
     code: str
     line: int
+    shown: str | None = None
+    measured: bool = False
+
+    def comparable(self, text: str) -> list[str]:
+        if self.measured:
+            text = re.sub(r" +", " ", re.sub(r"\d+(\.\d+)?", "0", text))
+        return [line.rstrip() for line in text.strip().splitlines()]
 
 
 def python_blocks(text: str) -> list[Block]:
-    found = []
+    found: list[Block] = []
     for match in BLOCK.finditer(text):
         language, *words = match["info"].split() or [""]
         if language == "python":
             found.append(Block(words, match["code"], text.count("\n", 0, match.start("code"))))
+        elif language == "output":
+            found[-1].shown, found[-1].measured = match["code"], words == ["measured"]
     return found
 
 
@@ -38,14 +55,26 @@ def by_name(pages: list[Path]) -> list[object]:
 
 @pytest.mark.parametrize("page", by_name([page for page in PAGES if python_blocks(page.read_text())]))
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All blocks of a page in one namespace, in order, in an empty folder, with cache folders of their own."""
+    """All blocks of a page in one namespace, in order, in an empty folder, with cache folders of their own.
+
+    They print what the page shows, and draw the pictures of the same names in docs/images, by the text in these.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     namespace: dict[str, object] = {"__name__": "__docs__"}
     for block in python_blocks(page.read_text()):
         if not block.words:
             padding = "\n" * block.line  # so that a traceback names the page's own line
-            exec(compile(padding + block.code, str(page), "exec"), namespace)
+            printed = io.StringIO()
+            with redirect_stdout(printed):
+                exec(compile(padding + block.code, str(page), "exec"), namespace)
+            if block.shown is not None:
+                assert block.comparable(printed.getvalue()) == block.comparable(block.shown), f"{page}:{block.line}"
+    for picture in tmp_path.glob("*.svg"):
+        kept = ROOT / "docs" / "images" / picture.name
+        if kept.exists():
+            drawn, shown = (SVG_TEXT.findall(file.read_text(encoding="utf-8")) for file in (picture, kept))
+            assert drawn == shown, f"put {picture} in the place of {kept}"
 
 
 @pytest.mark.parametrize("page", by_name(PAGES))
