@@ -1,7 +1,8 @@
 """Burnish makes PyTorch transformers fast, step by step, and shows its work.
 
-`optimize` is the one-line way; `ops`, `use` and `why_not` give every fused Op with an explicit choice of
-implementation; `replace_pattern`, `explain_match`, `graph_report` and `draw` work on any fx graph.
+`optimize` is the one-line way, `explain` says where the time goes before; `ops`, `use` and `why_not` give every fused
+Op with an explicit choice of implementation; `replace_pattern`, `explain_match`, `graph_report` and `draw` work on any
+fx graph.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ if TYPE_CHECKING:
     from burnish.graph.rewriter import replace_pattern
     from burnish.graph.show import draw, graph_report
     from burnish.hardware import DeviceInfo, device
+    from burnish.isolated import Isolated, isolate
     from burnish.likelihood import perplexity, perplexity_change
+    from burnish.onnx import OnnxFile, to_onnx
     from burnish.op import use, why_not
     from burnish.report import Report
+    from burnish.report.explain import explain
     from burnish.schedule import Schedule, optimize
 
 __version__ = "0.1.0"
@@ -27,18 +31,23 @@ __version__ = "0.1.0"
 _HOME = {
     "Benchmark": "bench",
     "DeviceInfo": "hardware",
+    "Isolated": "isolated",
+    "OnnxFile": "onnx",
     "Report": "report",
     "Schedule": "schedule",
     "benchmark": "bench",
     "device": "hardware",
     "draw": "graph.show",
+    "explain": "report.explain",
     "explain_match": "graph.matcher",
     "find_matches": "graph.matcher",
     "graph_report": "graph.show",
+    "isolate": "isolated",
     "optimize": "schedule",
     "perplexity": "likelihood",
     "perplexity_change": "likelihood",
     "replace_pattern": "graph.rewriter",
+    "to_onnx": "onnx",
     "use": "op",
     "why_not": "op",
 }
@@ -47,21 +56,26 @@ _MODULES = ("ops", "pattern")
 __all__ = [
     "Benchmark",
     "DeviceInfo",
+    "Isolated",
+    "OnnxFile",
     "Report",
     "Schedule",
     "__version__",
     "benchmark",
     "device",
     "draw",
+    "explain",
     "explain_match",
     "find_matches",
     "graph_report",
+    "isolate",
     "ops",
     "optimize",
     "pattern",
     "perplexity",
     "perplexity_change",
     "replace_pattern",
+    "to_onnx",
     "use",
     "why_not",
 ]

@@ -5,7 +5,8 @@ Results go to stdout (as JSON with `--json`), progress and errors to stderr; an 
 
 from __future__ import annotations
 
-from burnish.cli import generate, info, model  # noqa: F401  (importing them registers their commands)
+# Importing them registers their commands.
+from burnish.cli import bench, device, explain, generate, graph, info, isolate, model, onnx  # noqa: F401
 from burnish.cli.app import app, main
 
 __all__ = ["app", "main"]
