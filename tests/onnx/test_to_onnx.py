@@ -97,7 +97,7 @@ def test_onnx_runtime_at_other_sizes(bert: BertModel, bert_file: OnnxFile, batch
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
 
 
-# --- a decode step, at opset 23 ---------------------------------------------------------------------------------------
+# --- a decode step, at opset 23: docs/onnx.md has one in the fast tests -----------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,7 @@ def step(folder: Path) -> tuple[LlamaForCausalLM, OnnxFile]:
     return model, burnish.to_onnx(model, (IDS,), folder / "step.onnx", decode=True, opset=23)
 
 
+@pytest.mark.slow
 def test_a_decode_step(step: tuple[LlamaForCausalLM, OnnxFile]) -> None:
     _, file = step
     assert file.inputs == {
@@ -123,6 +124,7 @@ def test_a_decode_step(step: tuple[LlamaForCausalLM, OnnxFile]) -> None:
     assert checked == [(2, 2, 7), (1, 5, 4), (2, 1, 7), (2, 2, 0)]  # batch, new tokens, past
 
 
+@pytest.mark.slow
 def test_opset_23_has_operators_of_its_own(step: tuple[LlamaForCausalLM, OnnxFile]) -> None:
     found = step[1].in_functions
     own = {"Attention": 1, "RMSNormalization": 3, "RotaryEmbedding": 2}
@@ -130,6 +132,7 @@ def test_opset_23_has_operators_of_its_own(step: tuple[LlamaForCausalLM, OnnxFil
     assert "Softmax" not in found
 
 
+@pytest.mark.slow
 def test_generation_by_onnx_runtime(step: tuple[LlamaForCausalLM, OnnxFile]) -> None:
     """The prompt, padded on the left, and then a token at a time: Hugging Face's own tokens."""
     model, file = step
