@@ -79,6 +79,8 @@ def test_what_is_faster_in_the_model_is_taken_and_remembered() -> None:
 def test_no_rival_is_tried_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared, chosen, seen, tuner = measured()
     clock = iter(range(0, 1000, 5))  # each look at it is 5 seconds later, and there are 6
+    rivals = Tuner.rivals
+    monkeypatch.setattr(Tuner, "rivals", lambda *args: 3 * rivals(*args))
     monkeypatch.setattr(in_model.time, "perf_counter", lambda: next(clock))
     asked: list[Any] = []
     choose_in_model(prepared, chosen, seen, tuner, stopwatch(LINEAR.impls["torch"].fn, asked))
