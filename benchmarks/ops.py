@@ -148,6 +148,13 @@ BENCHED: dict[str, tuple[Callable[..., object], dict[str, inputs.Maker]]] = {
             "b8 h12 300 of 512 d64": inputs.cached_attention_arguments(8, 12, 12, 512, 300, 64),
         },
     ),
+    "embedding": (
+        eager.embedding,
+        {
+            "b1 n768, positions": inputs.token_arguments(1, 768, 1024),
+            "b16 n4096": inputs.token_arguments(16, 4096, 0),
+        },
+    ),
     "embedding_layer_norm": (eager.embedding_layer_norm, {"b8 s128 n384": inputs.embedding_arguments(8, 128, 384)}),
     "sample_token": (
         eager.sample_token,

@@ -146,3 +146,19 @@ def test_a_slot_gets_the_defaults_too() -> None:
     given: list[tuple[Any, ...]] = []
     executable.bind({"rms_norm_0": lambda *args: given.append(args)})([], [torch.randn(2, 3, WIDTH)])
     assert [args[1:] for args in given] == [(None, 1e-6)]
+
+
+def test_numbers_from_inputs_come_before_what_computes() -> None:
+    class Reads(nn.Module):
+        def forward(self, x: Tensor, length: Tensor) -> Tensor:
+            return F.silu(F.linear(x, x)) * (length + 1) * (x + length)
+
+    inputs = torch.rand(3, 3), torch.tensor(2)
+    program = capture(Reads(), inputs)
+    apply("raise", RAISE, program.graph_module)
+    lines = Executable(program.graph_module).source.splitlines()
+    (first,) = (i for i, line in enumerate(lines) if "linear_0" in line)
+    added = [i for i, line in enumerate(lines) if "torch.add(" in line or "torch_add(" in line]
+    assert [i < first for i in added] == [True, False]
+    (result,) = Executable(program.graph_module).bind({})([], list(inputs))
+    assert_close(result, Reads()(*inputs), Reads()(*(each.double() for each in inputs)))

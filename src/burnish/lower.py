@@ -80,11 +80,11 @@ def op_of(target: Any) -> Op | None:
 
 
 def _slotted(graph_module: fx.GraphModule) -> tuple[fx.Graph, list[Slot], list[str]]:
-    """A copy of the graph with Op nodes calling slots and each weight a leading placeholder."""
+    """A copy of the graph with Op nodes calling slots, each weight a leading placeholder, and counts taken first."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     weight_nodes: dict[str, fx.Node] = {}
-    nodes = list(graph_module.graph.nodes)
+    nodes = _counts_first(graph_module.graph)
     for node in nodes:
         if node.op == "get_attr":
             if node.target not in weight_nodes:
@@ -106,6 +106,21 @@ def _slotted(graph_module: fx.GraphModule) -> tuple[fx.Graph, list[Slot], list[s
             new.target = fast
         mapping[node] = new
     return graph, slots, list(weight_nodes)
+
+
+def _counts_first(graph: fx.Graph) -> list[Any]:
+    """The nodes in the order of execution: what only takes numbers from inputs, such as one more than the length of a
+    cache, comes before the rest. On CUDA a kernel of PyTorch between those of Ops would have the next one wait to be
+    launched (see `burnish.kernels.launch`)."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    early = set(inputs)
+    for node in graph.nodes:
+        found = node.meta.get("val")
+        is_number = not isinstance(found, Tensor) or found.dim() == 0
+        if node.op == "call_function" and op_of(node.target) is None and is_number:
+            early |= {node} if node.all_input_nodes and early.issuperset(node.all_input_nodes) else set()
+    first = [node for node in graph.nodes if node in early]
+    return [*first, *(node for node in graph.nodes if node not in early)]
 
 
 def _may_write(node: fx.Node, op: Op) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from burnish.numerics import assert_close, oracle, randn
 from burnish.op import Op
-from burnish.ops import add_layer_norm, add_rms_norm, embedding_layer_norm, layer_norm, rms_norm
+from burnish.ops import add_layer_norm, add_rms_norm, embedding, embedding_layer_norm, layer_norm, rms_norm
 
 pytest.importorskip("triton")
 
@@ -200,7 +200,9 @@ def embeddings(**changes: Any) -> tuple[Any, ...]:
     ids=["all", "no types", "int32 positions, transposed", "strided and expanded", "slices of tables"],
 )
 def test_embeddings(changes: dict[str, Any]) -> None:
-    assert_right(embedding_layer_norm, *embeddings(**changes))
+    args = embeddings(**changes)
+    assert_right(embedding_layer_norm, *args)
+    assert_right(embedding, *args[:4])
 
 
 @pytest.mark.parametrize("wrong", [50, -1])
@@ -209,6 +211,7 @@ def test_an_index_out_of_range_is_seen(wrong: int) -> None:
     rows = embedding_layer_norm.impls["triton"].fn(*args)
     assert rows.isnan().all(-1).tolist() == [[False, False, True, False, False]] * 2
     assert not rows[:, [0, 1, 3, 4]].isnan().any()
+    assert embedding.impls["triton"].fn(*args[:4]).isnan().all(-1).equal(rows.isnan().all(-1))
 
 
 def test_reasons_against() -> None:

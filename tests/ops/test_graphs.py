@@ -24,6 +24,7 @@ FEATURES = {  # of each Op, samples that together use every argument
     "add_rms_norm": ("odd", "no sum", "transposed"),
     "attention": ("left padding, causal", "grouped bias", "window", "scale", "grouped decode"),
     "cached_attention": ("several tokens, window, lengths", "left padding", "scale", "several tokens, bias of each"),
+    "embedding": ("positions", "one token of each text"),
     "embedding_layer_norm": ("BERT", "no types"),
     "gated_mlp": ("gelu_tanh", "biases"),
     "linear": ("gelu", "residual", "K-major weight"),
@@ -110,6 +111,7 @@ SMALL = {  # float64 inputs small enough for numerical derivatives
         torch.tensor([[0, 1, 1], [0, 0, 0]]),  # rows that may attend to nothing have no gradient, and no NaN
         True,
     ),
+    "embedding": lambda r: (torch.tensor([[0, 2, 2]]), r(3, 4), torch.arange(3)[None], r(3, 4)),
     "embedding_layer_norm": lambda r: (
         torch.tensor([[0, 2, 2]]),
         r(3, 4),

@@ -1,4 +1,4 @@
-"""BERT's embeddings: rows of two or three tables gathered, added and layer-normalized in one pass.
+"""Embeddings: rows of one to three tables gathered and added in one pass, BERT's also layer-normalized.
 
 Source: Devlin et al., "BERT", arXiv:1810.04805; the normalization as in `burnish.kernels.norms`.
 """
@@ -59,6 +59,61 @@ def _embedding_layer_norm_kernel(
     tl.store(out + row * N + column, normed.to(dtype), mask)
 
 
+@triton.jit(do_not_specialize=["length", "ids_batch", "position_ids_batch"])
+def _embedding_kernel(
+    ids, word, position_ids, position, out, length, ids_batch, ids_step, position_ids_batch, position_ids_step,
+    words, word_stride, positions, position_stride, N: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N columns of one token."""
+    launch_dependents(PDL)
+    wait_for_inputs(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    batch, place = row // length, row % length
+    column = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    total = _gather(word, words, word_stride, ids, batch, place, ids_batch, ids_step, column, N)
+    if position is not None:
+        added = _gather(
+            position, positions, position_stride, position_ids, batch, place,
+            position_ids_batch, position_ids_step, column, N,
+        )  # fmt: skip
+        total = total.to(tl.float32) + added.to(tl.float32)
+    tl.store(out + row * N + column, total.to(out.dtype.element_ty), column < N)
+
+
+def embedding(
+    ids: Tensor, word: Tensor, position_ids: Tensor | None, position: Tensor | None, config: Config | None = None
+) -> Tensor:
+    """`word[ids]`, and `position[position_ids]` added where given, rounded once.
+
+    Shapes, dtypes and what is out of range as of `embedding_layer_norm`.
+    """
+    B, S = ids.shape
+    N = word.shape[1]
+    config = config or lookup_configs(N)[0]
+    out = torch.empty((B, S, N), dtype=word.dtype, device=word.device)
+    launch(
+        _embedding_kernel, (B * S, triton.cdiv(N, config["BLOCK_N"])), ids, word, position_ids, position, out, S,
+        *_steps(ids, position_ids), *_sizes(word, position), config=config, like=word, N=N,
+    )  # fmt: skip
+    return out
+
+
+def lookup_configs(N: int) -> list[Config]:
+    """How to look up rows of N entries, the most promising first."""
+    widest = max(128, triton.next_power_of_2(N))
+    return list(dict.fromkeys(Config.of(w, BLOCK_N=min(n, widest)) for n, w in ((512, 2), (1024, 4), (256, 1))))
+
+
+def _steps(*indices: Tensor | None) -> list[int]:
+    """Strides of each: 0 of a dimension that is the same for all."""
+    return [s for i in indices for s in ((0, 0) if i is None else (i.stride(0) if i.shape[0] > 1 else 0, i.stride(1)))]
+
+
+def _sizes(*tables: Tensor | None) -> list[int]:
+    """Of each the entries, and how far they are apart."""
+    return [s for t in tables for s in ((0, 0) if t is None else (t.shape[0], t.stride(0)))]
+
+
 def embedding_layer_norm(
     ids: Tensor, word: Tensor, position_ids: Tensor, position: Tensor, type_ids: Tensor | None, type: Tensor | None,
     weight: Tensor | None, bias: Tensor | None, eps: float, config: Config | None = None,
@@ -73,13 +128,11 @@ def embedding_layer_norm(
     N = word.shape[1]
     config = config or embedding_configs(B * S, N, word.dtype, target_of(word))[0]
     out = torch.empty((B, S, N), dtype=word.dtype, device=word.device)
-    indices = (ids, position_ids, type_ids)
-    steps = [s for i in indices for s in ((0, 0) if i is None else (i.stride(0) if i.shape[0] > 1 else 0, i.stride(1)))]
-    sizes = [s for t in (word, position, type) for s in ((0, 0) if t is None else (t.shape[0], t.stride(0)))]
     vector_steps = (1 if v is None else v.stride(0) for v in (weight, bias))
     launch(
         _embedding_layer_norm_kernel, (B * S,), ids, word, position_ids, position, type_ids, type, weight, bias, out, S,
-        *steps, *sizes, *vector_steps, eps, config=config, like=word, N=N, BLOCK_N=triton.next_power_of_2(N),
+        *_steps(ids, position_ids, type_ids), *_sizes(word, position, type), *vector_steps, eps, config=config,
+        like=word, N=N, BLOCK_N=triton.next_power_of_2(N),
     )  # fmt: skip
     return out
 

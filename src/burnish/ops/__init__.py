@@ -7,6 +7,7 @@ from burnish.ops.add_rms_norm import add_rms_norm
 from burnish.ops.append_kv import append_kv
 from burnish.ops.attention import attention
 from burnish.ops.cached_attention import cached_attention
+from burnish.ops.embedding import embedding
 from burnish.ops.embedding_layer_norm import embedding_layer_norm
 from burnish.ops.gated_mlp import gated_mlp
 from burnish.ops.layer_norm import layer_norm
@@ -33,6 +34,7 @@ __all__ = [
     "append_kv",
     "attention",
     "cached_attention",
+    "embedding",
     "embedding_layer_norm",
     "gated_mlp",
     "layer_norm",

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
-from burnish.ops._common import check_floating, check_same_dtype, check_vector, nbytes
+from burnish.ops._common import check_vector, nbytes
+from burnish.ops._embeddings import check_lookups, stored_by_rows
 from burnish.ops._norms import layer_norm_reference, not_mixed_layer_norm
 from burnish.ops._triton_norms import triton_norm_why_not
 
@@ -27,26 +28,10 @@ def _check(
     bias: Tensor | None,
     eps: float,
 ) -> None:
-    if ids.dim() != 2:
-        raise ValueError(f"ids has shape {tuple(ids.shape)}; it must be (batch, sequence)")
     if (type_ids is None) != (type is None):
         raise ValueError("type_ids and type belong together; give both or none")
-    for name, index in (("ids", ids), ("position_ids", position_ids), ("type_ids", type_ids)):
-        if index is None:
-            continue
-        if index.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name} has dtype {index.dtype}; it must be int32 or int64")
-        if index.dim() != 2 or index.shape[1] != ids.shape[1] or index.shape[0] not in (1, ids.shape[0]):
-            raise ValueError(
-                f"{name} has shape {tuple(index.shape)}; it must be that of ids, {tuple(ids.shape)}, or (1, S)"
-            )
-    for name, table in (("word", word), ("position", position), ("type", type)):
-        if table is None:
-            continue
-        check_floating(name, table)
-        if table.dim() != 2 or table.shape[1] != word.shape[-1]:
-            raise ValueError(f"{name} has shape {tuple(table.shape)}; it must be (entries, {word.shape[-1]})")
-        check_same_dtype(name, table, "word", word)
+    indices, tables = {"position_ids": position_ids, "type_ids": type_ids}, {"position": position, "type": type}
+    check_lookups(ids, word, indices, tables)
     check_vector("weight", weight, word.shape[1], "the embeddings' width")
     check_vector("bias", bias, word.shape[1], "the embeddings' width")
 
@@ -175,9 +160,7 @@ def _triton_why_not(
     reasons = triton_norm_why_not(word, weight, bias)
     if ids.numel() == 0:
         reasons.append("ids is empty")
-    for name, table in (("word", word), ("position", position), ("type", type)):
-        if table is not None and table.shape[1] > 1 and table.stride(1) != 1:
-            reasons.append(f"{name} is not stored row by row (its strides are {tuple(table.stride())})")
+    reasons += stored_by_rows(word=word, position=position, type=type)
     return reasons
 
 

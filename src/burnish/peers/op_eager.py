@@ -238,6 +238,11 @@ def cached_attention(
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
+def embedding(ids: Tensor, word: Tensor, position_ids: Tensor | None, position: Tensor | None) -> Tensor:
+    words = F.embedding(ids, word)
+    return words if position_ids is None or position is None else words + F.embedding(position_ids, position)
+
+
 def embedding_layer_norm(
     ids: Tensor,
     word: Tensor,

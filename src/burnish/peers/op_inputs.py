@@ -145,6 +145,17 @@ def cached_attention_arguments(batch: int, heads: int, kv_heads: int, most: int,
     return arguments
 
 
+def token_arguments(batch: int, width: int, positions: int) -> Maker:
+    def arguments(dtype: torch.dtype) -> Arguments:
+        ids = torch.randint(32_000, (batch, 1), generator=torch.Generator().manual_seed(0))
+        if not positions:
+            return ids, *tensors((32_000, width))(dtype), None, None
+        word, position = tensors((32_000, width), (positions, width))(dtype)
+        return ids, word, torch.tensor([[positions // 2]]), position
+
+    return arguments
+
+
 def embedding_arguments(batch: int, seq: int, width: int) -> Maker:
     def arguments(dtype: torch.dtype) -> Arguments:
         ids = torch.randint(30_522, (batch, seq), generator=torch.Generator().manual_seed(0))

@@ -3,6 +3,7 @@
 from burnish.graph.trace import clean
 from burnish.rewrites.fuse import FUSE as _FUSE
 from burnish.rewrites.fuse_append import fuse_rope_append
+from burnish.rewrites.fuse_embedding import fuse_token_embedding
 from burnish.rewrites.fuse_positions import read_position_from_length
 from burnish.rewrites.fuse_product_append import fuse_linear_rope_append
 from burnish.rewrites.fuse_prologue import fuse_norm_prologue
@@ -23,6 +24,7 @@ FUSE: list[Rewrite | GraphPass] = [
     GraphPass("rope_append", fuse_rope_append),
     GraphPass("linear_rope_append", fuse_linear_rope_append),
     GraphPass("norm prologue", fuse_norm_prologue),  # products that rotate have gone before, and stay
+    GraphPass("token embedding", fuse_token_embedding),
     GraphPass("position from length", read_position_from_length),
     GraphPass("boolean masks", read_boolean_masks),
     GraphPass("integer padding masks", read_integer_masks),

@@ -1,4 +1,4 @@
-"""Rotary tables of one new token: its position, `arange(1) + lengths`, is `lengths`, and two kernels less."""
+"""The position of one new token, `arange(1) + lengths`, is `lengths`: two kernels less."""
 
 from __future__ import annotations
 
@@ -8,25 +8,35 @@ import torch
 from torch import Tensor, fx
 
 from burnish import ops
+from burnish.op import Op
 from burnish.rewrites.rewrite import Outcome, arguments, insert, value
 
 aten = torch.ops.aten
 _RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 
 
+_POSITIONS: dict[Any, tuple[Op, int]] = {
+    op.overload: (op, place) for op, place in ((ops.rope_tables, 0), (ops.embedding, 2))
+}
+"""Which argument of these Ops positions are."""
+
+
 def read_position_from_length(graph_module: fx.GraphModule) -> Outcome:
-    """rope_tables of a number on the device to which the range (0,) is added -> rope_tables of that number's view."""
+    """rope_tables or embedding of a number on the device to which the range (0,) is added -> of that number's view."""
     count = 0
     for node in list(graph_module.graph.nodes):
-        if node.target is not ops.rope_tables.overload:
+        if node.target not in _POSITIONS:
             continue
-        positions, *rest = ops.rope_tables.bind(*node.args, **node.kwargs)
-        shape, number = [1] * value(positions).dim(), _number(positions)
+        op, place = _POSITIONS[node.target]
+        args = list(op.bind(*node.args, **node.kwargs))
+        positions = args[place]
+        args[place] = number = None if positions is None else _number(positions)
 
-        def build(number: Any, *rest: Any, shape: list[int] = shape) -> Any:
-            return ops.rope_tables(aten.view.default(number, shape), *rest)
+        def build(*args: Any, op: Op = op, place: int = place, positions: Any = positions) -> Any:
+            shape = [1] * value(positions).dim()
+            return op(*args[:place], aten.view.default(args[place], shape), *args[place + 1 :])
 
-        if number is not None and insert(graph_module, [node], build, number, *rest) is None:
+        if number is not None and insert(graph_module, [node], build, *args) is None:
             count += 1
     return Outcome(count)
 
