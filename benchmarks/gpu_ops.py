@@ -6,7 +6,9 @@ Each is timed as a CUDA graph on an L2 cache that holds other data.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,6 +33,23 @@ BACKENDS = {
     "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa-math": SDPBackend.MATH,
 }
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A layer's width, how many heads of queries and of keys it has, how wide, and whether they are rotated."""
+
+    width: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    rotated: bool
+
+    def __str__(self) -> str:
+        return f"k{self.width}-h{self.heads}x{self.key_heads}-d{self.head_dim}{'' if self.rotated else '-not-rotated'}"
+
+
+LLAMA_8B, GPT_2 = Heads(4096, 32, 8, 128, rotated=True), Heads(768, 12, 12, 64, rotated=False)
 
 
 class GatedMLP(nn.Module):
@@ -96,6 +115,12 @@ def cases() -> Iterator[Case]:
             name = f"quantized-gated-product-{kind}-d4096-i14336-t{tokens}"
             run = partial(_quantized, kind=kind, width=4096, columns=2 * 14336, tokens=tokens, gated=True)
             yield Case(name, partial(run, name=name))
+    for heads, batch in itertools.product((LLAMA_8B, GPT_2), (1, 16)):
+        name = f"linear-rope-append-{heads}-b{batch}"
+        yield Case(name, partial(_product_append, name=name, kind=None, size=heads, batch=batch))
+    for kind, batch in itertools.product(kinds, (1, 16)):
+        name = f"quantized-linear-rope-append-{kind}-{LLAMA_8B}-b{batch}"
+        yield Case(name, partial(_product_append, name=name, kind=kind, size=LLAMA_8B, batch=batch))
     for rows, width in ((16384, 4096), (4096, 8192)):
         name = f"add-rms-norm-{rows}x{width}"
         yield Case(name, partial(_add_rms_norm, name=name, rows=rows, width=width))
@@ -168,6 +193,23 @@ def _quantized(
     return _run(session, name, "quantized_gated_product" if gated else "quantized_linear", args, None, {}, more)
 
 
+def _product_append(session: Session, *, name: str, kind: Kind | None, size: Heads, batch: int) -> list[Record]:
+    """One new token of each text, against the product of a float weight by cuBLAS alone."""
+    rows = (size.heads + 2 * size.key_heads) * size.head_dim
+    wide = randn(rows, size.width, dtype=torch.bfloat16, device="cuda") / size.width**0.5
+    bias = None if size.rotated else randn(rows, dtype=torch.bfloat16, device="cuda", seed=2)
+    x = randn(batch, 1, size.width, dtype=torch.bfloat16, device="cuda", seed=1)
+    caches = (randn(batch, size.key_heads, 1024, size.head_dim, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    tables = (randn(1, size.head_dim, dtype=torch.bfloat16, device="cuda", seed=seed) for seed in (3, 4))
+    rest = (bias, *(tables if size.rotated else (None, None)), *caches, torch.tensor(512, device="cuda"))
+    more = {"cublas-product": captured(lambda: F.linear(x, wide, bias))}
+    if kind is None:
+        return _run(session, name, "linear_rope_append", (x, wide, *rest), None, {}, more)
+    stored = quantize_weight(wide, kind)
+    weight = stored.data, stored.scales, stored.zeros, kind
+    return _run(session, name, "quantized_linear_rope_append", (x, *weight, *rest), None, {}, more)
+
+
 def _add_rms_norm(session: Session, *, name: str, rows: int, width: int) -> list[Record]:
     model = AddRMSNorm(width).to("cuda", torch.bfloat16).requires_grad_(False)
     x, residual = (randn(rows, width, dtype=torch.bfloat16, device="cuda", seed=seed) for seed in (1, 2))
@@ -238,7 +280,8 @@ def _run(
     for impl in op.impls.values():
         if impl.name != "reference" and not impl.why_not(*bound):
             impls[impl.name] = partial(impl.fn, *bound)
-    fastest, choice = tuner.choose(op, bound, budget_us=1e6, thorough=True)
+    # In place, as in a model; in the checks the others write to copies.
+    fastest, choice = tuner.choose(op, bound, budget_us=1e6, thorough=True, in_place=bool(op.donates))
     impls[choice.impl] = partial(fastest, *bound)
     tuner.save()
     wrong = {n: r for n, r in verdicts({n: run() for n, run in impls.items()}, reference, truth).items() if r}
@@ -247,7 +290,7 @@ def _run(
     variants = {"burnish": captured(partial(fastest, *bound))}
     if model is not None:
         variants |= peers(model, inputs, session.wants)
-    rest = {f"impl {n}": run for n, run in impls.items() if n != choice.impl}
+    rest = {f"impl {n}": partial(op.impls[n].in_place or op.impls[n].fn, *bound) for n in impls if n != choice.impl}
     variants |= {n: run for n, run in more.items() if session.wants(n)}
     variants |= {n: captured(run) for n, run in rest.items() if session.wants(n)}
     kernels = {variant: len(kernels_of(run)) for variant, run in variants.items()}

@@ -130,7 +130,20 @@ BENCHED: dict[str, tuple[Callable[..., object], dict[str, inputs.Maker]]] = {
     ),
     "linear_rope_append": (
         eager.linear_rope_append,
-        {"m1 k1024 h16/4 into 512 d64": inputs.linear_rope_append_arguments(1024, 16, 4, 512, 300, 64)},
+        {
+            "m1 k1024 h16/4 into 512 d64": inputs.linear_rope_append_arguments(1024, 16, 4, 512, 300, 64),
+            "m1 k768 h12 into 512 d64, not rotated": inputs.linear_rope_append_arguments(
+                768, 12, 12, 512, 300, 64, rotated=False
+            ),
+        },
+    ),
+    "quantized_linear_rope_append": (
+        eager.quantized_linear_rope_append,
+        {
+            "m1 k1024 h16/4 into 512 d64 int8": inputs.quantized_linear_rope_append_arguments(
+                1024, 16, 4, 512, 300, 64, "int8"
+            )
+        },
     ),
     "attention": (
         eager.attention,

@@ -23,20 +23,20 @@ H200 = Target((9, 0), 132)
 
 def inputs(
     q_heads: int = 3, heads: int = 1, d: int = 8, *, batch: int = 2, s: int = 1, depth: int = 40, most: int = 6,
-    dtype: torch.dtype = FP32, bias: bool = True, table_dtype: torch.dtype = FP32, tables: tuple[int, ...] = (),
+    dtype: torch.dtype = FP32, bias: bool = True, table_dtype: torch.dtype = FP32, tables: tuple[int, ...] | None = (),
 ) -> list[Any]:  # fmt: skip
-    """All but the lengths. The tables are any numbers: both partners' are taken as they come."""
+    """All but the lengths. The tables, if not None, are any numbers: both partners' are taken as they come."""
     rows, cache = (q_heads + 2 * heads) * d, (batch, heads, most, d)
     weight, added = randn(rows, depth, dtype=dtype, seed=1) / depth**0.5, randn(rows, dtype=dtype, seed=2)
     shape = tables or (batch, s, d)
-    cos, sin = randn(*shape, dtype=table_dtype, seed=5), randn(*shape, dtype=table_dtype, seed=6)
+    cos, sin = (None if tables is None else randn(*shape, dtype=table_dtype, seed=seed) for seed in (5, 6))
     caches = randn(*cache, dtype=dtype, seed=3), randn(*cache, dtype=dtype, seed=4)
     return [randn(batch, s, depth, dtype=dtype), weight, added if bias else None, cos, sin, *caches]
 
 
-def check(*args: Any, config: Config | None = None) -> None:
+def check(*args: Any, config: Config | None = None, name: str = "triton_gemv") -> None:
     """Runs the kernel in place on copies, and looks at all that it was given."""
-    op, impl = linear_rope_append, linear_rope_append.impls["triton_gemv"]
+    op, impl = linear_rope_append, linear_rope_append.impls[name]
     bound = op.bind(*args)
     assert impl.why_not(*bound) == ["the inputs are on cpu, not on a CUDA device"]
     given = [a.clone() if isinstance(a, Tensor) and i in op.donates else a for i, a in enumerate(bound)]
@@ -129,6 +129,15 @@ def test_tables_that_texts_share(shape: tuple[int, ...]) -> None:
     check(*args, torch.tensor(1))
 
 
+@pytest.mark.parametrize(("batch", "s", "d"), [(1, 1, 8), (2, 4, 6), slow(5, 1, 2)])
+def test_without_tables(batch: int, s: int, d: int) -> None:
+    """As GPT-2 has it: nothing is rotated."""
+    args = inputs(d=d, batch=batch, s=s, tables=None)
+    check(*args, torch.arange(batch))
+    args[1], args[2] = args[1].half(), None
+    check(args[0].half(), *args[1:5], *(cache.half() for cache in args[5:]), torch.tensor(1))
+
+
 @pytest.mark.parametrize("table_dtype", [FP32, BF16, slow(FP16)])
 def test_tables_of_another_dtype(table_dtype: torch.dtype) -> None:
     check(*inputs(dtype=BF16, table_dtype=table_dtype, bias=False), torch.tensor(2, dtype=torch.int32))
@@ -207,3 +216,4 @@ def test_reasons() -> None:
         "sin is torch.float64; the kernel takes float16, bfloat16 and float32"
     ]
     assert reasons(*inputs(most=0)) == ["an input is empty"]
+    assert reasons(*inputs(d=5, tables=None)) == ["heads have 5 entries; the kernel takes pairs of them"]

@@ -17,7 +17,12 @@ from tests.slow import slow
 
 ALL = [OPS[name] for name in burnish.ops.__all__]
 NAMES = burnish.ops.__all__
-LONG = ("linear_rope_append", "quantized_gated_product", "quantized_linear")  # a fifth of a minute each
+LONG = (
+    "linear_rope_append",
+    "quantized_gated_product",
+    "quantized_linear",
+    "quantized_linear_rope_append",
+)  # a fifth of a minute each
 WITH_GRADIENT = [OPS[name] for name in NAMES if name != "sample_token"]  # whose result is an index
 FEATURES = {  # of each Op, samples that together use every argument
     "add_layer_norm": ("odd", "no sum", "transposed"),
@@ -31,9 +36,10 @@ FEATURES = {  # of each Op, samples that together use every argument
     "linear_add_layer_norm": ("biases", "no sum", "plain"),
     "linear_add_rms_norm": ("bias", "no sum", "plain"),
     "linear_rope": ("head_dim 20", "no bias", "table per row"),
-    "linear_rope_append": ("interleaved", "18 rows, partial"),
+    "linear_rope_append": ("interleaved", "18 rows, partial", "no tables, not all fit"),
     "quantized_gated_product": ("int8, 16 rows, bias, gelu_tanh", "int4, 64 columns a group, zeros"),
     "quantized_linear": ("int4, bias, silu", "expanded residual", "int4, 64 columns a group, zeros"),
+    "quantized_linear_rope_append": ("int8, 16 rows, interleaved, bias", "int4, zeros, 18 rows, partial"),
     "rms_norm_gated_mlp": ("5 rows", "transposed"),
     "rms_norm_linear": ("5 rows", "transposed"),
     "rope": ("partial interleaved", "heads last in memory", "table per row"),
@@ -153,6 +159,10 @@ SMALL = {  # float64 inputs small enough for numerical derivatives
     "penalize_repetition": lambda r: (r(2, 5), torch.tensor([[1, 1, 4], [0, 2, 3]]), torch.tensor([3, 2]), 1.3),
     "quantized_gated_product": lambda r: (r(2, 16), int8(4, 16), r(4), None, "int8", r(4), "gelu"),
     "quantized_linear": lambda r: (r(2, 16), int8(3, 16), r(3), None, "int8", r(3), "silu", r(2, 3)),
+    "quantized_linear_rope_append": lambda r: (
+        *(r(1, 2, 16), int8(11, 16), r(11), None, "int8", r(11)),
+        *(r(2, 2), r(2, 2), r(1, 1, 4, 4), r(1, 1, 4, 3), torch.tensor(1), True),
+    ),
     "rms_norm": lambda r: (r(2, 5), r(5), 1e-2),
     "rms_norm_gated_mlp": lambda r: (r(2, 3), r(3), 1e-2, r(4, 3), r(3, 2), r(4), r(3), "gelu"),
     "rms_norm_linear": lambda r: (r(2, 3), r(3), 1e-2, r(4, 3), r(4), "tanh"),

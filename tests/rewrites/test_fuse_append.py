@@ -80,26 +80,28 @@ def test_rotations_that_stay_say_why() -> None:
     given = Given()
     q, k, caches = _rotations(given)
     record = given.fused(_attended(given, q, *caches), k, *caches)
-    assert "rope_default is read by more than the cache" in "\n".join(record.near_misses)
+    assert "rope_default is read by more than the cache" in "\n".join(map(str, record.near_misses))
     given = Given()
     q, _, caches = _rotations(given, tables=(given.sin, given.cos))
     record = given.fused(_attended(given, q, *caches), *caches)
-    assert "rotate by different tables" in "\n".join(record.near_misses)
+    assert "rotate by different tables" in "\n".join(map(str, record.near_misses))
     given = Given()
     q, _, caches = _rotations(given)
     record = given.fused(_attended(given, q, *caches), q, *caches)
-    assert "is no rotation of which cached_attention_default is the only reader" in "\n".join(record.near_misses)
+    assert "is no rotation of which cached_attention_default is the only reader" in "\n".join(
+        map(str, record.near_misses)
+    )
     given = Given()
     _, _, caches = _rotations(given)
     record = given.fused(*caches)
-    assert "not one attention reads what was appended" in "\n".join(record.near_misses)
+    assert "not one attention reads what was appended" in "\n".join(map(str, record.near_misses))
 
 
-# --- a captured Llama ----------------------------------------------------------------------------
+# --- a captured model ----------------------------------------------------------------------------
 
 
-def _step(tokens: int) -> Any:
-    """A step of a small Llama, captured: (Program, model, flat inputs)."""
+def captured_step(tokens: int, family: str = "llama") -> Any:
+    """A step of a small Llama or GPT-2, captured: (Program, model, flat inputs)."""
     transformers = pytest.importorskip("transformers")
     from torch.utils import _pytree as pytree
 
@@ -107,8 +109,12 @@ def _step(tokens: int) -> Any:
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = transformers.LlamaConfig(vocab_size=50, num_hidden_layers=2, **sizes)
-    model = transformers.LlamaForCausalLM(config).eval()
+    if family == "llama":
+        config = transformers.LlamaConfig(vocab_size=50, num_hidden_layers=2, **sizes)
+        model = transformers.LlamaForCausalLM(config).eval()
+    else:
+        config = transformers.GPT2Config(vocab_size=50, n_embd=64, n_layer=2, n_head=4)
+        model = transformers.GPT2LMHeadModel(config).eval()
     cache, ids = KVCache.of(model, 2, 32), torch.randint(50, (2, 7))
     with torch.no_grad():
         model(ids, past_key_values=cache)
@@ -120,7 +126,7 @@ def _step(tokens: int) -> Any:
 
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_a_captured_step(tokens: int) -> None:
-    program, model, leaves = _step(tokens)
+    program, model, leaves = captured_step(tokens)
     apply("raise", RAISE, program.graph_module)
     record = apply("fuse", FUSE, program.graph_module)
     assert record.matches["rope_append"] == 2

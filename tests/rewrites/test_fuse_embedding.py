@@ -9,7 +9,6 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from burnish import ops
 from burnish.lower import op_of
 from burnish.op import Op
 from burnish.record import StepRecord

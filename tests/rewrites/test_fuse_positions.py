@@ -13,7 +13,7 @@ from burnish import ops
 from burnish.lower import op_of
 from burnish.rewrites import FUSE, RAISE, apply
 from burnish.verify import verify
-from tests.rewrites.test_fuse_append import _step as captured_step
+from tests.rewrites.test_fuse_append import captured_step
 
 aten = torch.ops.aten
 Positions = Callable[[Tensor], Tensor]

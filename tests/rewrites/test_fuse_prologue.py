@@ -144,7 +144,9 @@ def test_many_tokens_or_any_number(
     found = rewrite(cls(length).bfloat16(), normal(*shape, WIDTH, dtype=torch.bfloat16))
     assert not {"rms_norm_linear", "rms_norm_gated_mlp"} & set(found.ops)
     assert "norm prologue" not in found.fused.matches
-    assert sum(reason in miss for miss in found.fused.near_misses) == 3
+    (miss,) = (miss for miss in found.fused.near_misses if miss.rewrite == "norm prologue")
+    assert reason in str(miss)
+    assert len(miss.nodes) == 3
 
 
 @pytest.mark.parametrize("cls", [Plain, LlamaLike])
@@ -173,7 +175,7 @@ def test_a_product_that_rotates_stays(rewrite: Callable[..., Any]) -> None:
     assert found.ops["linear_rope"] == 1
     assert found.ops["rms_norm_gated_mlp"] == 1
     assert found.ops["rms_norm_linear"] == 0
-    assert "rotates heads in its epilogue" in found.reasons
+    assert "rotates or appends heads in its epilogue" in found.reasons
 
 
 # --- one norm and its readers, in fake tensors on a device that need not be there ---------------------------------
@@ -278,18 +280,18 @@ def test_what_stays_says_why(build: Callable[..., Any], reason: str) -> None:
     assert "norm prologue" not in record.matches
     if build is not _after_sum:  # which loses the sum that nobody reads
         assert list(graph.nodes) == before
-    (miss,) = (miss for miss in record.near_misses if miss.startswith("norm prologue: "))
-    assert reason in miss
+    (miss,) = (miss for miss in record.near_misses if miss.rewrite == "norm prologue")
+    assert reason in str(miss)
 
 
 def test_of_float64_it_stays() -> None:
     graph = _graph(lambda call, x, w: call(ops.linear, _normed(call, x), w), X, W, dtype=torch.float64)
     record = apply("fuse", FUSE, fx.GraphModule({}, graph))
     assert not record.matches
-    assert "it is of torch.float64; the kernel takes" in "\n".join(record.near_misses)
+    assert "it is of torch.float64; the kernel takes" in "\n".join(map(str, record.near_misses))
 
 
 def test_a_norm_that_no_product_reads_is_not_spoken_of() -> None:
     graph = _graph(lambda call, x: call(torch.ops.aten.sin.default, _normed(call, x)), X)
     record = apply("fuse", FUSE, fx.GraphModule({}, graph))
-    assert not [miss for miss in record.near_misses if miss.startswith("norm prologue")]
+    assert not [miss for miss in record.near_misses if miss.rewrite == "norm prologue"]

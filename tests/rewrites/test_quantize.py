@@ -204,7 +204,7 @@ def prepared(model: nn.Module, kind: Kind | None, *inputs: Tensor) -> Prepared:
 
 def refusals(found: Prepared) -> list[str]:
     record = next(record for record in found.program.history if record.name == "quantize")
-    return [miss.partition(": ")[2].partition(": ")[2] for miss in record.near_misses]
+    return [miss.reason for miss in record.near_misses]
 
 
 @pytest.mark.parametrize(
@@ -365,8 +365,8 @@ def test_prompt_and_step_share_the_copies_and_follow_changes() -> None:
 
     assert generated(fast) == generated(on_dequantized(model, "int8"))
     prompt, step = fast.schedule.programs
-    assert products_of(prompt) == products_of(step) == GATED
-    assert ops_of(step.graph_module.graph)["rope_append"] == 1
+    assert products_of(prompt) == GATED
+    assert products_of(step) == GATED | {"quantized_linear": 3, "quantized_linear_rope_append": 1}
     assert len(copies_of(prompt)) == 10
     assert copies_of(prompt) == copies_of(step)
     assert all(served.kept_original is None for served in fast.schedule.served)

@@ -115,8 +115,8 @@ def rope_append(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     k_cache: Tensor,
     v_cache: Tensor,
     lengths: Tensor,
@@ -124,11 +124,12 @@ def rope_append(
     config: Config | None = None,
 ) -> Tensor:
     """`append` of k, rotated as by `burnish.kernels.rope.rope`, and of v; returns q rotated, laid out as
-    torch.empty_like(q).
+    torch.empty_like(q). Without tables nothing is rotated, and q is copied.
 
     Shapes: q (B, H, S, D), cos and sin (S, R) or (1 or B, S, R), R even and at least 2. Dtypes: the tables' their own.
     """
-    q_out = _append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved, config, R=cos.shape[-1])
+    cos, sin, R = (k, k, 0) if cos is None or sin is None else (cos, sin, cos.shape[-1])
+    q_out = _append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved, config, R)
     assert q_out is not None
     return q_out
 

@@ -10,6 +10,7 @@ MAX_GEMV_ROWS = 8  # with more, the products of ordinary cores would be slower t
 MAX_GEMV_MMA_ROWS = 16
 MAX_GEMV_MMA_DEPTH = 32768
 MAX_SKINNY_ROWS = 64
+MAX_SKINNY_APPEND_ROWS = 32  # of 64, where rows go takes so many registers that they spill
 MIN_TMA_ROWS = 128
 MIN_WGMMA_ROWS = 33
 

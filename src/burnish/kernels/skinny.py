@@ -22,7 +22,42 @@ from burnish.kernels.layout import copyable, rows_of
 from burnish.kernels.matmul import dot, finish, prefetch_weight, row_offsets
 from burnish.kernels.matmul_configs import Product, fitting, programs_per_sm, shared_memory
 
-_AHEAD = 128 << 10  # bytes of weight that a program asks for before its wait; at two programs an SM, half of H200's L2
+AHEAD_BYTES = 128 << 10  # of weight that a program asks for before its wait; at two programs an SM, half of H200's L2
+
+
+@triton.jit
+def multiply(
+    x_ptrs, weight_ptrs, weight_desc, x_mask, k, K, stride_x_k, first, last, row, up_row, to_up, GATED: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Sums (BLOCK_N, BLOCK_M) of rows of the weight times x, from block `first` of K, where the pointers begin, to
+    `last`; if GATED also of those `to_up` further on. With TMA the rows begin at `row` and `up_row` of the weight."""
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for step in range(first, last):
+        if EVEN_K:
+            x = tl.load(x_ptrs, mask=x_mask, other=0.0)
+        else:
+            inside = (step * BLOCK_K + k < K)[None, :]
+            x = tl.load(x_ptrs, mask=x_mask & inside, other=0.0)
+        if TMA:
+            weight = weight_desc.load([row, step * BLOCK_K])
+        elif EVEN_K:
+            weight = tl.load(weight_ptrs)
+        else:
+            weight = tl.load(weight_ptrs, mask=inside, other=0.0)
+        acc = dot(weight, x.T, acc)
+        if GATED:
+            if TMA:
+                weight = weight_desc.load([up_row, step * BLOCK_K])
+            elif EVEN_K:
+                weight = tl.load(weight_ptrs + to_up)
+            else:
+                weight = tl.load(weight_ptrs + to_up, mask=inside, other=0.0)
+            up = dot(weight, x.T, up)
+        x_ptrs += BLOCK_K * stride_x_k
+        weight_ptrs += BLOCK_K
+    return acc, up
 
 
 @triton.jit(do_not_specialize=["M", "x_inner", "residual_inner"])
@@ -83,31 +118,10 @@ def skinny_kernel(
     weight_ptrs = weight_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * stride_weight_n
     weight_ptrs += (first * BLOCK_K + k)[None, :]
     wait_for_inputs(PDL)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for step in range(first, last):
-        if EVEN_K:
-            x = tl.load(x_ptrs, mask=x_mask, other=0.0)
-        else:
-            inside = (step * BLOCK_K + k < K)[None, :]
-            x = tl.load(x_ptrs, mask=x_mask & inside, other=0.0)
-        if TMA:
-            weight = weight_desc.load([tile * BLOCK_N, step * BLOCK_K])
-        elif EVEN_K:
-            weight = tl.load(weight_ptrs)
-        else:
-            weight = tl.load(weight_ptrs, mask=inside, other=0.0)
-        acc = dot(weight, x.T, acc)
-        if GATED:
-            if TMA:
-                weight = weight_desc.load([N + tile * BLOCK_N, step * BLOCK_K])
-            elif EVEN_K:
-                weight = tl.load(weight_ptrs + to_up)
-            else:
-                weight = tl.load(weight_ptrs + to_up, mask=inside, other=0.0)
-            up = dot(weight, x.T, up)
-        x_ptrs += BLOCK_K * stride_x_k
-        weight_ptrs += BLOCK_K
+    acc, up = multiply(
+        x_ptrs, weight_ptrs, weight_desc, x_mask, k, K, stride_x_k, first, last, tile * BLOCK_N, N + tile * BLOCK_N,
+        to_up, GATED, EVEN_K, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     finish(
         acc.T, up.T, m, n, tile, split, bias_ptr, residual_ptr, out_ptr, partial_ptr, counter_ptr, M, N, stride_bias,
         residual_inner, stride_residual_outer, stride_residual_inner, stride_residual_n, ACTIVATION, GATED, BLOCK_M,
@@ -138,14 +152,18 @@ def skinny_configs(product: Product) -> list[Config]:
     for block_n, k, tma, warps, stages in shapes:
         if tma and not product.target.tma:
             continue
-        block_k = max(64 if tma else 16, min(k, triton.next_power_of_2(product.depth)))
-        if product.depth % block_k:
-            block_k = min(block_k, 64)  # masks of wider blocks take so many registers that they spill
+        block_k = max(64 if tma else 16, columns_at_once(k, product.depth))
         blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT_K": 1, "TMA": tma}
         whole = Config.of(num_warps=warps, num_stages=stages, **blocks)
         for split in _splits(product, whole):
             configs.append(Config.of(num_warps=warps, num_stages=stages, **{**blocks, "SPLIT_K": split}))
     return fitting(configs, product)[:10]
+
+
+def columns_at_once(wanted: int, depth: int) -> int:
+    """Of so many columns, as many as a block may have: masks of wider ones take so many registers that they spill."""
+    columns = min(wanted, triton.next_power_of_2(depth))
+    return min(columns, 64) if depth % columns else columns
 
 
 def _splits(product: Product, config: Config) -> list[int]:
@@ -205,7 +223,7 @@ def skinny(
         "ACTIVATION": in_half(activation, x.dtype),
         "GATED": gated,
         "EVEN_K": x.shape[-1] % block_k == 0,
-        "AHEAD": max(1, _AHEAD // (product.halves * block_n * block_k * x.element_size())),
+        "AHEAD": max(1, AHEAD_BYTES // (product.halves * block_n * block_k * x.element_size())),
     }
     launch(skinny_kernel, (tiles, split), *arguments, config=config, like=x, **constants)
     return out

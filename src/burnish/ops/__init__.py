@@ -19,6 +19,7 @@ from burnish.ops.linear_rope_append import linear_rope_append
 from burnish.ops.penalize_repetition import penalize_repetition
 from burnish.ops.quantized_gated_product import quantized_gated_product
 from burnish.ops.quantized_linear import quantized_linear
+from burnish.ops.quantized_linear_rope_append import quantized_linear_rope_append
 from burnish.ops.rms_norm import rms_norm
 from burnish.ops.rms_norm_gated_mlp import rms_norm_gated_mlp
 from burnish.ops.rms_norm_linear import rms_norm_linear
@@ -46,6 +47,7 @@ __all__ = [
     "penalize_repetition",
     "quantized_gated_product",
     "quantized_linear",
+    "quantized_linear_rope_append",
     "rms_norm",
     "rms_norm_gated_mlp",
     "rms_norm_linear",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,19 +63,20 @@ def as_operands(weight: QuantizedWeight) -> Operands:
     return weight.data, weight.scales, weight.zeros, weight.kind
 
 
+def operands_of(device: torch.device, rows: int, k: int, seed: int, *args: Any, **options: Any) -> Operands:
+    """A random weight (rows, k), as `quantize_weight` stores it with these arguments."""
+    quantized = quantize_weight(randn(rows, k, seed=seed) / k**0.5, *args, **options)
+    data, scales, zeros, kind = as_operands(quantized)
+    return data.to(device), scales.to(device), None if zeros is None else zeros.to(device), kind
+
+
 def samples_of(rows: int, device: torch.device, dtype: torch.dtype, last: dict[str, Any]) -> list[Sample]:
     """Samples with a weight of `rows` rows in each kind; `last` is the arguments by name of the first one."""
 
     def tensor(*shape: int, seed: int) -> Tensor:
         return randn(*shape, dtype=dtype, device=device, seed=seed)
 
-    def weight(k: int, seed: int, *args: Any, **options: Any) -> Operands:
-        wide = randn(rows, k, seed=seed) / k**0.5
-        quantized = as_operands(quantize_weight(wide, *args, **options))
-        data, scales, zeros, kind = quantized
-        return data.to(device), scales.to(device), None if zeros is None else zeros.to(device), kind
-
-    narrow = {"scale_dtype": dtype}
+    weight, narrow = partial(operands_of, device, rows), {"scale_dtype": dtype}
     grouped, zeros = weight(256, 4, "int4", **narrow), weight(384, 5, "int4", 64, symmetric=False, **narrow)
     return [
         Sample("int8", (tensor(1, 1, 256, seed=0), *weight(256, 1, "int8")), last),

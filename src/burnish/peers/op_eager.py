@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -195,17 +196,26 @@ def linear_rope_append(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     k_cache: Tensor,
     v_cache: Tensor,
     lengths: Tensor,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Without tables nothing is rotated, as GPT-2 spells it."""
     heads, d = k_cache.shape[1], k_cache.shape[3]
     product = F.linear(x, weight, bias).unflatten(-1, (-1, d)).transpose(1, 2)
     q, k, v = product.split([product.shape[1] - 2 * heads, heads, heads], dim=1)
+    if cos is None or sin is None:
+        return q, *append_kv(k_cache, v_cache, k, v, lengths)
     return rope_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved)
+
+
+def quantized_linear_rope_append(
+    x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, kind: str, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return linear_rope_append(x, dequantize(weight, scales, zeros, kind, x.dtype), bias, *rest)
 
 
 def attention(

@@ -116,11 +116,24 @@ def linear_rope_arguments(rows: int, width: int, heads: int, key_heads: int, hea
     return arguments
 
 
-def linear_rope_append_arguments(width: int, heads: int, key_heads: int, most: int, length: int, d: int) -> Maker:
+def linear_rope_append_arguments(
+    width: int, heads: int, key_heads: int, most: int, length: int, d: int, rotated: bool = True
+) -> Maker:
     def arguments(dtype: torch.dtype) -> Arguments:
-        x, weight, *_ = linear_arguments(1, width, (heads + 2 * key_heads) * d)(dtype)
-        _, _, _, *rest = rope_append_arguments(heads, key_heads, most, length, 1, d)(dtype)
-        return x, weight, None, *rest
+        x, weight, bias, *_ = linear_arguments(1, width, (heads + 2 * key_heads) * d)(dtype)
+        _, _, _, cos, sin, *caches = rope_append_arguments(heads, key_heads, most, length, 1, d)(dtype)
+        return (x, weight, None, cos, sin, *caches) if rotated else (x, weight, bias, None, None, *caches)
+
+    return arguments
+
+
+def quantized_linear_rope_append_arguments(
+    width: int, heads: int, key_heads: int, most: int, length: int, d: int, kind: Kind
+) -> Maker:
+    def arguments(dtype: torch.dtype) -> Arguments:
+        x, weight, *rest = linear_rope_append_arguments(width, heads, key_heads, most, length, d)(dtype)
+        quantized = quantize_weight(weight, kind)
+        return x, quantized.data, quantized.scales, quantized.zeros, kind, *rest
 
     return arguments
 

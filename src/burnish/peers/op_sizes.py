@@ -81,11 +81,16 @@ SIZED: dict[str, Sized] = {
     "linear_rope_append": _cached(
         lambda a, n: inputs.linear_rope_append_arguments(a.width, a.heads, a.key_heads, n, n // 2, a.head_dim)
     ),
+    "quantized_linear_rope_append": _cached(
+        lambda a, n: inputs.quantized_linear_rope_append_arguments(
+            a.width, a.heads, a.key_heads, n, n // 2, a.head_dim, "int8"
+        )
+    ),
     "cached_attention": _cached(
         lambda a, n: inputs.cached_attention_arguments(1, a.heads, a.key_heads, n, n, a.head_dim)
     ),
     "penalize_repetition": _cached(lambda a, n: inputs.penalize_arguments(1, 32_000, n)),
-    "sample_token": Sized("logits", lambda a, n: inputs.sample_arguments(1, n, 50, 0.9, True)),
+    "sample_token": Sized("logits", lambda a, n: inputs.sample_arguments(1, n, min(50, n), 0.9, True)),
 }
 """By Op."""
 

@@ -32,25 +32,31 @@ def _fuse(graph_module: fx.GraphModule, append: fx.Node) -> str | None:
     if len(rotated.users) > 1:
         return f"{rotated.name} is read by more than the cache"
     k, *tables = ops.rope.bind(*rotated.args, **rotated.kwargs)
-    caches = {user.args[1]: user for user in append.users if user.target is operator.getitem}
-    readers = [user for user in caches[0].users if user.target is _ATTENTION] if 0 in caches else []
-    if len(caches) < 2 or len(readers) != 1:
+    found = caches_and_reader(append)
+    if found is None:
         return "not one attention reads what was appended"
-    query: Any = readers[0].args[0]
+    caches, attention = found
+    query: Any = attention.args[0]
     if query.target is not _ROPE or len(query.users) > 1:
-        return f"{query.name} is no rotation of which {readers[0].name} is the only reader"
+        return f"{query.name} is no rotation of which {attention.name} is the only reader"
     q, *others = ops.rope.bind(*query.args, **query.kwargs)
     if tables != others:
         return f"{query.name} and {rotated.name} rotate by different tables"
     cos, sin, interleaved = tables
-    places = [caches[0], caches[1], query]
 
     def build(*args: Any) -> tuple[Any, ...]:
         both = ops.rope_append(*args, interleaved)
         return both[1], both[2], both[0]
 
-    reason = insert(graph_module, places, build, q, k, v, cos, sin, k_cache, v_cache, lengths)
+    reason = insert(graph_module, [*caches, query], build, q, k, v, cos, sin, k_cache, v_cache, lengths)
     if reason is None:
         for node in (append, rotated):
             graph_module.graph.erase_node(node)
     return reason
+
+
+def caches_and_reader(append: fx.Node) -> tuple[list[fx.Node], fx.Node] | None:
+    """Of an append_kv the nodes of both caches and the attention that reads them, if it is one."""
+    caches = {user.args[1]: user for user in append.users if user.target is operator.getitem}
+    readers = [user for user in caches[0].users if user.target is _ATTENTION] if 0 in caches else []
+    return ([caches[0], caches[1]], readers[0]) if len(caches) == 2 and len(readers) == 1 else None

@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 def fuse_token_embedding(graph_module: fx.GraphModule) -> Outcome:
-    """embedding(word, ids), and embedding(position, position_ids) added to it, of one token of each text -> embedding."""
+    """embedding(word, ids), with embedding(position, position_ids) or without, of one token of each text -> one Op."""
     count = 0
     for node in list(graph_module.graph.nodes):
         if (sides := _summands(node)) is not None:

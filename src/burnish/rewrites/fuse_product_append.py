@@ -1,4 +1,4 @@
-"""A product's heads that are rotated and go into a cache -> one Op, for one new token on CUDA.
+"""A product's heads that go into a cache, rotated or not -> one Op, for one new token on CUDA.
 
 With few rows the product's kernel rotates in its epilogue and writes into the cache, and neither has a kernel of its
 own. With more, products run on tensor cores, and none of those kernels does so. So this applies only where there is one
@@ -17,6 +17,7 @@ from torch import fx
 
 from burnish import ops
 from burnish.rewrites import fuse
+from burnish.rewrites.fuse_append import caches_and_reader
 from burnish.rewrites.rewrite import Outcome, arguments, insert, value
 
 aten = torch.ops.aten
@@ -36,24 +37,63 @@ class _Part:
 
 
 def fuse_linear_rope_append(graph_module: fx.GraphModule) -> Outcome:
-    """rope_append of q, k and v that are all of one product -> linear_rope_append."""
+    """rope_append of q, k and v that are all of one product -> linear_rope_append; so append_kv of k and v, without
+    tables, where q that the attention reads is of the same product."""
     graph_module.graph.eliminate_dead_code()  # so that what still has a user is read
+    fusions = {ops.rope_append.overload: _fuse_rotated, ops.append_kv.overload: _fuse_unrotated}
     count, refused = 0, []
     for node in list(graph_module.graph.nodes):
-        if node.target is not ops.rope_append.overload or not fuse.on_cuda(node.args[0]):
+        if node.target not in fusions or not fuse.on_cuda(node.args[0]):
             continue
-        if reason := _fuse(graph_module, node):
+        if reason := fusions[node.target](graph_module, node):
             refused.append(f"{node.name}: {reason}")
         else:
             count += 1
     return Outcome(count, tuple(refused))
 
 
-def _fuse(graph_module: fx.GraphModule, append: fx.Node) -> str | None:
+def _fuse_rotated(graph_module: fx.GraphModule, append: fx.Node) -> str | None:
     q, k, v, *rest = ops.rope_append.bind(*append.args, **append.kwargs)
-    tokens = value(q).shape[2]
-    if not isinstance(tokens, int) or tokens != 1:
-        return f"there are {tokens} new tokens; a product's kernel rotates and appends one"
+    if reason := _too_many(k):
+        return reason
+    product = _product_of(q, k, v)
+    if isinstance(product, str):
+        return product
+    return insert(graph_module, [append], ops.linear_rope_append, *product, *rest)
+
+
+def _fuse_unrotated(graph_module: fx.GraphModule, append: fx.Node) -> str | None:
+    k_cache, v_cache, k, v, lengths = ops.append_kv.bind(*append.args, **append.kwargs)
+    if reason := _too_many(k):
+        return reason
+    found = caches_and_reader(append)
+    if found is None:
+        return "not one attention reads what was appended"
+    caches, attention = found
+    query: Any = attention.args[0]
+    product = _product_of(query, k, v)
+    if isinstance(product, str):
+        return product
+
+    def build(*args: Any) -> tuple[Any, ...]:
+        results = ops.linear_rope_append(*args)
+        return results[1], results[2], results[0]
+
+    reason = insert(graph_module, [*caches, query], build, *product, None, None, k_cache, v_cache, lengths)
+    if reason is None:
+        graph_module.graph.erase_node(append)
+    return reason
+
+
+def _too_many(k: Any) -> str | None:
+    tokens = value(k).shape[2]
+    if isinstance(tokens, int) and tokens == 1:
+        return None
+    return f"there are {tokens} new tokens; a product's kernel appends one"
+
+
+def _product_of(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any] | str:
+    """x, weight and bias of the product of which q, k and v are all heads; or why there is none."""
     parts = [part for heads in (q, k, v) if (part := _part(heads)) is not None]
     products = {part.product for part in parts}
     if len(parts) < 3 or len(products) > 1:
@@ -67,7 +107,7 @@ def _fuse(graph_module: fx.GraphModule, append: fx.Node) -> str | None:
     x, weight, bias, activation, residual = ops.linear.bind(*product.args, **product.kwargs)
     if activation != "none" or residual is not None:
         return f"{product.name} has an activation or adds a residual"
-    return insert(graph_module, [append], ops.linear_rope_append, x, weight, bias, *rest)
+    return x, weight, bias
 
 
 def _part(heads: Any) -> _Part | None:

@@ -26,7 +26,7 @@ _FUSED: dict[Any, tuple[Op, Op]] = {
     ops.linear.overload: (ops.linear, ops.rms_norm_linear),
     ops.gated_mlp.overload: (ops.gated_mlp, ops.rms_norm_gated_mlp),
 }
-_ROTATED = (ops.linear_rope.overload, ops.linear_rope_append.overload)
+_OF_HEADS = (ops.linear_rope.overload, ops.linear_rope_append.overload)
 
 
 def fuse_norm_prologue(graph_module: fx.GraphModule) -> Outcome:
@@ -43,7 +43,7 @@ def fuse_norm_prologue(graph_module: fx.GraphModule) -> Outcome:
         results = [node] if node.target == _NORM else _items(node, 0)
         readers = [(reader, normed) for normed in results for reader in normed.users]
         if not any(
-            reader.target in (*_FUSED, *_ROTATED) and reader.args[:1] == (normed,) for reader, normed in readers
+            reader.target in (*_FUSED, *_OF_HEADS) and reader.args[:1] == (normed,) for reader, normed in readers
         ):
             continue
         reason = _refuse(node, readers) or _move(graph_module, node, readers[0][0])
@@ -74,8 +74,8 @@ def _refuse(node: fx.Node, readers: list[tuple[fx.Node, fx.Node]]) -> str | None
         return f"{reader.name} reads it as more than its x"
     if node.target == _AFTER_SUM:
         return "the addition before it would be a kernel of its own, so that none is saved"
-    if reader.target in _ROTATED:
-        return f"{reader.name} rotates heads in its epilogue, and has no norm in its prologue"
+    if reader.target in _OF_HEADS:
+        return f"{reader.name} rotates or appends heads in its epilogue, and has no norm in its prologue"
     product, _ = _FUSED[reader.target]
     bound = product.bind(*reader.args, **reader.kwargs)
     if product is ops.linear and bound[4] is not None:

@@ -29,13 +29,13 @@ aten = torch.ops.aten
 
 MIN_ENTRIES = 1 << 16  # of a weight; smaller ones are read in less time than a kernel takes to start
 _COLUMNS = {"int8": 16, "fp8": 16, "int4": 128}  # so many are stored together
-_PRODUCTS: dict[Any, Op] = {op.overload: op for op in (ops.linear, ops.gated_mlp)}
+_PRODUCTS: dict[Any, Op] = {op.overload: op for op in (ops.linear, ops.linear_rope_append, ops.gated_mlp)}
 _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default)
 _LOOKED_UP = (aten.embedding.default, ops.embedding_layer_norm.overload)
 
-# Passes of FUSE that put a norm or a rotation into a product, which no quantized product has: they run afterwards, on
-# what has stayed float.
-OF_FLOAT_PRODUCTS = ("linear_add_norm", "linear_rope", "linear_rope_append", "norm prologue")
+# Passes of FUSE that put a norm into a product, or a rotation and no append, which no quantized product has: they run
+# afterwards, on what has stayed float.
+OF_FLOAT_PRODUCTS = ("linear_add_norm", "linear_rope", "norm prologue")
 
 
 @dataclass(eq=False)
@@ -65,10 +65,11 @@ def quantize(
 ) -> tuple[Quantization, fx.GraphModule, StepRecord]:
     """Puts quantized products where float ones of large weights are, with their bias, activation and residual.
 
-    `linear` becomes `quantized_linear`; `gated_mlp` a `quantized_gated_product` and a `quantized_linear`. Products that
-    were merged (q, k and v) stay one, of copies whose rows follow each other. An embedding keeps its float weight,
-    also where a product shares it. Of "int4" the head (the product that widens, after which there is none) is int8:
-    it decides between tokens, and is usually left at a higher precision.
+    `linear` becomes `quantized_linear`, `linear_rope_append` `quantized_linear_rope_append`, and `gated_mlp` a
+    `quantized_gated_product` and a `quantized_linear`. Products that were merged (q, k and v) stay one, of copies whose
+    rows follow each other. An embedding keeps its float weight, also where a product shares it. Of "int4" the head (the
+    product that widens, after which there is none) is int8: it decides between tokens, and is usually left at a higher
+    precision.
 
     A weight stays float with fewer than `MIN_ENTRIES` entries, with K no multiple of 16 (of int4 128), with entries
     that are not finite, or where something else than products and embeddings reads it.
@@ -142,11 +143,10 @@ class _Step:
         node, op = product.node, _PRODUCTS[product.node.target]
         stored = [self._store(parts, product.kind) for parts in product.weights]
         operands = [self._operands(each, node) for each in stored]
-        if op is ops.linear:
-            x, _, bias, activation, residual = op.bind(*node.args, **node.kwargs)
-            return insert(
-                self.graph_module, [node], ops.quantized_linear, x, *operands[0], bias, activation, residual
-            )  # fmt: skip
+        if op is not ops.gated_mlp:
+            quantized = ops.quantized_linear if op is ops.linear else ops.quantized_linear_rope_append
+            x, _, *rest = op.bind(*node.args, **node.kwargs)
+            return insert(self.graph_module, [node], quantized, x, *operands[0], *rest)
         x, _, _, gate_up_bias, down_bias, activation = op.bind(*node.args, **node.kwargs)
 
         def build(x: Any, gate_up: Any, down: Any, gate_up_bias: Any, down_bias: Any) -> Any:
