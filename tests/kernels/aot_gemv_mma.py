@@ -37,6 +37,20 @@ def _weight(rows: int, columns: int, kind: str, dtype: torch.dtype) -> tuple[Any
     return torch.empty(rows, columns // 2, dtype=torch.uint8), scales, None, kind
 
 
+def appending(
+    weight: tuple[Any, ...],
+    dtype: torch.dtype,
+    batch: int,
+    bias: torch.Tensor | None = None,
+    heads: int = 8,
+    d: int = 128,
+) -> tuple[Any, ...]:
+    """Arguments after x of one new token each, without tables for heads of 64, as GPT-2 has them."""
+    tables = [None if d == 64 else torch.empty(batch, 1, d, dtype=dtype) for _ in range(2)]
+    caches = [torch.empty(batch, heads, 1024, d, dtype=dtype) for _ in range(2)]
+    return *weight, bias, *tables, *caches, torch.tensor(7)
+
+
 def calls(capability: int) -> Iterator[tuple[str, torch.dtype, str, tuple[Any, ...]]]:
     """Kind, dtype, Op and arguments: what takes most registers, and on Hopper the plain products too."""
     for kind, dtype in itertools.product(KINDS, DTYPES):
@@ -53,7 +67,13 @@ def calls(capability: int) -> Iterator[tuple[str, torch.dtype, str, tuple[Any, .
                 )
             if kind == "none":  # rows that do not begin at multiples of 16 bytes
                 yield kind, dtype, linear, (deep[..., :14340], *_weight(4096, 14340, kind, dtype))
+            yield kind, dtype, f"{linear}_rope_append", (one, *appending(_weight(6144, 4096, kind, dtype), dtype, 1))
         if dtype == torch.bfloat16:
+            both = appending(_weight(6144, 4096, kind, dtype), dtype, 16, many.new_empty(6144))
+            yield kind, dtype, f"{linear}_rope_append", (many.transpose(0, 1), *both)
+            if kind == "none":
+                gpt2 = appending(_weight(2304, 768, kind, dtype), dtype, 16, many.new_empty(2304), heads=12, d=64)
+                yield kind, dtype, f"{linear}_rope_append", (many[..., :768].transpose(0, 1), *gpt2)
             yield kind, dtype, linear, (deep, *_weight(4096, 14336, kind, dtype), vector, "gelu", many)
             gated, down = _weight(28672, 4096, kind, dtype), vector.new_empty(4096, 14336)
             if kind == "none":

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from burnish.kernels import (
     attention_wgmma,
+    digits,
     gemv_mma,
     gemv_mma_append,
     matmul_wgmma,
@@ -34,6 +35,7 @@ MODULES: tuple[ModuleType, ...] = (
     matmul_wgmma_finish,
     rope_wgmma,
     attention_wgmma,
+    digits,
     gemv_mma,
     gemv_mma_append,
     widen,
@@ -87,7 +89,8 @@ def _blockwise(name: str) -> Callable[[Block, Any], Block]:
     return lambda self, other: Block(getattr(self.data, name)(_data(other)), self.type.layout)
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "lt", "le", "gt", "ge", "eq", "ne", "and"):
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "lt", "le", "gt", "ge", "eq", "ne", "and")
+for _name in (*_OPERATORS, "lshift", "rshift"):
     setattr(Block, f"__{_name}__", _blockwise(f"__{_name}__"))
     if _name in ("add", "sub", "mul", "truediv"):
         setattr(Block, f"__r{_name}__", _blockwise(f"__r{_name}__"))
@@ -103,6 +106,11 @@ class ElementType:
     def __init__(self, tensor: Tensor) -> None:
         self.dtype, self.primitive_bitwidth = tensor.dtype, 8 * tensor.element_size()
 
+    def __eq__(self, other: object) -> bool:
+        return self.dtype == getattr(other, "dtype", other)
+
+    __hash__ = None  # type: ignore[assignment]
+
 
 class Pointer:
     """The memory of a tensor, and how far into it."""
@@ -113,6 +121,9 @@ class Pointer:
 
     def __add__(self, other: Any) -> Pointer:
         return Pointer(self.tensor, _data(other) + self.offset)
+
+    def to(self, to: torch.dtype, bitcast: bool) -> Pointer:
+        return Pointer(self.tensor.view(to), self.offset)
 
     def places(self) -> Tensor:
         """Where the offsets lead in the tensor's storage, which begins where the tensor does."""
@@ -161,6 +172,9 @@ class Shared:
     def reshape(self, shape: Sequence[int]) -> Shared:
         return Shared(self.data.view(*shape))
 
+    def slice(self, start: int, length: int, dim: int) -> Shared:
+        return Shared(self.data.narrow(dim, start, length))
+
     def store(self, value: Block) -> None:
         self.data.copy_(value.data)
 
@@ -208,6 +222,8 @@ def warpgroup_mma(a: Any, b: Shared, acc: Block, use_acc: bool = True, is_async:
 
 
 def mma_v2(a: Block, b: Block, acc: Block) -> Block:
+    if a.dtype == torch.int8:
+        return Block(acc.data + (a.data.double() @ b.data.double()).to(torch.int32), acc.type.layout)
     return Block(acc.data + a.data.float() @ b.data.float(), acc.type.layout)
 
 
@@ -215,17 +231,44 @@ def _bits(entries: Tensor, asm: str) -> Block:
     return Block(entries.to(torch.bfloat16 if "bf16x2" in asm else torch.float16).view(torch.int16))
 
 
-def four_of(words: Block, asm: str) -> tuple[Block, ...]:
-    """What the instructions that `widen` is written in make of words."""
-    data = words.data.contiguous()
-    fp8 = "scale" in asm
-    entries = data.view(torch.float8_e4m3fn).float() if fp8 else data.view(torch.int8)
-    return tuple(_bits(entries.unflatten(-1, (-1, 4))[..., place], asm) for place in (0, 2, 1, 3))
+def four_of(octets: Block, asm: str) -> Block:
+    """What the instructions that `widen` is written in make of bytes."""
+    if asm in (_text(widen.FP8_BFLOAT16), _text(widen.FP8_FLOAT16)):
+        entries = octets.data.contiguous().view(torch.float8_e4m3fn).float()
+    else:
+        entries = octets.data / (64 if "bf16x2" in asm else 1)
+    return _bits(entries.unflatten(-1, (-1, 4))[..., (0, 2, 1, 3)].flatten(-2), asm)
 
 
-def eight_of(words: Block, asm: str) -> tuple[Block, ...]:
-    places = (0, 4, 1, 5, 2, 6, 3, 7)
-    return tuple(_bits(((words.data >> 4 * place) & 15) - 8, asm) for place in places)
+def eight_of(octets: Block, asm: str) -> tuple[Block, Block]:
+    halves = torch.stack((octets.data & 15, octets.data >> 4 & 15), -1).unflatten(-2, (-1, 4)).flatten(-2) - 8
+    parts = ((0, 4, 1, 5), (2, 6, 3, 7))
+    first, last = (_bits(halves[..., part].flatten(-2) / (4 if "bf16x2" in asm else 1), asm) for part in parts)
+    return first, last
+
+
+def two_of(octets: Block, asm: str) -> tuple[Block, Block]:
+    low, high = (((half & 15) - 8) * 16 for half in (octets.data, octets.data >> 4))
+    return Block(low), Block(high)
+
+
+def three_of(x: Block, scale: Block, asm: str) -> tuple[Block, ...]:
+    """What the instructions that `digits` is written in make of columns."""
+    int8 = asm in (_text(digits.INT8_BFLOAT16), _text(digits.INT8_FLOAT16))
+    order = digits.INT8_ORDER if int8 else digits.INT4_ORDER
+    exact = (x.data.double() * scale.data.double()).nan_to_num(0, 0, 0)
+    rest = exact.unflatten(-1, (-1, 8))[..., order].flatten(-2).round().long()
+    assert not (rest.abs() > 1 << 21).any()
+    parts = []
+    for _ in range(3):
+        digit = (rest + 128) % 256 - 128
+        parts.append(Block(digit.to(torch.int8)))
+        rest = (rest - digit) // 256
+    return tuple(reversed(parts))
+
+
+def _text(asm: Any) -> str:
+    return str(getattr(asm, "value", asm))
 
 
 def warpgroup_mma_wait(outstanding: int, deps: tuple[Any, ...]) -> Any:
@@ -236,8 +279,8 @@ class Gluon:
     """`triton.experimental.gluon.language`, as far as the kernels use it, for one program."""
 
     float16, bfloat16, float32 = torch.float16, torch.bfloat16, torch.float32
-    int16, int32, int64 = torch.int16, torch.int32, torch.int64
-    static_range, constexpr = builtins.range, None
+    int8, int16, int32, int64 = torch.int8, torch.int16, torch.int32, torch.int64
+    static_range, constexpr, pointer_type = builtins.range, None, builtins.staticmethod(lambda dtype: dtype)
 
     def __init__(self, program: int, programs: int, num_warps: int) -> None:
         self._program, self._programs, self._num_warps = program, programs, num_warps
@@ -264,11 +307,16 @@ class Gluon:
     def cdiv(a: int, b: int) -> Int:
         return Int(-(-a // b))
 
-    def allocate_shared_memory(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Any:
+    def allocate_shared_memory(
+        self, dtype: torch.dtype, shape: Sequence[int], layout: Any, value: Block | None = None
+    ) -> Any:
         if layout == "barriers":
             barriers = Barriers(shape[0])
             self._barriers += barriers.all
             return barriers
+        if value is not None:
+            assert (value.shape, value.dtype) == (tuple(shape), dtype)
+            return Shared(value.data.clone())
         return Shared(torch.full(tuple(shape), float("nan"), dtype=dtype))
 
     @staticmethod
@@ -304,12 +352,18 @@ class Gluon:
         return Block(torch.where(condition.data, _data(a), _data(b)))
 
     @staticmethod
+    def broadcast(a: Block, b: Block) -> tuple[Block, Block]:
+        return Block(torch.broadcast_tensors(a.data, b.data)[0], a.type.layout), b
+
+    @staticmethod
     def minimum(a: Block, b: Any) -> Block:
         return Block(a.data.clamp(max=b), a.type.layout)
 
     @staticmethod
     def maximum(a: Any, b: Any) -> Any:
-        return Block(torch.maximum(a.data, b.data), a.type.layout) if isinstance(a, Block) else Int(max(a, b))
+        if not isinstance(a, Block):
+            return Int(max(a, b))
+        return Block(torch.maximum(a.data, torch.as_tensor(_data(b), dtype=a.dtype)), a.type.layout)
 
     @staticmethod
     def max(x: Block, axis: int) -> Block:
@@ -388,6 +442,8 @@ def _as_python(gluon: Gluon) -> Iterator[None]:
         "mma_v2": mma_v2,
         "four_of": four_of,
         "eight_of": eight_of,
+        "two_of": two_of,
+        "three_of": three_of,
         "reinterpret": lambda buffer, dtype, shape, layout: buffer.reshape(shape),
         "activate": lambda x, name: Block(activate(x.data, name.removesuffix("_half")), x.type.layout),
     }

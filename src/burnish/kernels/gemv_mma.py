@@ -19,13 +19,16 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra import cuda as tl_cuda
 
 from burnish.kernels.activations import activate, in_half
+from burnish.kernels.digits import DIGITS, digits_at, in_digits, worth_of
 from burnish.kernels.launch import Config, launch
 from burnish.kernels.layout import rows_of
-from burnish.kernels.matmul_configs import Product
-from burnish.kernels.widen import STEP_COLUMNS, widened
+from burnish.kernels.matmul_configs import Product, shared_memory
+from burnish.kernels.widen import STEP_COLUMNS, factor_of, octets, widened
 
 MAX_STEPS = 64  # of a warp; the kernel has the code of each
 ROWS = gl.constexpr(16)  # of a program's weight: what one instruction of the tensor cores takes
+_MOST_DIGITS = 8192  # columns of x
+_REGISTERS = 128  # of a thread, of int4 as floats and one row: two programs of 8 warps at once (11.8 us for 15.1)
 _SUMS = gl.constexpr(4)  # that steps are added to in turn, so that none has to wait for the one before it
 
 
@@ -41,7 +44,9 @@ def first_row(pair, HEAD: gl.constexpr, INTERLEAVED: gl.constexpr):
 
 
 @gluon.jit
-def _rows_of_weight(tile, r, count, to_partner, PAIRS: gl.constexpr, HEAD: gl.constexpr, INTERLEAVED: gl.constexpr):
+def _rows_of_weight(
+    tile, r, count, to_partner, PAIRS: gl.constexpr, HEAD: gl.constexpr, INTERLEAVED: gl.constexpr, ROWS: gl.constexpr
+):  # fmt: skip
     """The rows `r` of a tile in the weight, of `count` rows or pairs of rows, which are `to_partner` apart; those past
     the last one are the last one again, and never stored."""
     if PAIRS:
@@ -67,50 +72,84 @@ def row_offsets(m, inner, stride_outer, stride_inner):
 
 
 @gluon.jit
+def _halves_of(block):
+    """A block of three axes as the two halves of its last one."""
+    both = gl.reshape(block, (block.shape[0], block.shape[1], 2, block.shape[2] // 2))
+    return gl.split(gl.permute(both, (0, 1, 3, 2)))
+
+
+@gluon.jit
+def _scales_of(
+    scales_ptr, tile, count, to_partner, stride_scales_n, PAIRS: gl.constexpr, HEAD: gl.constexpr,
+    INTERLEAVED: gl.constexpr, UNITS: gl.constexpr, STEPS: gl.constexpr, ROWS: gl.constexpr,
+):  # fmt: skip
+    """Those of each split's groups, a step each, one after the other; asked for together."""
+    SPLITS: gl.constexpr = gl.num_warps()
+    GROUPS: gl.constexpr = UNITS // 16
+    WIDTH: gl.constexpr = triton.next_power_of_2(STEPS)
+    SCALES: gl.constexpr = gl.BlockedLayout([1, 1, WIDTH], [1, 8, 4], [SPLITS, 1, 1], [2, 1, 0])
+    split = gl.arange(0, SPLITS, gl.SliceLayout(1, gl.SliceLayout(2, SCALES)))[:, None][:, :, None]
+    r = gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(2, SCALES)))[None, :][:, :, None]
+    step = gl.arange(0, WIDTH, gl.SliceLayout(0, gl.SliceLayout(1, SCALES)))[None, :][:, None, :]
+    row = _rows_of_weight(tile, r, count, to_partner, PAIRS, HEAD, INTERLEAVED, ROWS)
+    group = split * STEPS + step
+    pointers = scales_ptr + row.to(gl.int64) * stride_scales_n + group
+    if WIDTH == STEPS and GROUPS == SPLITS * STEPS:
+        scales = (gl.load(pointers),)
+    else:
+        scales = (gl.load(pointers, mask=(step < STEPS) & (group < GROUPS), other=0.0),)
+    for _ in gl.static_range(STEPS):
+        if len(scales) < WIDTH:
+            halves = ()
+            for i in gl.static_range(len(scales)):
+                halves = halves + _halves_of(scales[i])
+            scales = halves
+    return scales
+
+
+@gluon.jit
 def ask(
     weight_ptr, scales_ptr, tile, count, to_partner, stride_weight_n, stride_scales_n, KIND: gl.constexpr,
     PAIRS: gl.constexpr, HEAD: gl.constexpr, INTERLEAVED: gl.constexpr, UNITS: gl.constexpr, AHEAD: gl.constexpr,
+    ROWS: gl.constexpr = ROWS,
 ):  # fmt: skip
     """What `multiply` goes on with: loads on their way of a tile's rows, and where the next ones are."""
     SPLITS: gl.constexpr = gl.num_warps()
-    STEP: gl.constexpr = 512 // weight_ptr.dtype.element_ty.primitive_bitwidth  # units
-    STEPS: gl.constexpr = (UNITS + STEP * SPLITS - 1) // (STEP * SPLITS)
-    EVEN: gl.constexpr = UNITS % (STEP * SPLITS) == 0
+    SIZE: gl.constexpr = 1 if KIND == "none" else 4
+    if KIND != "none":  # of bytes: a step's are then in a thread's registers as they lie in memory
+        weight_ptr = weight_ptr.to(gl.pointer_type(gl.int8), bitcast=True)
+    STEP: gl.constexpr = 512 // weight_ptr.dtype.element_ty.primitive_bitwidth
+    STEPS: gl.constexpr = (UNITS * SIZE + STEP * SPLITS - 1) // (STEP * SPLITS)
+    EVEN: gl.constexpr = UNITS * SIZE % (STEP * SPLITS) == 0
     WEIGHT: gl.constexpr = gl.BlockedLayout([1, 1, STEP // 4], [1, 8, 4], [SPLITS, 1, 1], [2, 1, 0])
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [SPLITS, 1, 1], [1, 16, 8])
     split = gl.arange(0, SPLITS, gl.SliceLayout(1, gl.SliceLayout(2, WEIGHT)))[:, None][:, :, None]
     r = gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(2, WEIGHT)))[None, :][:, :, None]
     unit = gl.arange(0, STEP, gl.SliceLayout(0, gl.SliceLayout(1, WEIGHT)))[None, :][:, None, :]
     unit = split * (STEPS * STEP) + unit
-    row = _rows_of_weight(tile, r, count, to_partner, PAIRS, HEAD, INTERLEAVED)
-    weight_ptrs = weight_ptr + row.to(gl.int64) * stride_weight_n + unit
-    group_ptrs = weight_ptrs  # that of int4 follows; there may be no scales
-    first = tile
-    if KIND == "int4":
-        first = gl.arange(0, SPLITS, gl.SliceLayout(1, gl.SliceLayout(2, MMA)))[:, None] * STEPS
-        r = gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :]
-        row = _rows_of_weight(tile, r, count, to_partner, PAIRS, HEAD, INTERLEAVED)
-        group_ptrs = scales_ptr + row.to(gl.int64) * stride_scales_n + first
+    row = _rows_of_weight(tile, r, count, to_partner, PAIRS, HEAD, INTERLEAVED, ROWS)
+    weight_ptrs = weight_ptr + row.to(gl.int64) * (stride_weight_n * SIZE) + unit
     read = ()
-    scales = ()
     for i in gl.static_range(AHEAD):
-        read = read + (_load(weight_ptrs + i * STEP, unit + i * STEP, UNITS, EVEN),)
-        if KIND == "int4":
-            scales = scales + (_load(group_ptrs + i, first + i, UNITS // STEP, EVEN),)
-    return read, scales, weight_ptrs, unit, group_ptrs, first
+        read = read + (_load(weight_ptrs + i * STEP, unit + i * STEP, UNITS * SIZE, EVEN),)
+    scales = ()
+    if KIND == "int4":
+        scales = _scales_of(
+            scales_ptr, tile, count, to_partner, stride_scales_n, PAIRS, HEAD, INTERLEAVED, UNITS, STEPS, ROWS
+        )
+    return read, scales, weight_ptrs, unit
 
 
 @gluon.jit
-def multiply(
+def _multiply_floats(
     asked, x_ptr, M, x_inner, stride_x_outer, stride_x_inner, KIND: gl.constexpr, UNITS: gl.constexpr,
-    COLUMNS: gl.constexpr, BLOCK_M: gl.constexpr, AHEAD: gl.constexpr,
+    COLUMNS: gl.constexpr, BLOCK_M: gl.constexpr, AHEAD: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """The sums of a tile, (ROWS, BLOCK_M)."""
-    read, scales, weight_ptrs, unit, group_ptrs, first = asked
+    read, scales, weight_ptrs, unit = asked
     SPLITS: gl.constexpr = gl.num_warps()
     STEP: gl.constexpr = 512 // weight_ptrs.dtype.element_ty.primitive_bitwidth
-    STEPS: gl.constexpr = (UNITS + STEP * SPLITS - 1) // (STEP * SPLITS)
-    EVEN: gl.constexpr = UNITS % (STEP * SPLITS) == 0
+    LENGTH: gl.constexpr = UNITS if KIND == "none" else 4 * UNITS
+    STEPS: gl.constexpr = (LENGTH + STEP * SPLITS - 1) // (STEP * SPLITS)
+    EVEN: gl.constexpr = LENGTH % (STEP * SPLITS) == 0
     X: gl.constexpr = gl.BlockedLayout([1, 1, COLUMNS // 4], [1, 8, 4], [SPLITS, 1, 1], [2, 1, 0])
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [SPLITS, 1, 1], [1, 16, 8])
     # Rows past the last one are the last one again, and never stored.
@@ -123,28 +162,69 @@ def multiply(
     for _ in gl.static_range(_SUMS):
         sums = sums + (gl.zeros([SPLITS, ROWS, BLOCK_M], gl.float32, MMA),)
     for i in gl.static_range(STEPS):
-        x = _load(x_ptrs + i * COLUMNS, column + i * COLUMNS, UNITS * COLUMNS // STEP, EVEN)
+        x = _load(x_ptrs + i * COLUMNS, column + i * COLUMNS, LENGTH * COLUMNS // STEP, EVEN)
         # Split, row of x, thread, product of a thread, half of it, pair, entry.
         x = gl.reshape(x, (SPLITS, BLOCK_M, 4, COLUMNS // 16, 2, 2))
         x = gl.reshape(gl.permute(x, (0, 3, 4, 2, 5, 1)), (SPLITS, COLUMNS, BLOCK_M))
         x = gl.convert_layout(x, gl.DotOperandLayout(1, MMA, 2))
         weight = gl.convert_layout(widened(read[i], x.dtype, KIND, COLUMNS), gl.DotOperandLayout(0, MMA, 2))
         if i + AHEAD < STEPS:
-            read = read + (_load(weight_ptrs + (i + AHEAD) * STEP, unit + (i + AHEAD) * STEP, UNITS, EVEN),)
-            if KIND == "int4":
-                scales = scales + (_load(group_ptrs + i + AHEAD, first + i + AHEAD, UNITS // STEP, EVEN),)
+            read = read + (_load(weight_ptrs + (i + AHEAD) * STEP, unit + (i + AHEAD) * STEP, LENGTH, EVEN),)
         if KIND == "int4":
             part = mma_v2(weight, x, gl.zeros([SPLITS, ROWS, BLOCK_M], gl.float32, MMA))
-            sums = sums[1:] + (sums[0] + part * scales[i].to(gl.float32)[:, :, None],)
+            sums = sums[1:] + (sums[0] + part * gl.convert_layout(scales[i], MMA).to(gl.float32),)
         else:
             sums = sums[1:] + (mma_v2(weight, x, sums[0]),)
-    return gl.sum((sums[0] + sums[1]) + (sums[2] + sums[3]), 0)
+    acc = gl.sum((sums[0] + sums[1]) + (sums[2] + sums[3]), 0)
+    return acc * factor_of(KIND, x_ptr.dtype.element_ty)
+
+
+@gluon.jit
+def _multiply_digits(
+    asked, x_ptr, KIND: gl.constexpr, UNITS: gl.constexpr, COLUMNS: gl.constexpr, AHEAD: gl.constexpr,
+    ROWS: gl.constexpr,
+):  # fmt: skip
+    read, scales, weight_ptrs, unit = asked
+    SPLITS: gl.constexpr = gl.num_warps()
+    STEP: gl.constexpr = 512 // weight_ptrs.dtype.element_ty.primitive_bitwidth
+    LENGTH: gl.constexpr = 4 * UNITS
+    STEPS: gl.constexpr = (LENGTH + STEP * SPLITS - 1) // (STEP * SPLITS)
+    EVEN: gl.constexpr = LENGTH % (STEP * SPLITS) == 0
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [SPLITS, 1, 1], [1, 16, 8])
+    shared, worth = in_digits(x_ptr, KIND, LENGTH * COLUMNS // STEP, STEPS * COLUMNS)
+    zeros = gl.zeros([SPLITS, ROWS if KIND == "int4" else 2 * ROWS, 8], gl.int32, MMA)
+    sums = zeros.to(gl.float32) if KIND == "int4" else zeros
+    for i in gl.static_range(STEPS):
+        x = gl.convert_layout(digits_at(shared, i, KIND, COLUMNS), gl.DotOperandLayout(1, MMA, 4))
+        weight = gl.convert_layout(octets(read[i], KIND, COLUMNS), gl.DotOperandLayout(0, MMA, 4))
+        if i + AHEAD < STEPS:
+            read = read + (_load(weight_ptrs + (i + AHEAD) * STEP, unit + (i + AHEAD) * STEP, LENGTH, EVEN),)
+        if KIND == "int4":
+            part = mma_v2(weight, x, zeros).to(gl.float32)
+            sums += part * gl.convert_layout(scales[i], MMA).to(gl.float32)
+        else:
+            sums = mma_v2(weight, x, sums)
+    return worth_of(sums, worth, KIND, ROWS)
+
+
+@gluon.jit
+def multiply(
+    asked, x_ptr, M, x_inner, stride_x_outer, stride_x_inner, KIND: gl.constexpr, UNITS: gl.constexpr,
+    COLUMNS: gl.constexpr, BLOCK_M: gl.constexpr, AHEAD: gl.constexpr, ROWS: gl.constexpr = ROWS,
+):  # fmt: skip
+    """The sums of a tile, (ROWS, BLOCK_M): if BLOCK_M is 1, by integers."""
+    if BLOCK_M == 1:
+        return _multiply_digits(asked, x_ptr, KIND, UNITS, COLUMNS, AHEAD, ROWS)
+    else:
+        return _multiply_floats(
+            asked, x_ptr, M, x_inner, stride_x_outer, stride_x_inner, KIND, UNITS, COLUMNS, BLOCK_M, AHEAD, ROWS
+        )
 
 
 @gluon.jit
 def partners_of(acc, BLOCK_M: gl.constexpr, OUT: gl.constexpr):
     """The sums of a tile's pairs: of the first row of each, and of its partner."""
-    first, second = gl.split(gl.permute(gl.reshape(acc, (2, ROWS // 2, BLOCK_M)), (1, 2, 0)))
+    first, second = gl.split(gl.permute(gl.reshape(acc, (2, acc.shape[0] // 2, BLOCK_M)), (1, 2, 0)))
     return gl.convert_layout(first, OUT), gl.convert_layout(second, OUT)
 
 
@@ -153,7 +233,7 @@ def gemv_mma_kernel(
     x_ptr, weight_ptr, scales_ptr, bias_ptr, residual_ptr, out_ptr, M, N, x_inner, stride_x_outer, stride_x_inner,
     stride_weight_n, stride_scales_n, stride_bias, residual_inner, stride_residual_outer, stride_residual_inner,
     stride_residual_n, KIND: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr, UNITS: gl.constexpr,
-    COLUMNS: gl.constexpr, BLOCK_M: gl.constexpr, AHEAD: gl.constexpr, PDL: gl.constexpr,
+    COLUMNS: gl.constexpr, BLOCK_M: gl.constexpr, ROWS: gl.constexpr, AHEAD: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """UNITS are those that a row of the weight is stored as: entries, or words of 32 bits; COLUMNS those of a step."""
     if PDL:
@@ -161,7 +241,7 @@ def gemv_mma_kernel(
     OUT: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [1, gl.num_warps()], [0, 1])
     tile = gl.program_id(0)
     asked = ask(
-        weight_ptr, scales_ptr, tile, N, N, stride_weight_n, stride_scales_n, KIND, GATED, 0, False, UNITS, AHEAD,
+        weight_ptr, scales_ptr, tile, N, N, stride_weight_n, stride_scales_n, KIND, GATED, 0, False, UNITS, AHEAD, ROWS,
     )  # fmt: skip
     TILE: gl.constexpr = ROWS // 2 if GATED else ROWS
     n = tile * TILE + gl.arange(0, TILE, gl.SliceLayout(1, OUT))
@@ -175,7 +255,7 @@ def gemv_mma_kernel(
         tl_cuda.gdc_wait()
 
     acc = multiply(
-        asked, x_ptr, M, x_inner, stride_x_outer, stride_x_inner, KIND, UNITS, COLUMNS, BLOCK_M, AHEAD
+        asked, x_ptr, M, x_inner, stride_x_outer, stride_x_inner, KIND, UNITS, COLUMNS, BLOCK_M, AHEAD, ROWS
     )  # fmt: skip
     if GATED:
         acc, up = partners_of(acc, BLOCK_M, OUT)
@@ -205,12 +285,14 @@ def gemv_mma_configs(product: Product, kind: str = "none") -> list[Config]:
     """Configs of `gemv_mma`, the most promising first."""
     columns, most = STEP_COLUMNS[kind], _most_steps(product, kind)
     # (warps, steps that are asked for before the wait): as measured on H200 with Llama's weights.
-    shapes = {"none": [(4, 16), (2, 16), (8, 8), (4, 8)], "int4": [(4, 8), (4, 16), (2, 8), (8, 4)]}
+    shapes = {"none": [(4, 16), (2, 16), (8, 8), (4, 8)], "int4": [(8, 6), (4, 8), (4, 16), (2, 8)]}
+    if block_m(product, kind) == 1:
+        shapes = {"int4": [(8, 2), (4, 4), (8, 4), (4, 8)], "int8": [(4, 8), (8, 4), (8, 8), (4, 4)]}
     wanted = shapes.get(kind, [(4, 8), (8, 8), (4, 16), (2, 8)])
     fit = [(warps, ahead) for warps, ahead in wanted if triton.cdiv(product.depth, warps * columns) <= most]
     configs = []
-    # Of int4, 16 warps spill ten times as much as 8, whose threads may have twice the registers.
-    for warps, ahead in fit or [(8, 4) if kind == "int4" else (16, 4)]:
+    # Of int4 as floats, 16 warps spill ten times as much as 8, whose threads may have twice the registers.
+    for warps, ahead in fit or [(8, 6) if kind == "int4" and block_m(product, kind) > 1 else (16, 4)]:
         while warps > 1 and (warps // 2) * columns >= product.depth:
             warps //= 2
         steps = triton.cdiv(product.depth, warps * columns)
@@ -220,8 +302,20 @@ def gemv_mma_configs(product: Product, kind: str = "none") -> list[Config]:
 
 def _most_steps(product: Product, kind: str) -> int:
     """Steps of a warp that compile fast (112 take up to 15 s) and leave registers enough: more of int4 spill, for loads
-    are moved far ahead."""
+    are moved far ahead. As integers a warp has all of its columns of x in registers once: 2048."""
+    if block_m(product, kind) == 1:
+        return 2048 // STEP_COLUMNS[kind]
     return 20 if kind == "int4" and product.rows > 8 else 32
+
+
+def block_m(product: Product, kind: str) -> int:
+    """How many rows of x a program has room for; 1: as integers, where a program has not too much of x to take apart
+    first (int8 on H200, us: 28672x4096 gated 28.7 for 31.4 as floats, 4096x14336 24.4 for 18.1)."""
+    nbytes = DIGITS.value * product.depth
+    fits = product.depth <= _MOST_DIGITS and 2 * nbytes <= shared_memory(product.target)
+    if product.rows == 1 and kind in ("int8", "int4") and fits:
+        return 1
+    return 8 if product.rows <= 8 else 16
 
 
 def gemv_mma(
@@ -241,30 +335,36 @@ def gemv_mma(
     Shapes: x (..., K) of at most 16 rows, contiguous along K; weight (N, K), or (2*N, K) if gated, of x's dtype and
     contiguous along K, or as `burnish.quantize` stores it in this kind, contiguous and at a multiple of 16 bytes, with
     its scales, of int4 one for each 128 columns; bias its rows' number, residual and the contiguous result (..., N).
-    x, bias and residual of one dtype: float16 or bfloat16. Sums are float32 and the result is rounded once.
+    x, bias and residual of one dtype: float16 or bfloat16. Sums are float32 and the result is rounded once. A single
+    row of x that meets int8 or int4 is rounded to 21 bits before, and makes NaN of infinity.
     """
     stored = weight if kind == "none" else weight.view(torch.int32)
-    columns = weight.shape[0] // (2 if gated else 1)
-    config = config or gemv_mma_configs(Product.of(x, weight, gated), kind)[0]
-    out = x.new_empty((*x.shape[:-1], columns))
+    product = Product.of(x, weight, gated)
+    config = config or gemv_mma_configs(product, kind)[0]
+    height = dict(config.blocks).get("ROWS", ROWS.value)
+    out = x.new_empty((*x.shape[:-1], product.columns))
     rows, residual_rows = rows_of(x), out if residual is None else residual
     extra = rows_of(residual_rows)
     assert rows is not None
     assert extra is not None
     launch(
         gemv_mma_kernel,
-        (triton.cdiv(columns, ROWS.value // (2 if gated else 1)),),
-        *(x, stored, scales, bias, residual, out, rows.count, columns),
+        (triton.cdiv(product.columns, height // product.halves),),
+        *(x, stored, scales, bias, residual, out, rows.count, product.columns),
         *(rows.inner, rows.stride_outer, rows.stride_inner),
         *(stored.stride(0), 1 if scales is None else scales.stride(0), 1 if bias is None else bias.stride(0)),
         *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1)),
         config=config,
         like=x,
+        registers=_REGISTERS
+        if kind == "int4" and config.num_warps == 8 and block_m(product, kind) == 8 and product.rows == 1
+        else None,
         KIND=kind,
         ACTIVATION=in_half(activation, x.dtype),
         GATED=gated,
         UNITS=stored.shape[1],
         COLUMNS=STEP_COLUMNS[kind],
-        BLOCK_M=8 if rows.count <= 8 else 16,
+        BLOCK_M=block_m(product, kind),
+        ROWS=height,
     )
     return out
