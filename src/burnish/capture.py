@@ -18,13 +18,17 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx._lazy_graph_module import _make_graph_module
 from torch.utils import _pytree as pytree
 
 from burnish import huggingface
+from burnish.capture_overhead import little_overhead
+from burnish.capture_repeats import repeats_looked_up
 from burnish.graph.trace import clean
 from burnish.record import StepRecord
 from burnish.runtime.module import State
@@ -145,19 +149,20 @@ def capture(
     kwargs = dict(kwargs or {})
     leaves, spec = pytree.tree_flatten((args, kwargs))
     leaves = _distinct(leaves)
-    try:
-        exported, took_over = _export(model, pytree.tree_unflatten(_widen(leaves), spec), attention_interface)
-    except Exception as error:
-        if not any(_is_unit(leaf) for leaf in leaves):
-            raise CaptureError(_one_line(error)) from error
-        try:  # sizes of 1 that the model insists on: capture them as they are
-            exported, took_over = _export(model, pytree.tree_unflatten(leaves, spec), attention_interface)
-        except Exception as second:
-            raise CaptureError(_one_line(second)) from second
-    graph_module = exported.module(check_guards=False) if _takes_check_guards(exported) else exported.module()
-    inputs = _input_specs(graph_module, exported.range_constraints)
+    with little_overhead():
+        try:
+            exported, took_over = _export(model, pytree.tree_unflatten(_widen(leaves), spec), attention_interface)
+        except Exception as error:
+            if not any(_is_unit(leaf) for leaf in leaves):
+                raise CaptureError(_one_line(error)) from error
+            try:  # sizes of 1 that the model insists on: capture them as they are
+                exported, took_over = _export(model, pytree.tree_unflatten(leaves, spec), attention_interface)
+            except Exception as second:
+                raise CaptureError(_one_line(second)) from second
+        whole = exported.module(check_guards=False) if _takes_check_guards(exported) else exported.module()
+    inputs = _input_specs(whole, exported.range_constraints)
     assert exported.call_spec.out_spec is not None
-    _flatten_signature(graph_module)
+    graph_module = _flat(whole)
     before = len(graph_module.graph.nodes)
     removed = clean(graph_module)
     for node in graph_module.graph.nodes:
@@ -204,7 +209,16 @@ def _export(
         with _named_keywords(model, args, kwargs):
             # `torch.export` wants one mapping by the names of forward's parameters.
             shapes = dict(inspect.signature(model.forward).bind(*free_args, **free_kwargs).arguments)
-            return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
+            trace = partial(torch.export.export, model, args, kwargs, strict=False, dynamic_shapes=shapes)
+            with repeats_looked_up() as repeats:
+                try:
+                    return trace()
+                except huggingface.NotExpressible:
+                    raise
+                except Exception:
+                    if not repeats.found:
+                        raise
+            return trace()  # what was looked up shall not be to blame
 
     with torch.no_grad(), _quiet(), _appending():
         if attention_interface:
@@ -322,13 +336,11 @@ def _limits(size: torch.SymInt, ranges: Mapping[Any, Any]) -> tuple[int, int | N
     return int(bounds.lower), high
 
 
-def _flatten_signature(graph_module: fx.GraphModule) -> None:
-    """Drops export's pytree code generation and its check of inputs: the graph then takes and returns flat leaves, in
+def _flat(whole: fx.GraphModule) -> fx.GraphModule:
+    """Without export's pytree code generation and its check of inputs: the graph then takes and returns flat leaves, in
     pytree order."""
-    graph_module.graph.set_codegen(fx.graph.CodeGen())
-    graph_module._forward_pre_hooks.clear()
-    graph_module._forward_pre_hooks_with_kwargs.clear()
-    graph_module.recompile()
+    whole.graph.set_codegen(fx.graph.CodeGen())
+    return _make_graph_module(whole, whole.graph)
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,10 @@ from torch.fx.node import map_aggregate, map_arg
 from burnish.graph.leaves import LeafCall
 from burnish.graph.matcher import Match
 from burnish.graph.prepare import Pattern
+from burnish.graph.recording import Recording, path_of
+from burnish.graph.results import compute
 from burnish.graph.trace import signature_of
+from burnish.graph.value_proxy import ValueProxy
 
 _INHERITED = ("nn_module_stack", "stack_trace")
 _UNKNOWN_TO_FAKES = (
@@ -25,26 +28,6 @@ _UNKNOWN_TO_FAKES = (
     fake_tensor.DynamicOutputShapeException,
     fake_tensor.DataDependentOutputException,
 )
-
-
-@dataclass
-class Recording:
-    """What a replacement computes for one match, in a graph of its own.
-
-    nodes:   its calls, in order; inputs: its placeholders and reused weights -> nodes of the model's graph
-    outputs: its results; targets: calls and weights that live under another path in the model
-    """
-
-    nodes: list[fx.Node]
-    inputs: dict[fx.Node, fx.Node]
-    outputs: list[fx.Node]
-    targets: dict[fx.Node, str]
-    added: dict[fx.Node, tuple[str, nn.Module | torch.Tensor]] = field(default_factory=dict)
-
-    def install(self, gm: fx.GraphModule) -> None:
-        """Register the modules and tensors that the replacement brings along, each object once."""
-        for node, (name, value) in self.added.items():
-            self.targets[node] = _path_of(gm, value) or _register(gm, name.replace(".", "_"), value)
 
 
 @dataclass(frozen=True)
@@ -79,71 +62,18 @@ class Replacement:
                 )
         return cls(fn, name, signature, pattern)
 
-    def record(self, gm: fx.GraphModule, match: Match) -> Recording:
-        """Call the replacement with proxies for the match's nodes. Its own errors pass through; `gm` stays as it is."""
-        recorder = _Recorder(gm, match, self)
-        graph = recorder.trace(recorder.root_module)
-        returned: Any = graph.output_node().args[0]
-        outputs: list[fx.Node] = list(returned)
-        recording = Recording([], dict(recorder.inputs), outputs, dict(recorder.targets))
-        for node in graph.nodes:
-            if node.op in ("placeholder", "output") or node in recording.inputs:
-                continue
-            if node.op in ("call_module", "get_attr") and node not in recording.targets:
-                recorder.locate(node, recording)
-            if node not in recording.inputs:
-                recording.nodes.append(node)
-        for old, new in zip(match.outputs, outputs, strict=True):
-            _check_output(self.name, old, new)
-        return recording
+    def record(self, gm: fx.GraphModule, matches: Sequence[Match]) -> list[Recording]:
+        """Call the replacement with proxies for each match's nodes. Its own errors pass through; `gm` stays as it
+        is."""
+        recordings = _Recorder(gm, self).record(matches) if matches else []
+        for match, recording in zip(matches, recordings, strict=True):
+            for old, new in zip(match.outputs, recording.outputs, strict=True):
+                _check_output(self.name, old, new)
+        return recordings
 
 
 def _wants_match(parameter: inspect.Parameter) -> bool:
     return parameter.name == "match" and parameter.kind is parameter.KEYWORD_ONLY
-
-
-class _ValueProxy(fx.Proxy):
-    """A proxy that answers questions about its value as the graph knows it, instead of recording them."""
-
-    def _known(self) -> torch.Tensor | None:
-        value = self.node.meta.get("val")
-        return value if isinstance(value, torch.Tensor) else None
-
-    @property
-    def shape(self) -> Any:
-        value = self._known()
-        if value is None:
-            return fx.proxy.Attribute(self, "shape")
-        return tuple(self._size(i, s) for i, s in enumerate(value.shape))
-
-    def _size(self, dim: int, size: Any) -> Any:
-        if isinstance(size, int):
-            return size
-        return self.tracer.create_proxy("call_function", torch.ops.aten.sym_size.int, (self, dim), {})
-
-    def size(self, dim: int | None = None) -> Any:
-        if self._known() is None:
-            return fx.proxy.Attribute(self, "size")(*(() if dim is None else (dim,)))
-        return self.shape if dim is None else self.shape[dim]
-
-    @property
-    def dtype(self) -> Any:
-        value = self._known()
-        return fx.proxy.Attribute(self, "dtype") if value is None else value.dtype
-
-    @property
-    def device(self) -> Any:
-        value = self._known()
-        return fx.proxy.Attribute(self, "device") if value is None else value.device
-
-    @property
-    def ndim(self) -> Any:
-        value = self._known()
-        return fx.proxy.Attribute(self, "ndim") if value is None else value.dim()
-
-    def dim(self) -> Any:
-        value = self._known()
-        return fx.proxy.Attribute(self, "dim")() if value is None else value.dim()
 
 
 class _Root(nn.Module):
@@ -160,15 +90,46 @@ class _Root(nn.Module):
 
 
 class _Recorder(fx.Tracer):
-    def __init__(self, gm: fx.GraphModule, match: Match, replacement: Replacement) -> None:
+    """Records one replacement for all of its matches in one go: preparing fx for tracing takes longer than a call."""
+
+    def __init__(self, gm: fx.GraphModule, replacement: Replacement) -> None:
         super().__init__()
-        self.gm, self.match, self.replacement = gm, match, replacement
-        self.root_module = _Root(self._call, replacement.fn)
-        self.inputs: dict[fx.Node, fx.Node] = {}
-        self.targets: dict[fx.Node, str] = {}
-        self.fake_mode = next(_fake_modes(match), None)
+        self.gm, self.replacement = gm, replacement
+        self.match: Match
+        self.recording: Recording
+        self.fake_mode: fake_tensor.FakeTensorMode | None
         self._proxies: dict[fx.Node, fx.Proxy] = {}
+        self._parameters: dict[str, fx.Proxy] = {}
         self._outside: dict[int, tuple[str, nn.Module]] = {}
+
+    def record(self, matches: Sequence[Match]) -> list[Recording]:
+        done: list[tuple[Match, fx.Graph, Recording]] = []
+
+        def call_for_each() -> tuple[()]:
+            whole = self.graph
+            for match in matches:
+                self._begin(match)
+                self.recording.outputs += [proxy.node for proxy in self._call()]
+                done.append((match, self.graph, self.recording))
+            self.graph = whole
+            return ()
+
+        self.trace(_Root(call_for_each, self.replacement.fn))
+        for match, graph, recording in done:
+            self.match, self.recording = match, recording
+            for node in graph.nodes:
+                if node.op in ("call_module", "get_attr") and node not in recording.targets:
+                    self._locate(node)
+                if node.op != "placeholder" and node not in recording.inputs:
+                    recording.nodes.append(node)
+        return [recording for _, _, recording in done]
+
+    def _begin(self, match: Match) -> None:
+        """Gives the match a graph of its own, and forgets what belongs to that of the match before."""
+        self.match, self.graph = match, fx.Graph(tracer_cls=type(self))
+        self.recording = Recording([], {}, [], {})
+        self.fake_mode = next(_fake_modes(match), None)
+        self._proxies, self._parameters = {}, {}
 
     # --- calling the replacement --------------------------------------------------------------------------------------
 
@@ -186,7 +147,7 @@ class _Recorder(fx.Tracer):
                     args.append(self._proxied(values[name]))
                 else:
                     kwargs[name] = self._proxied(values[name])
-        target = self.root_module.inner if isinstance(self.replacement.fn, nn.Module) else self.replacement.fn
+        target: Any = self.root.inner if isinstance(self.replacement.fn, nn.Module) else self.replacement.fn
         return self._results(target(*args, **kwargs))
 
     def _proxied(self, value: Any) -> Any:
@@ -199,7 +160,7 @@ class _Recorder(fx.Tracer):
         if node not in self._proxies:
             scratch = super().create_node("placeholder", node.name, (), {})
             scratch.meta.update({k: node.meta[k] for k in ("val",) if k in node.meta})
-            self.inputs[scratch] = node
+            self.recording.inputs[scratch] = node
             self._proxies[node] = self.proxy(scratch)
         return self._proxies[node]
 
@@ -221,10 +182,13 @@ class _Recorder(fx.Tracer):
     # --- fx.Tracer's hooks --------------------------------------------------------------------------------------------
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _ValueProxy(node, self)
+        return ValueProxy(node, self)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return super().getattr(attr, attr_val, self._parameters)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if _path_of(self.gm, m) is not None:
+        if path_of(self.gm, m) is not None:
             return True
         # An exported graph has no module calls; a replacement's own modules are written out in it.
         return not self.replacement.pattern.from_examples and super().is_leaf_module(m, module_qualified_name)
@@ -238,7 +202,7 @@ class _Recorder(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, torch.Tensor) and not isinstance(a, fake_tensor.FakeTensor):
             known = any(a is t for t in (*self.root.parameters(), *self.root.buffers()))
-            if not known and (isinstance(a, nn.Parameter) or _path_of(self.gm, a) is not None):
+            if not known and (isinstance(a, nn.Parameter) or path_of(self.gm, a) is not None):
                 name = f"_outside_tensor{len(self.root._buffers)}"
                 self.root.register_buffer(name, a)
                 return self.create_node("get_attr", name, (), {})
@@ -259,7 +223,7 @@ class _Recorder(fx.Tracer):
             kind, target, name = "call_module", path, None
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if path is not None:
-            self.targets[node] = path
+            self.recording.targets[node] = path
         if kind not in ("placeholder", "output"):
             origin = self.match.outputs[0].meta
             node.meta.update({k: origin[k] for k in _INHERITED if k in origin})
@@ -297,7 +261,7 @@ class _Recorder(fx.Tracer):
 
     def _run(self, fake_mode: fake_tensor.FakeTensorMode, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.op == "call_function":
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return compute(node.target, args, kwargs)  # type: ignore[arg-type]
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         matched = self.match.attributes.get(str(node.target).removeprefix("inner."))
@@ -308,8 +272,8 @@ class _Recorder(fx.Tracer):
 
     def _value_at(self, node: fx.Node) -> Any:
         path = str(node.target)
-        if node in self.targets:
-            return self.gm.get_submodule(self.targets[node])
+        if node in self.recording.targets:
+            return self.gm.get_submodule(self.recording.targets[node])
         for name, module in self._outside.values():
             if name == path:
                 return module
@@ -324,43 +288,20 @@ class _Recorder(fx.Tracer):
 
     # --- where modules and weights live -------------------------------------------------------------------------------
 
-    def locate(self, node: fx.Node, recording: Recording) -> None:
+    def _locate(self, node: fx.Node) -> None:
         """Decide whether a module or tensor that the replacement uses is the match's, the model's, or new."""
-        value = self._value_at(node)
+        value, recording = self._value_at(node), self.recording
         path = str(node.target)
         own = path.removeprefix("inner").removeprefix(".") or type(value).__name__.lower()
         if node.op == "get_attr" and own in self.match.attributes:
             recording.inputs[node] = self.match.attributes[own]
         elif node.op == "call_module" and own in self.match.modules:
             recording.targets[node] = self.match.modules[own]
-        elif (known := _path_of(self.gm, value)) is not None:
+        elif (known := path_of(self.gm, value)) is not None:
             recording.targets[node] = known
         else:
             outside = path.startswith(("outside", "_outside_tensor", "_tensor_constant"))
             recording.added[node] = (type(value).__name__.lower() if outside else own, value)
-
-
-def _path_of(gm: fx.GraphModule, value: nn.Module | torch.Tensor) -> str | None:
-    named: Iterator[tuple[str, Any]]
-    if isinstance(value, nn.Module):
-        named = gm.named_modules(remove_duplicate=False)
-    else:
-        named = (item for found in (gm.named_parameters, gm.named_buffers) for item in found(remove_duplicate=False))
-    return next((name for name, candidate in named if candidate is value and name), None)
-
-
-def _register(gm: fx.GraphModule, name: str, value: nn.Module | torch.Tensor) -> str:
-    unique, count = name, 0
-    while hasattr(gm, unique):
-        count += 1
-        unique = f"{name}_{count}"
-    if isinstance(value, nn.Module):
-        gm.add_module(unique, value)
-    elif isinstance(value, nn.Parameter):
-        gm.register_parameter(unique, value)
-    else:
-        gm.register_buffer(unique, value)
-    return unique
 
 
 def _fake_modes(match: Match) -> Iterator[fake_tensor.FakeTensorMode]:

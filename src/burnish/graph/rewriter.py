@@ -11,7 +11,8 @@ from torch.fx.node import map_arg
 
 from burnish.graph.effects import is_pure
 from burnish.graph.matcher import Guard, Match, Matches, Pattern, PatternLike, find_matches
-from burnish.graph.record import Recording, Replacement
+from burnish.graph.record import Replacement
+from burnish.graph.recording import Recording
 
 __all__ = ["erase", "replace_matches", "replace_pattern"]
 
@@ -45,9 +46,9 @@ def replace_pattern(
 
 def replace_matches(gm: fx.GraphModule, matches: Matches, replacement: Replacement) -> None:
     """Rewrite matches that `find_matches` found in the unchanged `gm`."""
-    recordings = [replacement.record(gm, match) for match in matches]
-    if not recordings:
+    if not matches:
         return
+    recordings = replacement.record(gm, matches)
     replaced: dict[fx.Node, fx.Node] = {}
     for match, recording in zip(matches, recordings, strict=True):
         _insert(gm, match, recording, replaced)
