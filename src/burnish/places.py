@@ -46,7 +46,7 @@ class Places:
     """Where weights and a model's modules are, to be told when one of them has been moved, replaced or removed.
 
     Values that change in place are nothing to tell, for whoever reads the weight sees them; but of `copied` weights,
-    each with its version when it was copied, only copies are read.
+    each with its version when it was copied, only copies are read. (Or it was looked at, and is not read at all.)
     """
 
     def __init__(

@@ -22,6 +22,7 @@ from burnish.quantize import Kind
 from burnish.quantized_weights import Quantization, QuantizedWeights, check_kind
 from burnish.rewrites import FUSE, RAISE, apply
 from burnish.rewrites.quantize import passes_after, passes_before, quantize
+from burnish.rewrites.raise_causal import LOOKED_AT
 from burnish.runtime.cuda_graph import CapturedCall, GraphPool
 from burnish.runtime.module import STALE, Call
 from burnish.tuning import Tuner
@@ -108,6 +109,7 @@ class Prepared:
         captured: the graph as it was captured. `program.captured` is the same, but on dequantized weights where some
             are quantized.
         members: the parameters that became views of packed weights.
+        looked_at: the buffers whose values decided something, each with the version that was seen.
         places: all weights, to be told when one has been moved.
         verified: whether the first call's checks are done; `verification` what they found.
         rejected: slots whose Impl failed verification, and why.
@@ -121,6 +123,7 @@ class Prepared:
     differentiable: fx.GraphModule
     captured: fx.GraphModule
     members: list[WeightPlace]
+    looked_at: list[tuple[WeightPlace, int]]
     places: Places
     quantization: Quantization | None = None
     verified: bool = False
@@ -135,7 +138,7 @@ class Prepared:
         # A graph with gradients reads the float weights: they change all the time.
         copied = self.quantization.sources if self.quantization is not None and executable is None else ()
         executable = executable or self.executable
-        places = Places(model, (*executable.weights, *self.members), copied)
+        places = Places(model, (*executable.weights, *self.members), (*copied, *self.looked_at))
         return PlainEntry(executable.bind(functions), executable, places, self.program.out_spec)
 
     def regenerate(self, model: nn.Module) -> None:
@@ -169,9 +172,10 @@ class Preparer:
         members = [find_weight((self.model,), member.path) for packed in packs for member in packed.members]
         executable = Executable(graph_module, self.model)
         copied = quantization.sources if quantization is not None else ()
-        places = Places(self.model, (*executable.weights, *members), copied)
+        looked_at = self._looked_at(graph_module)
+        places = Places(self.model, (*executable.weights, *members), (*copied, *looked_at))
         mode = self.model.training
-        return Prepared(program, mode, executable, differentiable, captured, members, places, quantization)
+        return Prepared(program, mode, executable, differentiable, captured, members, looked_at, places, quantization)
 
     def _quantize(self, program: Program, kind: Kind) -> Quantization:
         check_kind(kind, self.model)  # it may have moved to another device
@@ -181,6 +185,10 @@ class Preparer:
         if rest.matches:
             program.history.append(rest)
         return done
+
+    def _looked_at(self, graph_module: fx.GraphModule) -> list[tuple[WeightPlace, int]]:
+        seen: dict[str, int] = graph_module.meta.get(LOOKED_AT, {})
+        return [(find_weight((self.model, graph_module), path), version) for path, version in seen.items()]
 
     def _wants_transposed(self, weight: fx.Node) -> bool:
         """Whether products read this weight faster when it is stored (K, N): measured on its first reader's sizes."""

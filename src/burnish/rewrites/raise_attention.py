@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from burnish import ops
 from burnish.graph.matcher import Match
+from burnish.rewrites.raise_causal import raise_causal_masks
 from burnish.rewrites.rewrite import (
     GraphPass,
     Outcome,
@@ -265,4 +266,5 @@ ATTENTION: list[Rewrite | GraphPass] = [
     GraphPass("attention: inputs as they were before copies", strip_around_attention),
     GraphPass("attention: query scale", fold_query_scale),
     GraphPass("attention: bias of zeros", drop_zero_bias),
+    GraphPass("attention: causal mask", raise_causal_masks),
 ]

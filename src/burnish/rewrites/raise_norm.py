@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from burnish import ops
-from burnish.graph.matcher import Match
-from burnish.rewrites.rewrite import GraphPass, Outcome, Rewrite, rewrite_nodes, values
+from burnish.rewrites.raise_layer_norm import LAYER_NORM_WRITTEN_OUT, refuse_weights
+from burnish.rewrites.rewrite import GraphPass, Outcome, Rewrite, rewrite_nodes
 
 aten = torch.ops.aten
 
@@ -70,21 +70,11 @@ def to_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return ops.rms_norm(x, weight, eps)
 
 
-def _weight_is_vector(match: Match) -> str | None:
-    x, weight = values(match, "x", "weight")
-    if isinstance(weight, (int, float)):
-        return f"weight is the number {weight}"
-    if weight is not None and (weight.dim() != 1 or weight.shape[0] != x.shape[-1]):
-        return f"weight of shape {tuple(weight.shape)} is not one factor for each of the last dim"
-    if weight is not None and torch.result_type(x, weight) != x.dtype:
-        return f"the result is {torch.result_type(x, weight)}, x is {x.dtype}"
-    return None
-
-
 NORM: list[Rewrite | GraphPass] = [
     GraphPass("layer_norm", raise_layer_norm),
+    *LAYER_NORM_WRITTEN_OUT,
     *(
-        Rewrite(f"rms_norm: {spelling.__name__}", spelling, to_rms_norm, _norm_examples, anchor, _weight_is_vector)
+        Rewrite(f"rms_norm: {spelling.__name__}", spelling, to_rms_norm, _norm_examples, anchor, refuse_weights)
         for spelling, anchor in (
             (rms_norm_llama, aten.rsqrt.default),
             (rms_norm_t5, aten.rsqrt.default),
