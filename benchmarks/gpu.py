@@ -77,7 +77,7 @@ def kernels_of(run: Variant) -> list[Kernel]:
     """What one call launches on the device, in order."""
     run()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], acc_events=True) as trace:
         run()
         torch.cuda.synchronize()
     on_device = [event for event in trace.events() if str(event.device_type) == "DeviceType.CUDA"]

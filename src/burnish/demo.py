@@ -246,7 +246,7 @@ def profiled(model: nn.Module, inputs: dict[str, Any]) -> dict[str, float]:
     with torch.inference_mode():
         for _ in range(3):
             model(**inputs)
-        with profile(activities=activities) as recorded:
+        with profile(activities=activities, acc_events=True) as recorded:
             started = time.perf_counter()
             for _ in range(_PROFILED_CALLS):
                 model(**inputs)

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from burnish.lower import op_of
-from burnish.record import StepRecord
+from burnish.record import NearMiss, StepRecord, together
 
 aten = torch.ops.aten
+_TOGETHER = "weights packed together"
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,12 @@ def pack(
     record = StepRecord("pack", nodes_before=len(graph_module.graph.nodes))
     stored = _store_rows(graph_module, model)
     packs: list[Pack] = []
+    misses: list[NearMiss] = []
     done: dict[tuple[str, ...], fx.Node] = {}
     weights = [node for node in graph_module.graph.nodes if _is_weight(node)]
     cats = [node for node in graph_module.graph.nodes if node.target is aten.cat.default and _is_cat_of_weights(node)]
     cats.sort(key=lambda cat: -len(_parts(cat)))  # the widest first: it holds what a narrower one wants
-    together = 0
+    replaced = 0
     for node in (*cats, *weights):
         parts = _parts(node)
         transposed = _is_matrix(node) and _only_products_read(node) and wants_transposed(node)
@@ -69,12 +71,12 @@ def pack(
         if key not in done:
             reason = _cannot_pack(model, parts)
             if reason is not None:
-                record.near_misses.append(f"{node.name}: {reason}")
+                misses.append(NearMiss(_TOGETHER, reason, (node.name,)))
                 continue
             taken = {member.path for earlier in packs for member in earlier.members}
             packed, members = _pack_tensors(model, parts, transposed, taken)
             if packed is None:
-                record.near_misses.append(f"{node.name}: a weight is packed with others already")
+                misses.append(NearMiss(_TOGETHER, "a weight is packed with others already", (node.name,)))
                 continue
             name = f"_packed_{len(packs)}"
             graph_module.register_buffer(name, packed, persistent=False)
@@ -85,11 +87,12 @@ def pack(
         elif list(graph_module.graph.nodes).index(done[key]) > list(graph_module.graph.nodes).index(node):
             node.prepend(done[key])
         node.replace_all_uses_with(done[key])
-        together += node.op != "get_attr"
+        replaced += node.op != "get_attr"
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
-    record.matches = {"weights packed together": together, "stored (K, N)": sum(p.transposed for p in packs)}
+    record.matches = {_TOGETHER: replaced, "stored (K, N)": sum(p.transposed for p in packs)}
     record.matches |= {"stored (N, K)": stored} if stored else {}
+    record.near_misses = together(misses)
     record.nodes_after = len(graph_module.graph.nodes)
     record.seconds = time.perf_counter() - started
     return packs, record

@@ -190,7 +190,7 @@ class Schedule:
 
     def forget(self) -> None:
         """Drops every Program: the weights have moved (`.to()`, a parameter replaced,
-        `load_state_dict(assign=True)`), or one that was quantized has changed."""
+        `load_state_dict(assign=True)`), or one that was quantized, or a mask that was looked at, has changed."""
         self._graphs.clear()
         self._prepared.clear()
         self._preparer.quantized.forget()

@@ -9,7 +9,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
-from burnish.report.data import Block, Explanation, GraphPicture, Kernel, Opportunity, OpRow, Profile, Span
+from burnish.report.data import (
+    CUDA_GRAPH,
+    Block,
+    Explanation,
+    GraphPicture,
+    Kernel,
+    Opportunity,
+    OpRow,
+    Profile,
+    Span,
+)
 
 BANDWIDTH_GBS, GFLOPS = 4200.0, {"float16": 776e3, "float32": 51e3}
 BYTES_PER_US, FLOPS_PER_US = BANDWIDTH_GBS * 1e3, GFLOPS["float16"] * 1e3
@@ -334,6 +344,14 @@ def gpt2(after: bool = True) -> Explanation:
         code=CODE,
         notes=("One call takes 4.62 ms with the profiler off and 7.9 ms with it on; times are scaled to the first.",),
     )
+
+
+def with_graph(explanation: Explanation) -> Explanation:
+    """With what a CUDA graph saves, or has saved."""
+    waits, after = explanation.before.unattributed_us, explanation.after
+    left = None if after is None else after.unattributed_us
+    graph = Opportunity(CUDA_GRAPH, "one launch", "", 1, (), waits, 8.0, left)
+    return replace(explanation, opportunities=(graph, *explanation.opportunities))
 
 
 def predicted() -> Explanation:

@@ -108,10 +108,13 @@ def test_the_timeline_has_every_kernel_in_its_place() -> None:
     last = explanation.timeline[-1]
     assert found.us == pytest.approx(last.start_us + last.us)
     assert [bar.x for bar in found.bars] == pytest.approx([100 * s.start_us / found.us for s in explanation.timeline])
-    assert found.busy == "93%"
+    assert (found.busy, found.waits) == ("93%", False)
     assert found.bars[0].row == "after-3"
     assert found.bars[0].label == "linear"
     assert charts.timeline(predicted(), ALL) is None
+    slow = charts.timeline(gpt2(after=False), ALL)
+    assert slow is not None
+    assert slow.waits, "mostly gaps"
 
 
 def test_kernels_at_the_same_time_lie_in_lanes() -> None:

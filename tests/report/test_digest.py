@@ -8,7 +8,7 @@ import pytest
 
 from burnish.report import digest
 from burnish.report.data import Opportunity
-from tests.report.explanations import gpt2, predicted
+from tests.report.explanations import gpt2, with_graph
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -22,6 +22,8 @@ def test_lines_add_up_to_the_call(after: bool) -> None:
     if whole.after:
         assert sum(line.after.us for line in lines if line.after) == pytest.approx(whole.after.us)
         assert whole.speedup == pytest.approx(4620 / 371)
+        assert lines[-1].name == digest.UNATTRIBUTED
+        assert lines[-1].speedup is None, "it is no work that could be done faster"
 
 
 def test_a_block_of_one_version_only_has_a_line() -> None:
@@ -88,18 +90,22 @@ def test_long_calls_are_told_in_milliseconds() -> None:
     assert (slow.name, slow(1_234_567.0), slow(126.0, 1)) == ("ms", "1,234.57", "0.126")
 
 
-def test_the_sentence() -> None:
-    assert digest.summary(gpt2()) == (
-        "GPT2LMHeadModel takes 371 us a call on NVIDIA H200, 12.45x as fast as before (4.62 ms). "
-        "Its bytes and its arithmetic need at least 73.6 us there (20%)."
-    )
-    before = digest.summary(gpt2(after=False))
-    assert "For 84% of the call no op runs" in before
-    assert "would save about 419 us, 56%" in before
-    imagined = predicted()
-    assert "would take about 404 us a call on NVIDIA A100, by the costs of its ops alone." in digest.summary(imagined)
-    faster = replace(imagined, after=replace(imagined.before, end_to_end_us=202.0))
-    assert ", and 202 us with what can be fused, 2.00x as fast, by the costs" in digest.summary(faster)
+def test_what_a_rewrite_makes_of_one_op_of_its_kind() -> None:
+    found = gpt2(after=False)
+    head = Opportunity("linear: nn.Linear", "burnish.linear", "lm_head", 1, ("linear",), 29.4, 25.0)
+    other = Opportunity("linear: Conv1D", "burnish.linear", "transformer.h.*", 12, ("addmm",), 5.4, 4.0)
+    found = replace(with_graph(found), opportunities=(head, other, *with_graph(found).opportunities))
+    made = list(digest.makes(found).values())
+    assert made[:2] == ["linear, by a faster kernel"] * 2
+    assert made[2:5] == ["one launch", "linear_add_layer_norm", "linear"]
+
+
+def test_what_stays_is_not_less_than_the_ops_that_are_made() -> None:
+    found = with_graph(gpt2(after=False))
+    assert digest.left_us(found) == pytest.approx(4620 - 3867.1 - 418.8)
+    made_us = sum(each.after_us * each.count for each in digest.counted_once(found.opportunities))
+    short = replace(found, before=replace(found.before, end_to_end_us=1.0))
+    assert digest.left_us(short) == pytest.approx(made_us)
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_it_is_a_report(bert: Explanation, tmp_path: Path) -> None:
     assert report.summary() in " ".join(text.split())
     data = json.loads(report.to_json(tmp_path / "r.json").read_text())
     assert data == json.loads(json.dumps(report.to_dict()))
-    assert (data["schema"], data["model"], data["steps"]) == (2, "BertModel", [])
+    assert (data["schema"], data["model"], data["steps"]) == (3, "BertModel", [])
     profile = data["explanation"]["before"]
     assert profile["unattributed_us"] == pytest.approx(bert.before.unattributed_us)
     assert profile["blocks"][2]["rows"][0]["op"] == "aten.linear"
@@ -244,11 +244,16 @@ def test_what_is_faster_than_its_floor_is_accounted_for() -> None:
         row = next(row for block in explanations.gpt2().before.blocks for row in block.rows if row.us and row.bytes)
         row = replace(row, bound=bound, floor_us=row.us)  # type: ignore[arg-type]
         profile = replace(explanations.gpt2().before, blocks=(Block("", "Linear", 1, (row,)),))
-        return " ".join(notes_on(profile, Times(1.0, 1.0, {}), nn.Identity().eval()))
+        return " ".join(notes_on(profile, Times(1.0, 1.0, {}, 3), nn.Identity().eval()))
 
     assert "in a cache" in notes("memory")
     assert "--refresh" not in notes("memory")
     assert "--refresh" in notes("compute")
+
+
+def test_what_the_times_are_of(bert: Explanation) -> None:
+    assert (bert.dtype, bert.torch) == ("float32", torch.__version__)
+    assert bert.before.calls >= 3
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

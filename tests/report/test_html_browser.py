@@ -175,6 +175,31 @@ def test_fits_a_phone_in_light_and_dark(open_page: Any, explanation: Explanation
     assert paper == {"light": "rgb(253, 252, 250)", "dark": "rgb(24, 22, 19)"}[scheme]
 
 
+def test_an_opened_row_is_as_wide_as_its_box(open_page: Any) -> None:
+    for width in (1280, 375):
+        page = open_page(gpt2(after=False), viewport={"width": width, "height": 812}).page
+        box = page.locator("#ops .scroll").bounding_box()
+        op = page.locator("#ops-before th[scope=row]").nth(3)
+        before = op.bounding_box()["width"]
+        op.locator("summary").click()
+        opened = op.locator("dl").bounding_box()
+        assert opened["width"] == pytest.approx(box["width"], abs=1)
+        assert op.bounding_box()["width"] == pytest.approx(before, abs=30), "the column stays as it is"
+        if width == 1280:
+            assert page.locator("#ops-before tr").nth(4).locator("td .long").bounding_box()["height"] < 24
+
+
+def test_a_phone_shows_the_numbers_first(open_page: Any) -> None:
+    page = open_page(gpt2(), viewport={"width": 375, "height": 812}).page
+    shown = "(id) => [...document.querySelectorAll(`${id} th[scope=col]`)].filter((th) => th.offsetWidth).map("
+    shown += "(th) => [th.innerText.replace(/\\s+/g, ' ').trim(), th.getBoundingClientRect().right <= 375])"
+    assert page.evaluate(shown, "#ops-after") == [
+        [name, True] for name in ("op", "all", "of call", "of floor", "bound by")
+    ]
+    found = [["rewrite", True], ["saves, µs predicted", True], ["saved, µs measured", True]]
+    assert page.evaluate(shown, "#rewrites") == found
+
+
 def test_hostile_names_do_nothing(open_page: Any) -> None:
     opened = open_page(with_strings(gpt2(), lambda text: text + HOSTILE), viewport={"width": 375, "height": 812})
     assert opened.page.locator("h1").inner_text() == "GPT2LMHeadModel" + HOSTILE

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import burnish
-from burnish.report.data import Explanation
+from burnish.report.data import CUDA_GRAPH, Explanation
 from burnish.targets import find_target
 from tests import zoo
 from tests.zoo.plain import DecoderBlock
@@ -39,6 +39,7 @@ def test_all_is_predicted(there: Explanation) -> None:
     assert there.after.end_to_end_us < there.before.end_to_end_us
     assert there.after.launches < there.before.launches / 3
     assert any("Predicted" in note for note in there.notes)
+    assert CUDA_GRAPH not in {each.rewrite for each in there.opportunities}, "there is one already"
 
 
 def test_kernels_that_only_some_of_the_folded_layers_have_are_counted() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -11,15 +9,7 @@ from torch import nn
 from burnish.capture import capture
 from burnish.report.kernels import Launch, launches_by_range, merged, operators
 from burnish.report.walk import Walk
-
-
-def host(category: str, name: str, start: float, us: float, thread: int = 7, **args: Any) -> dict[str, Any]:
-    return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": us, "tid": thread, "args": args}
-
-
-def on_device(name: str, start: float, us: float, correlation: int, category: str = "kernel", **args: Any) -> Any:
-    return host(category, name, start, us, thread=20, correlation=correlation, **args)
-
+from tests.report.traces import host, on_device
 
 TRACE = [
     {"ph": "M", "name": "process_name", "pid": 1},
@@ -43,15 +33,11 @@ def test_a_kernel_belongs_to_the_range_that_launched_it() -> None:
     found = launches_by_range(TRACE)
     assert list(found) == ["burnish node 0:3", "burnish node 0:4"]
     gemm, memset = found["burnish node 0:3"]
-    assert gemm == Launch("gemm", 130, 40, 0.0, (8, 1, 1), (128, 1, 1))
+    assert gemm == Launch("gemm", 130, 40, (8, 1, 1), (128, 1, 1))
     assert (memset.name, memset.us) == ("memset", 5), "what it adds after the one that it overlaps with"
+    assert memset.beside_us == 5
     (norm,) = found["burnish node 0:4"]
-    assert (norm.us, norm.idle_us) == (5, 0)
-
-
-def test_the_device_was_idle_before() -> None:
-    late = [*TRACE, host("cuda_runtime", "cudaLaunchKernel", 170, 5, correlation=6), on_device("late", 230, 5, 6)]
-    assert launches_by_range(late)["burnish node 0:4"][-1].idle_us == 230 - 200
+    assert norm.us == 5
 
 
 def test_equal_kernels_are_put_together() -> None:

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from burnish.report import markdown
-from burnish.report.data import Explanation
-from tests.report.explanations import gpt2, predicted, with_strings
+from burnish.report.data import Explanation, Opportunity
+from tests.report.explanations import gpt2, predicted, with_graph, with_strings
 
 CELL_END = re.compile(r"(?<!\\)\|")
 
@@ -48,11 +48,24 @@ def test_totals_and_speedup() -> None:
 
 
 def test_rewrites_predicted_beside_measured() -> None:
-    text = markdown.render(gpt2())
+    text = markdown.render(with_graph(gpt2()))
+    assert "| `CUDA graph` | `one launch` | `the whole call` | 3,867.1 | 3,8" in text
     assert (
         "| `linear + activation` | `burnish.linear` | 12 x `transformer.h.*.mlp: c_fc, act` | 242.4 | 234.0 |" in text
     )
-    assert "- `gated_mlp` in `transformer.h.*`: gelu\\_tanh: is burnish::gelu\\_tanh where the pattern has mul" in text
+    assert (
+        "- `gated_mlp`, 12 x in `transformer.h.*`: gelu\\_tanh: is burnish::gelu\\_tanh where the pattern has mul"
+        in text
+    )
+
+
+def test_how_to_get_it_and_a_faster_kernel() -> None:
+    found = gpt2(after=False)
+    assert "\n`fast = burnish.optimize(model)` does all of this; `fast.report(args)` measures" in markdown.render(found)
+    head = Opportunity("linear: nn.Linear", "burnish.linear", "lm_head", 1, ("linear",), 900.0, 25.0)
+    text = markdown.render(replace(found, opportunities=(head, head)))
+    assert "| `burnish.linear`, by a faster kernel |" in text
+    assert "\nAn op that two rewrites take counts once in the sums at the top.\n" in text
 
 
 def test_kernels_by_their_short_names() -> None:

@@ -38,7 +38,6 @@ def work(kind: Kind, flops: float = 0.0, bytes: float = 0.0) -> Work:
 )
 def test_bounds(found: Work, bound: str) -> None:
     assert CUDA.bound(found) == bound
-    assert CUDA.bound(found, us=100.0, idle_us=200.0) == "host", "the device waited longer than it worked"
 
 
 def test_a_prediction_is_a_fixed_cost_and_a_share_of_the_ceilings() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import burnish
 from burnish.numerics import Verdict
-from burnish.record import StepRecord
+from burnish.record import NearMiss, StepRecord
 from burnish.report import Report
 from burnish.schedule import Served
 from burnish.tuning import Choice
@@ -26,8 +26,15 @@ from burnish.verify import Verification
 MEASURED = Choice("torch", {"torch": 5.0, "reference": 20.0}, {"onednn": ["x is on cuda:0", "weight[0] is odd"]})
 HISTORY = [
     StepRecord("capture", nodes_before=40, nodes_after=31, seconds=0.5, notes=["free sizes: x[0], x[1]"]),
-    StepRecord("raise", {"linear: nn.Linear": 2, "rope": 0}, ["add: float32[s33, 8] does not fit"], 31, 25, 0.25),
-    StepRecord("fuse", {}, ["mul: used elsewhere"] * 3, 25, 25),
+    StepRecord(
+        "raise",
+        {"linear: nn.Linear": 2, "rope": 0},
+        [NearMiss("rope", "float32[s33, 8] does not fit", ("add",))],
+        31,
+        25,
+        0.25,
+    ),
+    StepRecord("fuse", {}, [NearMiss("gated_mlp", "used elsewhere", ("mul", "mul_1", "mul_2"))], 25, 25),
 ]
 
 
@@ -100,8 +107,8 @@ def test_every_step_choice_and_call_is_shown() -> None:
         ["rope", "1", "torch", "(only)", "no", "other"],
         ["2x8,", "scalar", "300", "us", "100", "us", "3.00x", "750", "ms"],
         ["4x8,", "scalar", "750", "ms", "the", "outputs", "differ", "[x]"],
-        ["raise", "add:", "float32[s33,", "8]", "does", "not", "fit"],
-        ["fuse", "mul:", "used", "elsewhere", "(3", "times)"],
+        ["raise", "rope:", "add:", "float32[s33,", "8]", "does", "not", "fit"],
+        ["fuse", "gated_mlp:", "mul", "and", "2", "more:", "used", "elsewhere"],
     ):
         assert row in rows, f"{' '.join(row)} in\n{text}"
     assert "rope: 0" not in text
@@ -138,9 +145,12 @@ def test_data_survive_json(tmp_path: Path) -> None:
     path = report.to_json(tmp_path / "report.json")
     data = json.loads(path.read_text())
     assert data == json.loads(json.dumps(report.to_dict()))
-    assert (data["schema"], data["model"], data["summary"]) == (2, "Linear", report.summary())
+    assert (data["schema"], data["model"], data["summary"]) == (3, "Linear", report.summary())
     assert data["explanation"] is None
-    assert data["steps"] == [asdict(record) for record in HISTORY]
+    assert data["steps"][2]["near_misses"] == [
+        {"rewrite": "gated_mlp", "reason": "used elsewhere", "nodes": ["mul", "mul_1", "mul_2"]}
+    ]
+    assert data["steps"] == json.loads(json.dumps([asdict(record) for record in HISTORY]))
     (signature,) = data["signatures"]
     assert signature["shapes"] == {"args[0]": [2, 8], "scale": []}
     assert signature["choices"]["linear_0"]["times_us"] == MEASURED.times_us

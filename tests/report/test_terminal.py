@@ -9,8 +9,8 @@ import pytest
 
 from burnish._text import plain
 from burnish.report import terminal
-from burnish.report.data import Explanation
-from tests.report.explanations import gpt2, predicted, with_strings
+from burnish.report.data import Explanation, Opportunity
+from tests.report.explanations import gpt2, predicted, with_graph, with_strings
 
 
 def text_of(explanation: Explanation) -> str:
@@ -25,7 +25,12 @@ def line_with(text: str, start: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "explanation",
-    [gpt2(), gpt2(after=False), predicted(), with_strings(gpt2(), lambda text: text + "_and_a_long_tail" * 8)],
+    [
+        with_graph(gpt2()),
+        gpt2(after=False),
+        predicted(),
+        with_strings(gpt2(), lambda text: text + "_and_a_long_tail" * 8),
+    ],
     ids=["both", "before", "predicted", "long names"],
 )
 def test_fits_100_columns(explanation: Explanation) -> None:
@@ -82,7 +87,28 @@ def test_rewrites_by_what_they_save_and_what_blocks_them() -> None:
     text = text_of(gpt2())
     shown = text[text.index("What was fused") :]
     assert [line.split()[-1] for line in shown.splitlines()[2:6]] == ["234.0", "66.0", "42.0", "34.8"]
-    assert "blocked gated_mlp in transformer.h.*: gelu_tanh: is burnish::gelu_tanh where the pattern has mul" in shown
+    blocked = "blocked gated_mlp, 12 x in transformer.h.*: gelu_tanh: is burnish::gelu_tanh where the pattern has mul"
+    assert blocked in shown.replace("\n", " ")
+
+
+def test_a_cuda_graph_stands_first_where_it_saves_most() -> None:
+    text = text_of(with_graph(gpt2(after=False)))
+    words = text[text.index("What can be fused") :].splitlines()[2].split()
+    assert words == ["CUDA", "graph", "one", "launch", "the", "whole", "call", "3,867.1"]
+
+
+def test_how_to_get_it() -> None:
+    said = "fast = burnish.optimize(model) does all of this; fast.report(args) measures it."
+    assert said in text_of(gpt2(after=False)).splitlines()
+    assert "burnish.optimize" not in text_of(gpt2())
+
+
+def test_an_op_that_two_rewrites_take_and_a_faster_kernel() -> None:
+    found = gpt2(after=False)
+    head = Opportunity("linear: nn.Linear", "burnish.linear", "lm_head", 1, ("linear",), 900.0, 25.0)
+    text = text_of(replace(found, opportunities=(head, head)))
+    assert "linear, faster kernel " in text
+    assert "An op that two rewrites take counts once in the sums at the top." in text
 
 
 def test_names_are_no_markup() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from burnish.capture import capture
-from burnish.report.timing import fastest, take_times
+from burnish.report.timing import fastest, in_turns, take_times
 from burnish.report.walk import Walk
 
 
@@ -51,6 +51,14 @@ def test_functions_take_the_place_of_targets() -> None:
 def test_the_third_that_took_least() -> None:
     assert fastest([5.0, 1.0, 4.0, 2.0, 3.0], float) == [1.0, 2.0]
     assert fastest([7.0], float) == [7.0]
+
+
+def test_calls_in_turns() -> None:
+    order: list[str] = []
+    times = in_turns((lambda: order.append("a"), lambda: order.append("b")), cuda=False, seconds=0.0)
+    assert order == ["a", "b"] * 3
+    assert len(times) == 2
+    assert all(us > 0 for us in times)
 
 
 def test_every_node_is_timed() -> None:

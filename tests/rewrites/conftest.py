@@ -59,7 +59,7 @@ class Rewritten:
 
     @property
     def reasons(self) -> str:
-        return "\n".join((*self.raised.near_misses, *self.fused.near_misses))
+        return "\n".join(map(str, (*self.raised.near_misses, *self.fused.near_misses)))
 
 
 @pytest.fixture

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from burnish._text import human_us
 from burnish.hardware import device
-from burnish.lower import METHOD_OF, Slot
+from burnish.lower import METHOD_OF, Slot, op_of
 from burnish.prepare import Prepared
 from burnish.report.as_called import attention_nodes
-from burnish.report.data import Explanation
-from burnish.report.explain import SDPA, explain, profile_of
-from burnish.report.fusions import fusions_of
+from burnish.report.data import NOT_IN_USE, Explanation, Profile
+from burnish.report.digest import block_name
+from burnish.report.explain import SDPA, explain, notes_on, profile_of
+from burnish.report.fusions import Fusion, fusions_of
 from burnish.report.measure import device_of, measure, refuse_caches
-from burnish.report.opportunities import with_measured
+from burnish.report.opportunities import with_captured, with_measured
 from burnish.report.pieces import costliest_block, groups_of, nodes_of, picture, timeline_of
 from burnish.report.predict import CostModel
 from burnish.report.report import Report
-from burnish.report.rows import Seen, folding_of, rows_of
+from burnish.report.rows import Rows, Seen, folding_of, rows_of
 from burnish.report.sizes import work_on_fakes
+from burnish.report.timing import in_turns
 from burnish.runtime.module import Call, OptimizedModule
 from burnish.schedule import Schedule, Served, check_call
 from burnish.tuning import Tuner
 
 _SECONDS = 2.0
+_DRIFT = 1.25  # so much longer or shorter than it took at first, the original takes now
+_MUCH = 0.1  # of a block's time: so much of another's work in it is told
 
 
 def report_on(fast: OptimizedModule, args: tuple[Any, ...], kwargs: dict[str, Any], before: Report | None) -> Report:
@@ -75,13 +80,12 @@ def _with_after(
             impls[node] = served.choices[slot.name].candidate
         elif node.target in METHOD_OF:
             functions[node] = METHOD_OF[node.target]
-    version, notes = "optimized", list(before.notes)
+    version, why_not = "optimized", _why_no_graph(schedule, served)
     if served.kept_original is not None:
-        version, run = "optimized, not in use", functools.partial(prepared.bind(chosen, schedule.model), call)
-        notes.append(f"The original serves these calls: {served.kept_original}.")
-    seen, times = measure(graph_module, functions, call.leaves, run, where=where, seconds=_SECONDS)
-    if served.cuda_graph:  # in which no kernel waits for the host, as it did while it was measured
-        seen.launches = {node: [replace(each, idle_us=0.0) for each in ran] for node, ran in seen.launches.items()}
+        version, run = NOT_IN_USE, functools.partial(prepared.bind(chosen, schedule.model), call)
+    seen, times, notes = measure(
+        graph_module, functions, call.leaves, run, where=where, seconds=_SECONDS, cuda_graph=not why_not
+    )
     seen.impls = impls
     here = device(where)
     costs = CostModel.of(here, cuda=where.type == "cuda").fitted((seen.work[n], seen.us[n]) for n in seen.nodes)
@@ -100,15 +104,65 @@ def _with_after(
             picture(f"{title}, optimized", nodes, seen, groups),
         )
         timeline = timeline_of(seen, rows, nodes)
+    profile = profile_of(version, here.label, seen, rows, costs, times)
+    if served.kept_original is not None:
+        notes = (f"The original serves these calls: {served.kept_original}.", *notes)
+    original = functools.partial(schedule.model, *call.args, **call.kwargs)
+    in_turns_us = in_turns((original, run), cuda=where.type == "cuda", seconds=_SECONDS / 4)
+    notes = (*notes, *notes_on(profile, times, schedule.model), *_drifted(before.before.end_to_end_us, *in_turns_us))
+    notes = (*notes, *_moved(before.before, profile, fusions, names, rows))
+    opportunities = with_measured(before.opportunities, fusions, captured, names, seen)
     return replace(
         before,
-        after=profile_of(version, here.label, seen, rows, costs, times),
-        opportunities=with_measured(before.opportunities, fusions, captured, names, seen),
+        after=profile,
+        opportunities=with_captured(opportunities, profile, why_not),
         pictures=pictures,
         timeline=timeline,
         code=prepared.executable.source.strip(),
-        notes=tuple(notes),
+        notes=tuple(dict.fromkeys((*before.notes, *notes))),
     )
+
+
+def _drifted(before_us: float, original_us: float, optimized_us: float) -> list[str]:
+    """That the machine is not as it was when the original was measured: both in turns, as they are now."""
+    if 1 / _DRIFT < original_us / before_us < _DRIFT:
+        return []
+    state = "busier" if original_us > before_us else "less busy"
+    both = f"{human_us(original_us)} and {human_us(optimized_us)}, {original_us / optimized_us:.2f}x"
+    return [f"The machine is {state} than when the original was measured: in turns, the two take {both}."]
+
+
+def _moved(before: Profile, after: Profile, fusions: Iterable[Fusion], old: Rows, new: Rows) -> list[str]:
+    """Of blocks that take longer now, whose work they do besides their own: an op counts where its result is."""
+    was = {block.path: block for block in before.blocks}
+    slower = {b.path for b in after.blocks if b.path in was and b.us * b.count > was[b.path].us * was[b.path].count}
+    us = {(block.path, row.name): row.shown_us for block in before.blocks for row in block.rows}
+    row_of = {node.name: row for node, row in old.row_of.items()}
+    moved: dict[str, dict[str, float]] = {}
+    for fusion in fusions:
+        homes = {new.row_of[node][0] for node in fusion.made if node in new.row_of and op_of(node.target)}
+        taken = [row_of[name] for name in fusion.taken if row_of.get(name) in us]
+        for home in homes & slower:
+            for row in taken:
+                if row[0] != home:
+                    sources = moved.setdefault(home, {})
+                    sources[row[0]] = sources.get(row[0], 0.0) + us[row]
+    return [
+        f"{block_name(was[home])} does some of the work of {' and '.join(block_name(was[path]) for path in sources)} "
+        "now: a fused op counts where its result is."
+        for home, sources in moved.items()
+        if sum(sources.values()) > _MUCH * was[home].us * was[home].count
+    ]
+
+
+def _why_no_graph(schedule: Schedule, served: Served) -> str:
+    """Why no CUDA graph serves these calls; empty where one does."""
+    if served.kept_original is not None:
+        return f"the original serves these calls: {served.kept_original}"
+    if served.cuda_graph:
+        return ""
+    never = schedule.settings.cuda_graphs == "never"
+    return served.not_captured or ("cuda_graphs is 'never'" if never else "the model is in training mode")
 
 
 class _Chosen:

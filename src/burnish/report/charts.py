@@ -144,9 +144,8 @@ def _rate(per_us: float, unit: str = "FLOP/s") -> str:
 
 def identified(profile: Profile, after: bool) -> list[tuple[str, Block, OpRow]]:
     """Every row with its id on the page, "before-0" or "after-0"."""
-    rows = [(block, row) for block in profile.blocks for row in block.rows]
     version = "after" if after else "before"
-    return [(f"{version}-{number}", block, row) for number, (block, row) in enumerate(rows)]
+    return [(f"{version}-{number}", block, row) for number, (block, row) in enumerate(profile.rows)]
 
 
 def tip(block: Block, row: OpRow) -> str:
@@ -182,7 +181,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The kernels of one block. busy: the share of the time in which at least one runs."""
+    """The kernels of one block. busy: the share of the time in which at least one runs. waits: for less than half."""
 
     title: str
     bars: tuple[Bar, ...]
@@ -190,6 +189,7 @@ class Timeline:
     lanes: int
     us: float
     busy: str
+    waits: bool
 
 
 def timeline(explanation: Explanation, listed: Container[str]) -> Timeline | None:
@@ -213,9 +213,17 @@ def timeline(explanation: Explanation, listed: Container[str]) -> Timeline | Non
             place = 100 * span.start_us / whole, 100 * span.us / whole
             bars.append(Bar(*place, lane, tints[span.row], label[:40], about, ids.get(span.row, "")))
     bars.sort(key=lambda bar: bar.x)
-    busy = digest.percent(_covered(explanation.timeline), whole)
+    covered = _covered(explanation.timeline)
     title = f"{digest.block_title(block)}, {profile.version}"
-    return Timeline(title, tuple(bars), tuple(_time_ticks(whole)), len(filled), whole, busy)
+    return Timeline(
+        title,
+        tuple(bars),
+        tuple(_time_ticks(whole)),
+        len(filled),
+        whole,
+        digest.percent(covered, whole),
+        covered < whole / 2,
+    )
 
 
 def _covered(spans: Sequence[Span]) -> float:

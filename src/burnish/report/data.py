@@ -12,7 +12,15 @@ from typing import Literal
 
 Bound = Literal["memory", "compute", "launch", "host"]
 """What keeps an op from being faster: moving its bytes, its arithmetic, the fixed cost of a kernel that is too short
-for either to count, or the host that did not ask for it in time."""
+for either to count, or the host, where there is nothing to do on the device (a view)."""
+
+
+CUDA_GRAPH = "CUDA graph"
+"""The Opportunity that is no rewrite: to capture the launches of a call once, and to replay them as one."""
+
+
+NOT_IN_USE = "optimized, not in use"
+"""The version of a Profile of what was made of a model, where the original serves its calls."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +116,9 @@ class Profile:
     """One version of a model ("as it was", "optimized") on one device.
 
     end_to_end_us: a call as the caller sees it; predicted where `predicted`. `unattributed_us` is what of it no op
-    accounts for: the host, where the device waits for it. floor_us: of the whole model. bandwidth_gbs, gflops: the
-    ceilings that the floors come from, GB/s and GFLOP/s by dtype.
+    accounts for: the host, where the device waits for it. floor_us: of all ops as they are; fused ones need less.
+    bandwidth_gbs, gflops: the ceilings that the floors come from, GB/s and GFLOP/s by dtype. calls: how many were
+    timed, of which `end_to_end_us` is the mean over the fastest third.
     """
 
     version: str
@@ -119,6 +128,12 @@ class Profile:
     end_to_end_us: float
     bandwidth_gbs: float = 0.0
     gflops: dict[str, float] = field(default_factory=dict)
+    calls: int = 0
+
+    @property
+    def rows(self) -> list[tuple[Block, OpRow]]:
+        """Every row with its block, in the order of execution."""
+        return [(block, row) for block in self.blocks for row in block.rows]
 
     @property
     def attributed_us(self) -> float:
@@ -145,6 +160,7 @@ class Opportunity:
     the first of the folded blocks. before_us: theirs; after_us: the fused op's predicted time, at each place.
     measured_us: what the fused op takes there, where `optimize` has run. blocked_by: why it does not apply (a near
     miss), empty where it does.
+    Of `CUDA_GRAPH` the times are of the call without its ops, and `block` and `nodes` are empty.
     """
 
     rewrite: str
@@ -193,7 +209,8 @@ class Explanation:
     """Everything that was found out about a model on these inputs; `Report` shows it.
 
     inputs: "input_ids int64[1, 128]". before: the model as it was; after: optimized, or None.
-    timeline: of one block of `after`, else of `before`. code: of the generated graph.
+    timeline: of one block of `after`, else of `before`. code: of the generated graph. dtype: of the weights that are
+    floats, "bfloat16". torch: its version.
     """
 
     model: str
@@ -205,3 +222,5 @@ class Explanation:
     timeline: tuple[Span, ...] = ()
     code: str = ""
     notes: tuple[str, ...] = field(default=())
+    dtype: str = ""
+    torch: str = ""

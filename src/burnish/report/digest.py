@@ -1,4 +1,4 @@
-"""What every form of an Explanation says: the sentence, the costliest parts, the rewrites by what they save."""
+"""What every form of an Explanation shows: the costliest parts, the rewrites by what they save."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from burnish._text import human_us
-from burnish.report.data import Block, Explanation, Opportunity, OpRow, Profile
+from burnish.report.data import CUDA_GRAPH, Block, Explanation, Opportunity, OpRow, Profile
 
 UNATTRIBUTED, END_TO_END = "unattributed", "end to end"
 _LEAST = 0.02  # of its part's time: what an op takes at least to be named there
 _MODULES = 3  # of a rewrite: how many are named
+# What PyTorch calls our Ops where it has another name for them.
+_SAME_AS = {"addmm": "linear", "mm": "linear", "scaled_dot_product_attention": "attention"}
 LARGE_BLOCKS, SMALL_BLOCK = 4, 0.02  # how many blocks a short report shows, and what share of all ops each is at least
 
 
@@ -79,8 +80,8 @@ class Line:
 
     @property
     def speedup(self) -> float | None:
-        """None where a version is missing, or has no time for this."""
-        if self.after is None or self.before.us <= 0 or self.after.us <= 0:
+        """None where a version is missing, or has no time for this; and of what is unattributed, which is no work."""
+        if self.after is None or self.before.us <= 0 or self.after.us <= 0 or self.name == UNATTRIBUTED:
             return None
         return self.before.us / self.after.us
 
@@ -196,14 +197,28 @@ def saving_us(opportunity: Opportunity) -> float:
 
 
 def places(explanation: Explanation) -> dict[Opportunity, str]:
-    """Where each rewrite is: the submodules whose ops take the time there ("h.*.mlp: c_fc, act"), else its block."""
+    """Where each rewrite is: the submodules whose ops take the time there ("h.*.mlp: c_fc, act"), else its block.
+    A CUDA graph is of the whole call."""
     rows = {(block.path, row.name): row for block in explanation.before.blocks for row in block.rows}
     found = {}
     for each in explanation.opportunities:
         taken = [rows[each.block, node] for node in each.nodes if (each.block, node) in rows]
         least = _LEAST * each.before_us
         modules = dict.fromkeys(row.module for row in taken if row.module and row.shown_us >= least)
-        found[each] = _together([f"{each.block}.{module}" if each.block else module for module in modules], each.block)
+        paths = [f"{each.block}.{module}" if each.block else module for module in modules]
+        found[each] = "the whole call" if each.rewrite == CUDA_GRAPH else _together(paths, each.block)
+    return found
+
+
+def makes(explanation: Explanation) -> dict[Opportunity, str]:
+    """What each rewrite makes: the op, of one that becomes the same op "linear, by a faster kernel"."""
+    ops = {(block.path, row.name): op_name(row.op) for block in explanation.before.blocks for row in block.rows}
+    found = {}
+    for each in explanation.opportunities:
+        made = op_name(each.op)
+        taken = {ops.get((each.block, node), "") for node in each.nodes}
+        same = len(each.nodes) == 1 and {_SAME_AS.get(op, op) for op in taken} == {made}
+        found[each] = f"{made}, by a faster kernel" if same else made
     return found
 
 
@@ -219,16 +234,35 @@ def _together(paths: Sequence[str], default: str) -> str:
     return ": ".join(filter(None, (".".join(shared), ", ".join(names))))
 
 
-def together_us(opportunities: Iterable[Opportunity]) -> float:
-    """What the rewrites that apply save together: an op that two of them take is counted once, for the larger."""
+def counted_once(opportunities: Iterable[Opportunity]) -> list[Opportunity]:
+    """The rewrites that apply, without a CUDA graph; of two that take the same op only the one that saves more."""
     taken: set[tuple[str, str]] = set()
-    total = 0.0
+    found = []
     for each in possible(opportunities):
         places = {(each.block, node) for node in each.nodes}
-        if taken.isdisjoint(places):
+        if each.rewrite != CUDA_GRAPH and taken.isdisjoint(places):
             taken |= places
-            total += max(saving_us(each), 0.0)
-    return total
+            found.append(each)
+    return found
+
+
+def together_us(opportunities: Iterable[Opportunity]) -> float:
+    """What the rewrites that apply save together, without a CUDA graph: an op that two of them take is counted once,
+    for the larger."""
+    return sum(max(saving_us(each), 0.0) for each in counted_once(opportunities))
+
+
+def capturing_us(opportunities: Iterable[Opportunity]) -> float:
+    """What a CUDA graph saves; 0.0 where none is possible, or none is needed."""
+    return sum(saving_us(each) for each in possible(opportunities) if each.rewrite == CUDA_GRAPH)
+
+
+def left_us(explanation: Explanation) -> float:
+    """What a call would take with a CUDA graph and all that can be fused: never less than the fused ops alone."""
+    found = explanation.opportunities
+    saved = capturing_us(found) + together_us(found)
+    made_us = sum(each.after_us * each.count for each in counted_once(found))
+    return max(explanation.before.end_to_end_us - saved, made_us)
 
 
 def percent(part: float, whole: float) -> str:
@@ -242,30 +276,6 @@ def percent(part: float, whole: float) -> str:
 def share_of_floor(floor_us: float, us: float) -> str:
     """`percent`, but "" where there is no floor to have a share of."""
     return percent(floor_us, us) if floor_us else ""
-
-
-def summary(explanation: Explanation) -> str:
-    """What came out, in two or three sentences."""
-    before, after = explanation.before, explanation.after
-    shown = after or before
-    time, was = human_us(shown.end_to_end_us), human_us(before.end_to_end_us)
-    speedup = f"{before.end_to_end_us / after.end_to_end_us:.2f}x" if after and after.end_to_end_us else ""
-    if shown.predicted:
-        said = f"{explanation.model} would take about {was} a call on {shown.device}"
-        said += f", and {time} with what can be fused, {speedup} as fast" if speedup else ""
-        said += ", by the costs of its ops alone"
-    else:
-        said = f"{explanation.model} takes {time} a call on {shown.device}"
-        said += f", {speedup} as fast as before ({was})" if speedup else ""
-    share = percent(shown.floor_us, shown.end_to_end_us)
-    sentences = [f"{said}. Its bytes and its arithmetic need at least {human_us(shown.floor_us)} there ({share})."]
-    if shown.unattributed_us > shown.end_to_end_us / 2:
-        share = percent(shown.unattributed_us, shown.end_to_end_us)
-        sentences.append(f"For {share} of the call no op runs: it waits for the host.")
-    if after is None and (saves := together_us(explanation.opportunities)):
-        share = percent(saves, before.attributed_us)
-        sentences.append(f"Fusing what can be fused would save about {human_us(saves)}, {share} of what the ops take.")
-    return " ".join(sentences)
 
 
 def costliest(rows: Sequence[OpRow], most: int) -> tuple[list[OpRow], list[OpRow]]:

@@ -9,31 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from burnish._text import human_us
 from burnish._unchanged import nothing_changed
+from burnish.bench import unsteady
 from burnish.capture import Program, capture
 from burnish.graph.show import describe_value
 from burnish.hardware import device
 from burnish.lower import Executable
 from burnish.report.as_called import AttentionCalls, attention_nodes
-from burnish.report.data import Explanation, GraphPicture, Profile, Span
+from burnish.report.data import Explanation, GraphPicture, Opportunity, Profile, Span
 from burnish.report.fold import Folding
 from burnish.report.fusions import Rewritten, rewritten
 from burnish.report.measure import device_of, flat, measure, refuse_caches
-from burnish.report.opportunities import opportunities_of
+from burnish.report.opportunities import capturing, opportunities_of, ranked
 from burnish.report.pieces import costliest_block, groups_of, nodes_of, picture, timeline_of
 from burnish.report.predict import CostModel
 from burnish.report.report import Report
 from burnish.report.rows import Rows, Seen, folding_of, rows_of
 from burnish.report.sizes import work_in_calls
 from burnish.report.timing import Times
+from burnish.runtime.cuda_graph import why_not_captured
 from burnish.runtime.module import OptimizedModule
 from burnish.schedule import check_call
+from burnish.verify import random_node
 
 Progress = Callable[[str], None]
 SDPA = "aten.scaled_dot_product_attention"
 _SECONDS = 2.0
-_UNSTEADY = 1.25  # so much longer than the quickest third of the calls took the median one
 
 
 def explain(
@@ -81,17 +82,17 @@ def _measured(
     program, functions = captured_as_called(model, args, kwargs)
     on_progress("measuring the model and each of its ops")
     call = functools.partial(model, *args, **kwargs)
-    seen, times = measure(program.captured, functions, leaves, call, where=where, seconds=seconds)
+    seen, times, notes = measure(program.captured, functions, leaves, call, where=where, seconds=seconds)
     seen.names = dict.fromkeys(functions, SDPA)
     on_progress("measuring what this device can do")
     here = device(where)
     costs = CostModel.of(here, cuda=where.type == "cuda").fitted((seen.work[n], seen.us[n]) for n in seen.nodes)
     on_progress("looking for what can be fused")
-    rewrites = rewritten(program.captured, names_of_sizes(program))
+    rewrites = rewritten(program.captured)
     made = Seen(rewrites.graph_module, work_in_calls(rewrites.graph_module, leaves))
     story = Story(program, seen, rewrites, made, costs)
     profile = profile_of("as it was", here.label, seen, story.rows, costs, times)
-    return story.explanation(model, leaves, profile, notes=notes_on(profile, times, model))
+    return story.explanation(model, leaves, profile, notes=(*notes, *notes_on(profile, times, model)))
 
 
 def captured_as_called(
@@ -149,12 +150,24 @@ class Story:
             inputs=described(self.program, leaves),
             before=before,
             after=after,
-            opportunities=opportunities_of(self.rewrites, self.made, self.before, self.rows, self.costs),
+            opportunities=ranked((*self._capturing(before, leaves), *self._fusing())),
             pictures=tuple(pictures),
             timeline=timeline,
             code=Executable(self.rewrites.graph_module, model).source.strip(),
             notes=notes,
+            dtype=weights_dtype(model),
+            torch=torch.__version__,
         )
+
+    def _fusing(self) -> tuple[Opportunity, ...]:
+        return opportunities_of(self.rewrites, self.made, self.before, self.rows, self.costs)
+
+    def _capturing(self, profile: Profile, leaves: list[Any]) -> list[Opportunity]:
+        if not self.costs.cuda:
+            return []
+        random = random_node(self.program.captured.graph)
+        why_not = f"{random} is random" if random else why_not_captured(leaves) or ""
+        return capturing(profile, self.before, self.rewrites.fusions, self.costs, why_not)
 
 
 def profile_of(
@@ -171,17 +184,17 @@ def profile_of(
         end_to_end_us=ops_us + costs.call_us if times is None else times.end_to_end_us,
         bandwidth_gbs=costs.bandwidth_gbs,
         gflops={str(dtype).removeprefix("torch."): costs.gflops(dtype) for dtype in sorted(products, key=str)},
+        calls=0 if times is None else times.calls,
     )
 
 
 def notes_on(profile: Profile, times: Times, model: nn.Module) -> tuple[str, ...]:
     """What a reader has to know to read the times right."""
     notes = []
-    if times.median_us > _UNSTEADY * times.end_to_end_us:
-        usual, quick = human_us(times.median_us), human_us(times.end_to_end_us)
-        notes.append(f"Half of the calls took {usual} and more, the quickest {quick}: the machine was busy.")
-    rows = [row for block in profile.blocks for row in block.rows]
-    quickest = {row.bound for row in rows if row.us is not None and row.bytes and row.floor_us == row.us}
+    if busy := unsteady(profile.version, times.median_us, times.end_to_end_us):
+        notes.append(busy)
+    timed = [row for _, row in profile.rows if row.us is not None and row.bytes]
+    quickest = {row.bound for row in timed if row.floor_us == row.us}
     if quickest - {"compute"}:
         notes.append(
             "An op that is faster than its bytes could come from memory had them in a cache: it is at its floor."
@@ -196,20 +209,16 @@ def notes_on(profile: Profile, times: Times, model: nn.Module) -> tuple[str, ...
     return tuple(notes)
 
 
+def weights_dtype(model: nn.Module) -> str:
+    """ "bfloat16" of the weights that are floats, or "bfloat16 and float32"; empty without any."""
+    dtypes = {str(weight.dtype).removeprefix("torch.") for weight in model.parameters() if weight.is_floating_point()}
+    return " and ".join(sorted(dtypes))
+
+
 def described(program: Program, leaves: list[Any]) -> tuple[str, ...]:
     """ "input_ids int64[1, 128]" for each tensor."""
     pairs = zip(program.inputs, leaves, strict=True)
     return tuple(f"{spec.name} {describe_value(leaf)}" for spec, leaf in pairs if isinstance(leaf, Tensor))
 
 
-def names_of_sizes(program: Program) -> dict[str, str]:
-    """What the Program's symbols stand for: "s72" is "input_ids[0]"."""
-    names: dict[str, str] = {}
-    for spec in program.inputs:
-        for dim, size in enumerate(spec.sizes):
-            if isinstance(size, str):
-                names.setdefault(size, f"{spec.name}[{dim}]")
-    return names
-
-
-__all__ = ["SDPA", "Story", "captured_as_called", "explain", "names_of_sizes", "profile_of"]
+__all__ = ["SDPA", "Story", "captured_as_called", "explain", "profile_of"]

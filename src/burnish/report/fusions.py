@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import fx
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from burnish.capture import copy_graph
 from burnish.graph.matcher import Matches, Pattern
 from burnish.lower import op_of
 from burnish.report.costs import is_view
 from burnish.rewrites import FUSE, RAISE, apply
-from burnish.rewrites.rewrite import GraphPass, Outcome, Rewrite
+from burnish.rewrites.rewrite import GraphPass, Outcome, Rewrite, names_of_sizes, renamed
 from burnish.verify import units_of
 
 _NEAR = 0.6  # of a pattern's nodes: so many agreed where a miss is worth telling
@@ -57,12 +57,13 @@ class Rewritten:
     misses: list[Miss] = field(default_factory=list)
 
 
-def rewritten(captured: fx.GraphModule, sizes: Mapping[str, str] | None = None) -> Rewritten:
-    """Applies the default steps to a copy of the captured graph. `sizes` says what reasons call a symbol."""
-    copy = fx.GraphModule(captured, copy_graph(captured.graph))
-    watcher = _Watcher(copy, captured.graph, sizes or {})
-    for name, rewrites in (("raise", RAISE), ("fuse", FUSE)):
-        apply(name, rewrites, copy, watcher)
+def rewritten(captured: fx.GraphModule) -> Rewritten:
+    """Applies the default steps to a copy of the captured graph."""
+    with _use_lazy_graph_module(True):  # nothing runs the copy: no code for it after each rewrite
+        copy = _make_graph_module(captured, copy_graph(captured.graph))
+        watcher = _Watcher(copy, captured.graph)
+        for name, rewrites in (("raise", RAISE), ("fuse", FUSE)):
+            apply(name, rewrites, copy, watcher)
     fusions = [replace(each, rewrite=watcher.rewrite_of(each)) for each in fusions_of(copy.graph, captured.graph)]
     return Rewritten(copy, fusions, watcher.misses)
 
@@ -96,8 +97,8 @@ def fusions_of(graph: fx.Graph, captured: fx.Graph) -> list[Fusion]:
             taken.update(dict.fromkeys(_replaced(units[number].origin, shared)))
             made.update(dict.fromkeys(units[number].inner))
         # What several fusions need, a mask that all layers read say, is the first one's.
-        own = [node for node in (*taken, *made) if node not in seen]
-        seen.update(own)
+        own = {node for node in (*taken, *made) if node not in seen}
+        seen |= own
         found.append(Fusion(tuple(n.name for n in taken if n in own), tuple(n for n in made if n in own)))
     return found
 
@@ -129,8 +130,8 @@ def _replaced(origin: fx.Node, shared: set[str | None]) -> list[fx.Node]:
 class _Watcher:
     """Notes what each rewrite took, and what was almost taken."""
 
-    def __init__(self, graph_module: fx.GraphModule, captured: fx.Graph, sizes: Mapping[str, str]) -> None:
-        self._graph, self._captured, self._sizes = graph_module.graph, captured, sizes
+    def __init__(self, graph_module: fx.GraphModule, captured: fx.Graph) -> None:
+        self._graph, self._captured, self._sizes = graph_module.graph, captured, names_of_sizes(captured)
         self._names = {node.name for node in captured.nodes}
         self._views = {node.name for node in captured.nodes if is_view(node.target)}
         self._taken: dict[frozenset[str], tuple[str, list[str]]] = {}  # in the order in which it happened
@@ -157,10 +158,10 @@ class _Watcher:
 
     def rewrite_of(self, fusion: Fusion) -> str:
         """The last rewrite that made other Ops of what was there, put several Ops together, or took much in."""
-        named, ops = "", list[str]()
+        named, ops, whole = "", list[str](), fusion.key
         earlier: list[frozenset[str]] = []
         for taken, (rewrite, made) in self._taken.items():
-            if not taken <= fusion.key:
+            if not taken <= whole:
                 continue
             parts = [part for part in earlier if part < taken and not any(part < other for other in earlier)]
             before = sum(map(self._weight, parts))
@@ -181,13 +182,10 @@ class _Watcher:
         """In the captured graph's names: the user knows no others."""
         origins = [self._origin(node) for node in nodes if not node._erased]
 
-        def known(word: re.Match[str]) -> str:
-            if word[0] in self._sizes:
-                return self._sizes[word[0]]
-            node = by_name.get(word[0])
-            return word[0] if node is None else self._origin(node) or word[0]
+        def name_of(word: str) -> str | None:
+            return self._sizes.get(word) or (self._origin(by_name[word]) if word in by_name else None)
 
-        reason = re.sub(r"[A-Za-z_]\w*", known, reason.removeprefix("guard: "))
+        reason = renamed(reason.removeprefix("guard: "), name_of)
         self.misses.append(Miss(rewrite, tuple(dict.fromkeys(filter(None, origins))), reason))
 
     def _origin(self, node: fx.Node) -> str | None:

@@ -15,7 +15,8 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from burnish._text import human_us
-from burnish.report import charts, digest, pictures
+from burnish.report import charts, digest, pictures, sentences
+from burnish.report.blocked import blocked
 from burnish.report.data import Block, Explanation, OpRow, Profile
 
 if TYPE_CHECKING:
@@ -90,16 +91,25 @@ def render(explanation: Explanation) -> str:
         before=explanation.before,
         after=explanation.after,
         done=digest.is_done(explanation),
-        summary=digest.summary(explanation),
+        summary=sentences.summary(explanation),
+        how=sentences.how(explanation),
+        conditions=sentences.conditions(explanation),
+        left_us=digest.left_us(explanation),
+        times_as_fast=sentences.times_as_fast(explanation),
+        fusing_share=sentences.fusing_share(explanation),
+        counted_once=sentences.COUNTED_ONCE if sentences.counts_once(explanation) else "",
+        gaps=sentences.GAPS,
         versions=versions,
         shown=shown,
         unit=lambda us, more=0: _minus(unit(us, more)),
         unit_name="\N{MICRO SIGN}s" if unit.name == "us" else unit.name,
         places=digest.places(explanation),
+        makes=digest.makes(explanation),
         lines=lines,
         longest=longest,
         possible=digest.possible(explanation.opportunities),
-        blocked=digest.blocked(explanation.opportunities),
+        blocked=blocked(explanation),
+        capturing_us=digest.capturing_us(explanation.opportunities),
         together_us=digest.together_us(explanation.opportunities),
         top=_TOP,
         roofline=charts.roofline(explanation, listed, numbers),
@@ -160,8 +170,10 @@ def _environment() -> Environment:
         kernel=digest.kernel_name,
         shape=digest.short_shape,
         human=lambda value: _units(human_us(value)),
+        less=_less,
         units=_units,
         breaks=_breaks,
+        code=_code,
     )
     environment.globals.update(
         percent=lambda part, whole: _minus(digest.percent(part, whole)),
@@ -176,8 +188,23 @@ def _units(text: str) -> str:
     return re.sub(r"(?<=\d)x(?= )", "\N{MULTIPLICATION SIGN}", re.sub(r"(?<=\d )us\b", "\N{MICRO SIGN}s", text))
 
 
+def _less(us: float) -> str:
+    """What was saved, as a difference: "-4.2 us", with a sign that is as wide as the plus of what was lost."""
+    return f"{'+' if us < 0 else _minus('-')}{_units(human_us(abs(us)))}"
+
+
 def _minus(number: str) -> str:
     return number.replace("-", "\N{MINUS SIGN}")
+
+
+def _code(text: str) -> Markup:
+    """What stands in backticks as code; escaped."""
+    from markupsafe import Markup, escape
+
+    parts = text.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if i % 2 else escape(part) for i, part in enumerate(parts)
+    )
 
 
 def _breaks(name: str) -> Markup:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from burnish.capture import capture
 from burnish.report.as_called import attention_nodes
 from burnish.report.data import Explanation
-from burnish.report.explain import SDPA, Story, names_of_sizes, profile_of
+from burnish.report.explain import SDPA, Story, profile_of
 from burnish.report.fusions import rewritten
 from burnish.report.measure import flat
 from burnish.report.predict import CostModel
@@ -44,7 +44,7 @@ def imagine(
     on_progress("looking for what can be fused")
     names = dict.fromkeys(attention_nodes(program.captured.graph), SDPA)
     before = Seen(program.captured, work_on_fakes(program.captured, leaves, _THERE), names=names)
-    rewrites = rewritten(program.captured, names_of_sizes(program))
+    rewrites = rewritten(program.captured)
     made = Seen(rewrites.graph_module, work_in_calls(rewrites.graph_module, leaves, _THERE))
     story = Story(program, before, rewrites, made, costs)
     there = f"{gpu.label} (not here)"

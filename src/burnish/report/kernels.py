@@ -10,8 +10,8 @@ import bisect
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +36,19 @@ class Launch:
     """A kernel as it ran once, or on the CPU an operator.
 
     us: what it adds to the call: from its start, or from the end of the one before it where that is later, to its end.
-    idle_us: how long the device had nothing to do before it.
+    beside_us: how long it ran beside those before it.
     """
 
     name: str
     start_us: float
     us: float
-    idle_us: float = 0.0
     grid: tuple[int, ...] = ()
     block: tuple[int, ...] = ()
+    beside_us: float = 0.0
 
 
 Launches = dict[fx.Node, list[Launch]]
+Event = Mapping[str, Any]
 
 
 def merged(launches: Sequence[Launch], us: float, repeats: int) -> tuple[Kernel, ...]:
@@ -110,33 +111,44 @@ def kernels(walk: Walk, leaves: Sequence[Any]) -> tuple[Launches, dict[fx.Node, 
 
         return visit
 
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+    def walks() -> None:
         for number in range(_ROUNDS):
             walk(leaves, visiting(number))
             torch.cuda.synchronize()
+
+    rounds: list[Launches] = [{} for _ in range(_ROUNDS)]
+    for name, launches in launches_by_range(traced(walks)).items():
+        number_text, _, place_text = name.removeprefix(_RANGE).partition(":")
+        rounds[int(number_text)][nodes[int(place_text)]] = launches
+    quick = fastest(rounds, lambda each: sum(map(added_us, each.values())))
+    return quick[0], mean_us(quick)
+
+
+def traced(run: Callable[[], object]) -> list[dict[str, Any]]:
+    """The events of PyTorch's profiler while `run` runs on CUDA, in the "Trace Event Format"."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as recorded:
+        run()
+        torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         recorded.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    rounds: list[Launches] = [{} for _ in range(_ROUNDS)]
-    for name, launches in launches_by_range(events).items():
-        number_text, _, place_text = name.removeprefix(_RANGE).partition(":")
-        rounds[int(number_text)][nodes[int(place_text)]] = launches
-    quick = fastest(rounds, lambda each: sum(map(_us, each.values())))
-    times = {node: sum(_us(each.get(node, ())) for each in quick) / len(quick) for node in quick[0]}
-    return quick[0], times
+        events: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    return events
 
 
-def _us(launches: Iterable[Launch]) -> float:
+def mean_us(rounds: Sequence[Launches]) -> dict[fx.Node, float]:
+    """What each node's kernels add, the mean over some rounds."""
+    return {node: sum(added_us(each.get(node, ())) for each in rounds) / len(rounds) for node in rounds[0]}
+
+
+def added_us(launches: Iterable[Launch]) -> float:
+    """What the kernels add to the call, all together."""
     return sum(launch.us for launch in launches)
 
 
-def launches_by_range(events: Sequence[Mapping[str, Any]]) -> dict[str, list[Launch]]:
-    """The kernels, copies and fills of a trace by the innermost of our ranges in which the host launched them.
-
-    Kernels overlap where a launch lets the next one begin early, or on several streams: no moment counts twice.
-    """
+def launches_by_range(events: Iterable[Event]) -> dict[str, list[Launch]]:
+    """The kernels, copies and fills of a trace by the innermost of our ranges in which the host launched them."""
     complete = [event for event in events if event.get("ph") == "X"]
     ranges: dict[Any, list[tuple[float, float, str]]] = {}
     for event in complete:
@@ -145,22 +157,35 @@ def launches_by_range(events: Sequence[Mapping[str, Any]]) -> dict[str, list[Lau
     for each in ranges.values():
         each.sort()
     launched: dict[int, str] = {}
-    for event in complete:
-        if event.get("cat") in _ON_HOST and "correlation" in event.get("args", {}):
-            name = _enclosing(ranges.get(event["tid"], []), event["ts"])
-            if name is not None:
-                launched[event["args"]["correlation"]] = name
+    for event in host_calls(complete):
+        name = _enclosing(ranges.get(event["tid"], []), event["ts"])
+        if name is not None:
+            launched[event["args"]["correlation"]] = name
     found: dict[str, list[Launch]] = {}
-    busy_until: float | None = None
-    for event in sorted((e for e in complete if e.get("cat") in _ON_DEVICE), key=lambda e: e["ts"]):
-        start, end, args = event["ts"], event["ts"] + event["dur"], event.get("args", {})
-        free = start if busy_until is None else busy_until
-        launch = Launch(event["name"], start, max(0.0, end - max(start, free)), max(0.0, start - free))
-        launch = replace(launch, grid=tuple(args.get("grid", ())), block=tuple(args.get("block", ())))
-        busy_until = max(free, end)
-        if (name := launched.get(args.get("correlation", -1))) is not None:
+    for correlation, launch in on_device(complete):
+        if (name := launched.get(correlation)) is not None:
             found.setdefault(name, []).append(launch)
     return found
+
+
+def host_calls(events: Iterable[Event]) -> list[Event]:
+    """The calls of CUDA that may have launched something, each with a correlation id."""
+    return [e for e in events if e.get("cat") in _ON_HOST and "correlation" in e.get("args", {})]
+
+
+def on_device(events: Iterable[Event]) -> Iterator[tuple[int, Launch]]:
+    """What ran on the device, in the order in which it began there, with the correlation id of what launched it.
+
+    Kernels overlap where a launch lets the next one begin early, or on several streams: no moment counts twice.
+    """
+    busy_until: float | None = None
+    for event in sorted((e for e in events if e.get("cat") in _ON_DEVICE), key=lambda e: e["ts"]):
+        start, end, args = event["ts"], event["ts"] + event["dur"], event.get("args", {})
+        free = start if busy_until is None else busy_until
+        added = max(0.0, end - max(start, free))
+        grid, block = tuple(args.get("grid", ())), tuple(args.get("block", ()))
+        busy_until = max(free, end)
+        yield args.get("correlation", -1), Launch(event["name"], start, added, grid, block, end - start - added)
 
 
 def _enclosing(ranges: Sequence[tuple[float, float, str]], moment: float) -> str | None:

@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator, Sequence
 
 from burnish._text import human_us
-from burnish.report import digest
-from burnish.report.data import Block, Explanation, Profile
+from burnish.report import digest, sentences
+from burnish.report.blocked import blocked
+from burnish.report.data import Block, Explanation, Opportunity, Profile
 
 _PARTS, _ROWS = 10, 20  # rows of a table before it sums up
 
@@ -16,7 +17,12 @@ _PARTS, _ROWS = 10, 20  # rows of a table before it sums up
 def render(explanation: Explanation) -> str:
     """The whole, ending in a newline; tables of ops are folded away (`<details>`)."""
     shown, unit = explanation.after or explanation.before, digest.unit_of(explanation)
-    lines = [_text(digest.summary(explanation)), "", f"Inputs: {', '.join(map(_code, explanation.inputs)) or 'none'}"]
+    lines = [_text(sentences.summary(explanation)), ""]
+    if how := sentences.how(explanation):
+        lines += [how, ""]
+    inputs = ", ".join(map(_code, explanation.inputs)) or "none"
+    about = filter(None, (inputs, _text(sentences.conditions(explanation))))
+    lines.append(f"Inputs: {'; '.join(about)}")
     lines += ["", "### Where the time of a call goes", "", *_blocks(explanation, unit)]
     lines += ["", f"### What costs most, {_text(shown.version)}", "", *_costs(shown, unit)]
     if explanation.opportunities:
@@ -117,8 +123,14 @@ def _html(text: str) -> str:
     return html.escape(" ".join(text.split())).replace("@", "@<!-- -->")
 
 
+def _made(each: Opportunity, said: str) -> str:
+    """The whole name as code, and what is said besides."""
+    return _code(each.op) + said.removeprefix(digest.op_name(each.op))
+
+
 def _opportunities(explanation: Explanation, unit: digest.Unit) -> Iterator[str]:
     found, places = digest.possible(explanation.opportunities), digest.places(explanation)
+    makes = digest.makes(explanation)
     if found:
         saves = f">saves, {unit.name}"
         header = ["rewrite", "makes", "where", f"{saves} (predicted)", f"{saves} (measured)"]
@@ -126,8 +138,12 @@ def _opportunities(explanation: Explanation, unit: digest.Unit) -> Iterator[str]
         for each in found:
             where = _code(places[each]) if each.count == 1 else f"{each.count} x {_code(places[each])}"
             saved = "" if each.saved_us is None else unit(each.saved_us)
-            rows.append((_code(each.rewrite), _code(each.op), where, unit(each.saves_us), saved))
+            rows.append((_code(each.rewrite), _made(each, makes[each]), where, unit(each.saves_us), saved))
         yield from _table(header, rows)
-    if misses := digest.blocked(explanation.opportunities):
+        if sentences.counts_once(explanation):
+            yield from ("", sentences.COUNTED_ONCE)
+    if misses := blocked(explanation):
         yield from ("", "Blocked:", "")
-        yield from (f"- {_code(each.rewrite)} in {_code(places[each])}: {_text(each.blocked_by)}" for each in misses)
+        for miss in misses:
+            times = f", {miss.count} x" if miss.count > 1 else ""
+            yield f"- {_code(miss.rewrite)}{times} in {_code(miss.where)}: {_text(miss.reason)}"

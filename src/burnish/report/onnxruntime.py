@@ -230,10 +230,9 @@ def _owners(file: Any, after: Any) -> dict[str, str]:
 def _ours(profile: Profile | None) -> dict[str, float]:
     """Microseconds by Op, and those of everything else."""
     totals: dict[str, float] = defaultdict(float)
-    for block in profile.blocks if profile is not None else ():
-        for row in block.rows:
-            namespace, _, name = row.op.partition(".")
-            totals[name if namespace == "burnish" else _OTHERS] += block.count * row.shown_us
+    for block, row in profile.rows if profile is not None else ():
+        namespace, _, name = row.op.partition(".")
+        totals[name if namespace == "burnish" else _OTHERS] += block.count * row.shown_us
     return dict(totals)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from burnish.report.costs import Kind
-from burnish.report.data import Opportunity
+from burnish.report.data import CUDA_GRAPH, Opportunity, Profile
 from burnish.report.fusions import Fusion, Rewritten
 from burnish.report.predict import CostModel
 from burnish.report.rows import Rows, Seen, row_names
@@ -45,27 +45,94 @@ def opportunities_of(
     groups: dict[tuple[object, ...], list[_Place]] = {}
     for place in teller.places(rewritten):
         groups.setdefault(teller.key(place), []).append(place)
-    found = [teller.opportunity(places) for places in groups.values()]
+    found = _folded([teller.opportunity(places) for places in groups.values()])
     least = _LEAST * sum(map(teller.us, before.nodes))
     told = [each for each in found if len(each.nodes) > 1 or each.blocked_by or each.saves_us > least]
-    return tuple(sorted(told, key=lambda each: (bool(each.blocked_by), -each.saves_us)))
+    return ranked(told)
+
+
+def ranked(opportunities: Iterable[Opportunity]) -> tuple[Opportunity, ...]:
+    """By what they save; the near misses last."""
+    return tuple(sorted(opportunities, key=lambda each: (bool(each.blocked_by), -each.saves_us)))
+
+
+def _folded(opportunities: Iterable[Opportunity]) -> list[Opportunity]:
+    """With the places of a layer that takes what the others take and more, the mask that all of them read say, counted
+    in with theirs."""
+    found: list[Opportunity] = []
+    for each in sorted(opportunities, key=lambda each: len(each.nodes)):
+        for i, other in enumerate(found):
+            if _alike(each) == _alike(other) and set(other.nodes) < set(each.nodes) and other.count >= each.count:
+                found[i] = _together(other, each)
+                break
+        else:
+            found.append(each)
+    return found
+
+
+def _alike(opportunity: Opportunity) -> tuple[str, str, str, str]:
+    return opportunity.rewrite, opportunity.op, opportunity.block, opportunity.blocked_by
+
+
+def _together(first: Opportunity, other: Opportunity) -> Opportunity:
+    """`first` with the other's places; times are means over all of them."""
+    count = first.count + other.count
+    before_us = (first.before_us * first.count + other.before_us * other.count) / count
+    after_us = (first.after_us * first.count + other.after_us * other.count) / count
+    return replace(first, count=count, before_us=before_us, after_us=after_us)
+
+
+def capturing(
+    profile: Profile, before: Seen, fusions: Iterable[Fusion], costs: CostModel, why_not: str
+) -> list[Opportunity]:
+    """A CUDA graph of the call, where that saves anything: the host launches the kernels of `profile` one by one.
+
+    Args:
+        fusions: what is to become of its ops. The kernels of others stay, and wait for each other in a graph, too.
+        why_not: why the call cannot be captured; empty where it can.
+    """
+    fused = {name for fusion in fusions for name in fusion.taken}
+    kept = sum(len(before.launches.get(node, ())) for node in before.nodes if node.name not in fused)
+    after_us = min(costs.graph_us(kept), profile.unattributed_us)
+    found = Opportunity(CUDA_GRAPH, "one launch", "", 1, (), profile.unattributed_us, after_us, blocked_by=why_not)
+    return [found] if found.saves_us > _LEAST * profile.end_to_end_us else []
+
+
+def with_captured(opportunities: Iterable[Opportunity], after: Profile, why_not: str) -> tuple[Opportunity, ...]:
+    """The same opportunities with what the CUDA graph of `after` leaves; `why_not` says why there is none."""
+    measured_us = None if why_not else after.unattributed_us
+    return tuple(
+        replace(each, measured_us=measured_us, blocked_by=why_not) if each.rewrite == CUDA_GRAPH else each
+        for each in opportunities
+    )
 
 
 def with_measured(
     opportunities: Iterable[Opportunity], fusions: Iterable[Fusion], captured: Seen, rows: Rows, made: Seen
 ) -> tuple[Opportunity, ...]:
     """The same opportunities with the time of what was made at their places: `fusions` of the lowered graph `made`."""
+    opportunities = tuple(opportunities)
     nodes = {node.name: node for node in captured.nodes}
     order = {name: i for i, name in enumerate(nodes)}
-    times: dict[tuple[str, ...], list[float]] = {}
+    times: dict[tuple[tuple[str, ...], str], list[float]] = {}
     for fusion in fusions:
         taken = [nodes[name] for name in sorted(filter(order.__contains__, fusion.taken), key=order.__getitem__)]
         us = sum(made.us.get(node, 0.0) for node in fusion.made)
-        times.setdefault(row_names(taken, captured, rows), []).append(us)
-    measured = {names: sum(us) / len(us) for names, us in times.items()}
-    return tuple(
-        each if each.blocked_by else replace(each, measured_us=measured.get(each.nodes)) for each in opportunities
-    )
+        times.setdefault((row_names(taken, captured, rows), _made(fusion)), []).append(us)
+    told = {each.nodes for each in opportunities}
+
+    def measured_us(opportunity: Opportunity) -> float | None:
+        found: list[float] = []
+        for (names, op), us in times.items():
+            folded = names not in told and op == opportunity.op and set(opportunity.nodes) < set(names)
+            found += us if names == opportunity.nodes or folded else []
+        return sum(found) / len(found) if found else None
+
+    return tuple(each if each.blocked_by else replace(each, measured_us=measured_us(each)) for each in opportunities)
+
+
+def _made(fusion: Fusion) -> str:
+    return " + ".join(f"burnish.{op}" for op in fusion.ops)
 
 
 class _Teller:
@@ -100,7 +167,7 @@ class _Teller:
         after_us = sum(self._after_us(place, costs) for place in places) / count
         return Opportunity(
             rewrite=first.rewrite,
-            op=" + ".join(f"burnish.{op}" for op in first.fusion.ops) if first.fusion else "",
+            op=_made(first.fusion) if first.fusion else "",
             block=self._rows.row_of[max(first.nodes, key=self.us)][0],
             count=count,
             nodes=row_names(first.nodes, self._before, self._rows),

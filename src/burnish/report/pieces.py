@@ -39,7 +39,7 @@ def timeline_of(seen: Seen, rows: Rows, nodes: Iterable[fx.Node]) -> tuple[Span,
     spans, at = [], 0.0
     for node, launch in sorted(launches, key=lambda pair: pair[1].start_us):
         start = launch.start_us - first if on_device else at
-        spans.append(Span(launch.name, rows.row_of[node][1], start, launch.us))
+        spans.append(Span(launch.name, rows.row_of[node][1], start, launch.us + launch.beside_us))
         at = start + launch.us
     return tuple(spans)
 

@@ -113,18 +113,23 @@ class CostModel:
         fixed = ours.fixed_us + (kernels - 1) * self.second_us + (self.torch_us if by_torch else 0.0)
         return fixed + max(compute / ours.compute, memory / reached)
 
-    def bound(self, work: Work, *, us: float | None = None, idle_us: float = 0.0) -> Bound:
-        """What keeps an op that took `us` from being faster.
+    def bound(self, work: Work) -> Bound:
+        """What keeps an op from being faster once the host has asked for it.
 
-        host: there is nothing to do on the device (a view), or the device had to wait for the kernels longer than they
-        ran. launch: the floor is less than a kernel's fixed cost. Else memory or compute, the larger part of the floor.
+        host: there is nothing to do on the device (a view). launch: the floor is less than a kernel's fixed cost. Else
+        memory or compute, the larger part of the floor.
         """
-        if work.kind == "free" or (us is not None and idle_us > us):
+        if work.kind == "free":
             return "host"
         compute, memory = self._floors(work)
         if max(compute, memory) < self._fixed_us(work):
             return "launch"
         return "compute" if compute > memory else "memory"
+
+    def graph_us(self, kernels_by_torch: int) -> float:
+        """What a call takes besides its ops where one CUDA graph launches all of it, so many kernels of PyTorch's too.
+        What an Op's own kernels wait for each other is in what they take."""
+        return self.call_us + kernels_by_torch * self.torch_us
 
     @property
     def bandwidth_gbs(self) -> float:

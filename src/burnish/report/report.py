@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from burnish.schedule import Schedule
 
-SCHEMA = 2
+SCHEMA = 3
 _WIDTH = 100
 
 
@@ -117,33 +117,38 @@ class Report:
     # --- text -------------------------------------------------------------------------------------
 
     def summary(self) -> str:
-        """What came of it, in a sentence or two."""
-        if not self._optimized and self.explanation is not None:
-            from burnish.report import digest
+        """What came of it, in a few sentences. Where the profile was taken, its times are told; else those that the
+        first calls were measured with."""
+        if self.explanation is None:
+            return " ".join([self._speed(), *self._checked()])
+        from burnish.report import sentences
 
-            return digest.summary(self.explanation)
+        return " ".join([sentences.summary(self.explanation), *self._checked()])
+
+    def _speed(self) -> str:
+        """What the first calls that were timed gave."""
         if not self.served:
             return f"{self.model}: nothing has been called yet."
         timed = next((served for served in self.served if served.original_us and served.optimized_us), None)
-        sentences = []
+        kept = (timed or self.served[0]).kept_original
+        if kept:
+            return f"{self.model} runs as it was: {kept}."
         if timed is None:
-            reason = self.served[0].kept_original
-            sentences.append(f"{self.model} runs as it was: {reason}." if reason else f"{self.model}: not timed.")
-        elif timed.kept_original:
-            sentences.append(f"{self.model} runs as it was: {timed.kept_original}.")
-        else:
-            before, after = timed.original_us or 0.0, timed.optimized_us or 1.0
-            sentences.append(
-                f"{self.model} is {before / after:.2f}x as fast as before: "
-                f"{human_us(before)} -> {human_us(after)} a call at {tables.shapes_text(timed)}."
-            )
+            return f"{self.model}: not timed."
+        before, after = timed.original_us or 0.0, timed.optimized_us or 1.0
+        times = f"{human_us(before)} -> {human_us(after)} a call at {tables.shapes_text(timed)}"
+        return f"{self.model} is {before / after:.2f}x as fast as before: {times}."
+
+    def _checked(self) -> list[str]:
+        """How exact it is, in up to two sentences."""
+        sentences = []
         units = [unit for verification in self.verifications for unit in verification.units]
         if units:
             passed = sum(unit.verdict is not None and unit.verdict.ok for unit in units)
             sentences.append(f"{passed} of {len(units)} rewritten values are within what eager's own error allows.")
         if self.quantizations:
             sentences.append(f"{self.quantized()}.")
-        return " ".join(sentences)
+        return sentences
 
     def quantized(self) -> str:
         """What was quantized and what that changed, in a line; of the first Program. Empty where nothing was."""
@@ -165,12 +170,18 @@ class Report:
             from burnish.report.terminal import render
 
             parts += render(self.explanation)
-        return parts + self._done(spaced=bool(parts)) if self._optimized else parts
+        return parts + self._done() if self._optimized else parts
 
-    def _done(self, spaced: bool) -> list[RenderableType]:
+    def _done(self) -> list[RenderableType]:
+        """Beneath a profile, which tells the speed, only what it does not tell."""
         from rich.text import Text
 
-        parts: list[RenderableType] = [*([""] if spaced else []), Text(self.summary()), "", tables.steps(self.history)]
+        profiled = self.explanation is not None
+        said = " ".join(self._checked()) if profiled else self.summary()
+        parts: list[RenderableType] = [""] if profiled else []
+        if said:
+            parts += [Text(said), ""]
+        parts.append(tables.steps(self.history))
         units = [unit for verification in self.verifications for unit in verification.units]
         if units:
             parts += ["", tables.numerics(units)]
@@ -179,9 +190,8 @@ class Report:
             parts += ["", tables.impls(chosen)]
         if self.served:
             parts += ["", tables.signatures(self.served)]
-        misses = [(record.name, miss) for record in self.history for miss in record.near_misses]
-        if misses:
-            parts += ["", tables.near_misses(misses)]
+        if any(record.near_misses for record in self.history):
+            parts += ["", tables.near_misses(self.history)]
         return parts
 
 

@@ -141,7 +141,7 @@ def _row(seen: Seen, nodes: Sequence[fx.Node], module: str, count: int, model: C
         # What is faster than its bytes could come from memory had them in the cache: its time is its floor.
         floor_us=floor_us if us is None else min(floor_us, us),
         predicted_us=predicted_us,
-        bound=model.bound(work, us=us, idle_us=sum(launch.idle_us for launch in launches) / count),
+        bound=model.bound(work),
         us=us,
         kernels=ran,
         impl=seen.impls.get(first),

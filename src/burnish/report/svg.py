@@ -104,9 +104,8 @@ def _panel(picture: GraphPicture, boxes: Sequence[_Box], counted: str, left: flo
 
 def _boxes(picture: GraphPicture, profile: Profile, colours: Mapping[str, int]) -> list[_Box]:
     rows: dict[str, OpRow] = {}
-    for block in profile.blocks:
-        for row in block.rows:
-            rows.setdefault(row.name, row)
+    for _, row in profile.rows:
+        rows.setdefault(row.name, row)
     boxes = []
     for name, op, group in picture.nodes:
         found = rows.get(name)

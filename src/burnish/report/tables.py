@@ -78,7 +78,9 @@ def impls(served: Served) -> RenderableType:
 
 
 def signatures(served: Iterable[Served]) -> RenderableType:
-    table = _table("Calls served", "inputs", "before", "after", "speedup", "set up in", "note")
+    """The times are those of the entry alone, taken when calls of these sizes were first served."""
+    title = "Calls served, as timed when first served"
+    table = _table(title, "inputs", "before", "after", "speedup", "set up in", "note")
     for each in served:
         before, after = each.original_us, each.optimized_us
         _add_row(
@@ -93,11 +95,11 @@ def signatures(served: Iterable[Served]) -> RenderableType:
     return table
 
 
-def near_misses(misses: Iterable[tuple[str, str]]) -> RenderableType:
-    """Of pairs (step, reason)."""
+def near_misses(history: Iterable[StepRecord]) -> RenderableType:
     table = _table("Almost matched", "step", "where and why not")
-    for (step, reason), count in Counter(misses).items():
-        _add_row(table, step, reason if count == 1 else f"{reason} ({count} times)")
+    misses = Counter((record.name, str(miss)) for record in history for miss in record.near_misses)
+    for (step, miss), count in misses.items():
+        _add_row(table, step, miss if count == 1 else f"{miss} (in {count} graphs)")
     return table
 
 

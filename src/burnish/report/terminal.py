@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from burnish._text import human_us
-from burnish.report import digest
+from burnish.report import digest, sentences
+from burnish.report.blocked import blocked
 from burnish.report.data import Block, Explanation, Profile
 
 if TYPE_CHECKING:
@@ -24,8 +25,11 @@ def render(explanation: Explanation) -> list[RenderableType]:
     """Everything for `Console.print`, one renderable after the other; plain where there is no colour."""
     shown = explanation.after or explanation.before
     versions = [explanation.before] + ([explanation.after] if explanation.after else [])
-    parts: list[RenderableType] = [Text(digest.summary(explanation))]
-    parts.append(Text(f"Inputs: {', '.join(explanation.inputs) or 'none'}", style=_QUIET))
+    parts: list[RenderableType] = [Text(sentences.summary(explanation))]
+    if how := sentences.how(explanation):
+        parts.append(Text(how.replace("`", "")))
+    about = filter(None, (", ".join(explanation.inputs) or "none", sentences.conditions(explanation)))
+    parts.append(Text(f"Inputs: {'; '.join(about)}", style=_QUIET))
     unit = digest.unit_of(explanation)
     parts += _section("Where the time of a call goes", f"{unit.name}, {'predicted' if shown.predicted else 'measured'}")
     parts.append(_blocks_compared(explanation, unit) if explanation.after else _blocks(explanation, unit))
@@ -170,20 +174,24 @@ def _tail(text: str, width: int) -> str:
 
 def _opportunities(explanation: Explanation, unit: digest.Unit) -> Iterator[RenderableType]:
     found = digest.possible(explanation.opportunities)
-    places = digest.places(explanation)
+    places, makes = digest.places(explanation), digest.makes(explanation)
     done = digest.is_done(explanation)
     if found:
-        room = 28 if done else 40
-        columns = [("rewrite", 20), ("makes", 18), (">", 4), ("where", room), (">predicted", 10)]
+        room = 20 if done else 32
+        columns = [("rewrite", 21), ("makes", 25), (">", 4), ("where", room), (">predicted", 10)]
         table = _table(*columns, *([(">measured", 10)] if done else []))
         for each in found[:_REWRITES]:
             times = f"{each.count} x" if each.count > 1 else ""
             savings = [unit(us) for us in (each.saves_us, each.saved_us) if us is not None]
-            _add(table, each.rewrite, digest.op_name(each.op), times, _tail(places[each], room), *savings)
+            _add(table, each.rewrite, makes[each].replace("by a ", ""), times, _tail(places[each], room), *savings)
         if rest := found[_REWRITES:]:
             _add(table, f"{len(rest)} more", "", "", "", unit(sum(each.saves_us for each in rest)), style=_QUIET)
         yield table
-    for each in digest.blocked(explanation.opportunities)[:_REWRITES]:
-        yield Text.assemble(
-            ("blocked ", "yellow"), f"{each.rewrite} in {places[each] or 'the model'}: ", (each.blocked_by, _QUIET)
-        )
+        if sentences.counts_once(explanation):
+            yield Text(sentences.COUNTED_ONCE, style=_QUIET)
+    misses = blocked(explanation)
+    for miss in misses[:_REWRITES]:
+        times = f", {miss.count} x" if miss.count > 1 else ""
+        yield Text.assemble(("blocked ", "yellow"), f"{miss.rewrite}{times} in {miss.where}: ", (miss.reason, _QUIET))
+    if others := misses[_REWRITES:]:
+        yield Text(f"{len(others)} more are blocked", style=_QUIET)

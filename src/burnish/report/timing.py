@@ -21,12 +21,13 @@ class Times:
     """Microseconds of one call, and on the CPU of each node in a walk through the graph (on CUDA the profiler tells).
 
     Both are means over the third of the rounds that took least: what else the machine does can only add. Whole rounds
-    are chosen, not each node's best ones, so that the nodes' times add up to one walk's. median_us: of all calls.
+    are chosen, not each node's best ones, so that the nodes' times add up to one walk's. median_us: of all `calls`.
     """
 
     end_to_end_us: float
     median_us: float
     node_us: dict[fx.Node, float]
+    calls: int
 
 
 def take_times(walk: Walk, leaves: Sequence[Any], call: Callable[[], Any], *, cuda: bool, seconds: float) -> Times:
@@ -40,7 +41,18 @@ def take_times(walk: Walk, leaves: Sequence[Any], call: Callable[[], Any], *, cu
             walks.append(_walk_us(walk, leaves))
     quick = fastest(walks, lambda nodes: sum(nodes.values()))
     node_us = {node: statistics.fmean(nodes[node] for nodes in quick) for node in quick[0]} if quick else {}
-    return Times(statistics.fmean(fastest(calls, float)), statistics.median(calls), node_us)
+    return Times(statistics.fmean(fastest(calls, float)), statistics.median(calls), node_us, len(calls))
+
+
+def in_turns(calls: Sequence[Callable[[], Any]], *, cuda: bool, seconds: float) -> list[float]:
+    """Microseconds of each call, timed in turns for about so many seconds, at least three rounds: means over the third
+    of its own that took least."""
+    times: list[list[float]] = [[] for _ in calls]
+    ends = time.perf_counter() + seconds
+    while len(times[0]) < _FEWEST or (time.perf_counter() < ends and len(times[0]) < _MOST):
+        for call, own in zip(calls, times, strict=True):
+            own.append(_call_us(call, cuda))
+    return [statistics.fmean(fastest(own, float)) for own in times]
 
 
 def fastest(rounds: Sequence[Any], us: Callable[[Any], float]) -> list[Any]:

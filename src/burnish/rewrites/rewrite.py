@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from burnish.graph.matcher import Match, Matches, Pattern
+from burnish.graph.matcher import NearMiss as Nearest
+from burnish.graph.results import compute, results_remembered
 from burnish.graph.rewriter import replace_pattern
-from burnish.record import StepRecord
+from burnish.record import NearMiss, StepRecord, together
 
 Examples = Callable[[torch.dtype], tuple[Any, ...]]
 Guard = Callable[[Match], "str | None"]
@@ -59,6 +62,7 @@ def _prepared(pattern: Callable[..., Any], examples: Examples | None, dtype: tor
     return Pattern.of(pattern, examples(dtype) if examples else None)
 
 
+@results_remembered()
 def apply(
     name: str, rewrites: Iterable[Rewrite | GraphPass], graph_module: fx.GraphModule, watch: Watch | None = None
 ) -> StepRecord:
@@ -67,12 +71,14 @@ def apply(
     started = time.perf_counter()
     record = StepRecord(name, nodes_before=len(graph_module.graph.nodes))
     matches: Counter[str] = Counter()
+    misses: list[NearMiss] = []
+    nearest: dict[str, tuple[Nearest, NearMiss]] = {}  # of all spellings of an Op
     dtypes = floating_dtypes(graph_module.graph)
     for rewrite in rewrites:
         if isinstance(rewrite, GraphPass):
             outcome = rewrite.run(graph_module)
             matches[rewrite.name] += outcome.count
-            record.near_misses += [f"{rewrite.name}: {reason}" for reason in outcome.refused]
+            misses += [_near_miss(rewrite.name, text) for text in outcome.refused]
             if watch is not None:
                 watch(rewrite, outcome, None)
             continue
@@ -83,20 +89,59 @@ def apply(
             try:
                 found = replace_pattern(graph_module, pattern, rewrite.replacement, guard=rewrite.guard)
             except (TypeError, ValueError) as error:  # the Op refuses what the guard let pass: the original stays
-                record.near_misses.append(f"{rewrite.name}: {error}")
+                misses.append(NearMiss(rewrite.name, str(error)))
                 continue
             matches[rewrite.name] += len(found)
-            record.near_misses += [f"{rewrite.name}: {reason}" for _, reason in found.refused]
+            misses += [_near_miss(rewrite.name, text) for _, text in found.refused]
             if not found and found.near_misses:
-                record.near_misses.append(f"{rewrite.name}: {found.near_misses[0].reason}")
+                family, miss = _family(rewrite.name), found.near_misses[0]
+                if family not in nearest or miss.matched > nearest[family][0].matched:
+                    nearest[family] = miss, _near_miss(rewrite.name, miss.reason)
             if watch is not None:
                 watch(rewrite, found, pattern)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     record.matches = {key: count for key, count in matches.items() if count}
+    families, sizes = set(map(_family, record.matches)), names_of_sizes(graph_module.graph)
+    misses += [told for family, (miss, told) in nearest.items() if not _is_taken(miss, family in families)]
+    record.near_misses = together(replace(miss, reason=renamed(miss.reason, sizes.get)) for miss in misses)
     record.nodes_after = len(graph_module.graph.nodes)
     record.seconds = time.perf_counter() - started
     return record
+
+
+def _near_miss(rewrite: str, text: str) -> NearMiss:
+    """Of what a pass or the matcher said: "node: reason", or a reason alone."""
+    node, _, reason = text.partition(": ")
+    if not reason or not node.isidentifier():
+        return NearMiss(rewrite, text)
+    return NearMiss(rewrite, reason.removeprefix("guard: "), (node,))
+
+
+def _family(rewrite: str) -> str:
+    """Of "attention: softmax, times" the Op, which has other spellings."""
+    return rewrite.partition(":")[0]
+
+
+def _is_taken(miss: Nearest, other_spelling_matched: bool) -> bool:
+    """Whether another rewrite took what this one almost matched, so that nothing is missed."""
+    return miss.node is not None and (miss.node._erased or (other_spelling_matched and miss.matched <= 1))
+
+
+def names_of_sizes(graph: fx.Graph) -> dict[str, str]:
+    """What the graph's symbols stand for, as the user knows it: "s72" is "input_ids[0]"."""
+    names: dict[str, str] = {}
+    for node in graph.nodes:
+        shape = value(node).shape if node.op == "placeholder" and isinstance(value(node), Tensor) else ()
+        for dim, size in enumerate(shape):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                names.setdefault(str(size), f"{node.target}[{dim}]")
+    return names
+
+
+def renamed(text: str, name_of: Callable[[str], str | None]) -> str:
+    """`text` with each word that has another name called so."""
+    return re.sub(r"[A-Za-z_]\w*", lambda word: name_of(word[0]) or word[0], text)
 
 
 @dataclass(frozen=True)
@@ -183,7 +228,7 @@ def set_value(node: fx.Node) -> None:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     mode = detect_fake_mode((args, kwargs))
     with mode or contextlib.nullcontext():
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+        node.meta["val"] = compute(node.target, args, kwargs)  # type: ignore[arg-type]
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
