@@ -34,6 +34,7 @@ RECORD_KEYS = (
 _PAUSE_SECONDS = 0.05
 _WARMUP_SECONDS = 0.02
 _MIN_CALLS = 3
+_UNSTEADY = 1.25
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,15 @@ class Within:
 
     def __call__(self, *args: Any, **kwargs: Any) -> object:
         return self.function(*args, **kwargs)
+
+
+def unsteady(calls: str, usual_us: float, quick_us: float) -> str | None:
+    """What to say beside the times of some calls, where half of them took so much longer than the quick ones that
+    something else must have used the machine; None where they did not."""
+    if usual_us <= _UNSTEADY * quick_us:
+        return None
+    usual, quick = human_us(usual_us), human_us(quick_us)
+    return f"Half of the calls ({calls}) took {usual} and more, the quickest {quick}: the machine was busy."
 
 
 class BenchmarkError(RuntimeError):
@@ -139,10 +149,11 @@ class Benchmark:
         save_records(Path(path), self.records(case, command))
 
     def __rich__(self) -> Table:
+        from rich import box
         from rich.table import Table
 
         first = next(iter(self.timings))
-        table = Table("variant", title=self.device.label, title_justify="left")
+        table = Table("variant", title=self.device.label, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for heading in ("median", "p20", "p80", "calls", f"times as fast as {first}"):
             table.add_column(heading, justify="right")
         speedups = self.speedups

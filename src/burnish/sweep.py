@@ -56,12 +56,13 @@ class Sweep:
         ]
 
     def __rich__(self) -> RenderableType:
+        from rich import box
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
         device = next(iter(self.results.values())).device
-        table = Table()
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column(self.axis, justify="right")
         for name in self.variants:
             table.add_column(name, justify="right")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor
 
 import burnish
-from burnish.bench import RECORD_KEYS
+from burnish.bench import RECORD_KEYS, Benchmark, Timing
 from burnish.checks import Checks
-from burnish.cli.bench import _busy
+from burnish.cli.bench import _unsteady
+from burnish.models import ModelError
 from burnish.peers import op_sizes
 from burnish.tuning import Tuner
 from tests.cli.running import fails, run, run_json
@@ -85,13 +85,19 @@ def test_onnx_runtime() -> None:
     assert [record["variant"] for record in data["records"]] == ["eager", "burnish", "onnxruntime"]
 
 
-def test_a_busy_machine_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 0.0, 0.0))
-    assert _busy() == []
-    monkeypatch.setattr(os, "getloadavg", lambda: (1.5, 0.0, 0.0))
-    text = run("bench", "factory:block", *SHORT)
-    assert "The machine was busy (load 1.5 on 2 CPUs): these times are off." in text
+def test_a_busy_machine_is_said() -> None:
+    def measured(**calls: tuple[float, ...]) -> Benchmark:
+        timings = {name: Timing((times,)) for name, times in calls.items()}
+        return Benchmark(timings, burnish.device("cpu", measure=False), "")
+
+    assert _unsteady({"": measured(eager=(10.0,) * 9 + (90.0,))}) == []
+    results = {
+        " at 1 tokens": measured(eager=(10.0,) * 4 + (15.0,) * 6),
+        " at 16 tokens": measured(eager=(10.0,) * 10, burnish=(10.0,) * 4 + (20.0,) * 6),
+    }
+    assert _unsteady(results) == [
+        "Half of the calls (burnish at 16 tokens) took 20 us and more, the quickest 10 us: the machine was busy."
+    ]
 
 
 # sizes and plots ------------------------------------------------------------------------------------------------------
@@ -143,6 +149,15 @@ def test_a_sweep_says_where_the_original_stays(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Checks, "times", lambda self, entry: {"original": 1.0, "optimized": 2.0})
     text = run("bench", "factory:block", *SHORT, "--sizes", "3,5")
     assert "burnish runs the original here: no Impl beat the original." in text
+
+
+def test_a_name_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_model(*args: Any) -> None:
+        raise ModelError("it cannot be loaded")
+
+    monkeypatch.setattr("burnish.cli.bench.load_model", load_model)
+    assert fails("bench", "gated_mpl") == "it cannot be loaded; nor is it an Op (burnish ops lists them)"
+    assert fails("bench", "org/model") == "it cannot be loaded"
 
 
 @pytest.mark.parametrize(

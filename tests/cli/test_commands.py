@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,13 @@ def test_help_names_every_command() -> None:
 
 def test_version() -> None:
     assert run("--version") == f"burnish {burnish.__version__}\n"
+
+
+def test_python_m_burnish_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["-m", "polish"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("burnish", run_name="__main__")
+    assert capsys.readouterr().err == "burnish: No such command 'polish' (see burnish --help)\n"
 
 
 @pytest.mark.parametrize(

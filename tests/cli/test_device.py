@@ -37,12 +37,14 @@ def test_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("burnish.hardware.ceilings.measure", lambda target: rates)
     monkeypatch.setattr("burnish.hardware._remembered", {})
     rows = [line.split() for line in run("device", "cpu", "--refresh").splitlines()]
+    assert ["measured", "2026-01-01", "00:00", "UTC"] in rows
     assert ["float32", "50", "GFLOP/s", "40", "GFLOP/s", "50", "GFLOP/s"] in rows
     assert run_json("device", "cpu")["rates"]["libraries"] == {"float32": {"MKL": 40.0, "oneDNN": 50.0}}
 
 
 def test_device_that_is_not_here() -> None:
-    assert "'toaster' is not the name of a device" in fails("device", "toaster")
+    assert "DEVICE toaster is not the name of a device" in fails("device", "toaster")
+    assert "--device toaster is not the name of a device" in fails("ops", "--device", "toaster")
 
 
 def test_a_data_sheet() -> None:

@@ -280,7 +280,7 @@ def test_a_preset_with_an_encoder_writes_after_made_up_tokens() -> None:
             "burnish.optimize(model).generate(input_features=...) would do",
         ),
         (("t5-small", "--prompt", "Hi"), "--prompt: t5-small has random weights and no tokenizer"),
-        (("gpt2", "--device", "tpu"), "--device='tpu' is not the name of a device"),
+        (("gpt2", "--device", "tpu"), "--device tpu is not the name of a device"),
         (("gpt2", "--quantize", "int5"), "Invalid value for '--quantize': 'int5' is not one of 'int8', 'int4', 'fp8'"),
         (("bert-base", "--layers", "1"), "bert-base: BertModel does not generate text"),
     ],

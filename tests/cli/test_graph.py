@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -21,10 +22,10 @@ from tests.zoo.hugging_face import needs
 @pytest.mark.parametrize(
     ("at", "counts"),
     [
-        ("capture", "After capture: 13 nodes; Ops: none."),
-        ("raise", "After raise: 13 nodes; Ops: 1 layer_norm, 2 linear."),
-        ("fuse", "After fuse: 12 nodes; Ops: 1 layer_norm, 2 linear."),
-        ("pack", "After pack: 12 nodes; Ops: 1 layer_norm, 2 linear."),
+        ("capture", "After capture: 13 nodes, 6 of them weights; Ops: none."),
+        ("raise", "After raise: 13 nodes, 6 of them weights; Ops: 1 layer_norm, 2 linear."),
+        ("fuse", "After fuse: 12 nodes, 6 of them weights; Ops: 1 layer_norm, 2 linear."),
+        ("pack", "After pack: 12 nodes, 6 of them weights; Ops: 1 layer_norm, 2 linear."),
     ],
 )
 def test_graph_after_each_step(at: str, counts: str) -> None:
@@ -32,7 +33,7 @@ def test_graph_after_each_step(at: str, counts: str) -> None:
     assert counts in text
     assert ("aten.gelu(" in text) == (at in ("capture", "raise"))
     assert ("'gelu'" in text) == (at in ("fuse", "pack"))
-    assert "float32[s" in text
+    assert re.search(r"Sizes: (s\d+) is x\[0\], (s\d+) is x\[1\]\..*float32\[\1, \2, 16\]", text, re.DOTALL)
 
 
 def test_graph_with_its_code() -> None:
@@ -72,7 +73,7 @@ def test_graph_of_a_model_that_cannot_be_captured() -> None:
 def test_lowered_graph_calls_impls(untimed: None) -> None:
     args = ("graph", "factory:block", "--device", "cpu", "--at", "lower")
     text = run(*args, "--code")
-    assert "After lower: 12 nodes; Ops: 1 layer_norm, 2 linear." in text
+    assert "After lower: 12 nodes, 6 of them weights; Ops: 1 layer_norm, 2 linear." in text
     assert "burnish.layer_norm." in text
     assert "burnish_linear_" in text.partition("def forward")[2]
     data = run_json(*args)
@@ -131,7 +132,8 @@ def test_why_tells_where_it_matched_and_what_differed_elsewhere() -> None:
     text = " ".join(run("graph", "gated:three", "--device", "cpu", "--why", "gated_mlp").split())
     assert "gated_mlp (fuse): 1 match matched at linear_default_2 (0.down, gated.py:14)" in text
     assert "(1.down, gated.py:14): all 4 nodes agree, but the gate's activation is relu" in text
-    assert "(2, gated.py:14): 3 of 4 nodes agree, but it is sigmoid where the pattern has burnish::linear" in text
+    sigmoid = "3 of 4 nodes agree, but it is sigmoid where the pattern has burnish::linear"
+    assert f"(2, gated.py:14) and at 1 place more: {sigmoid}" in text
     (attempt,) = run_json("graph", "gated:three", "--device", "cpu", "--why", "gated_mlp")["rewrites"]
     assert (attempt["rewrite"], attempt["step"], attempt["size"], attempt["count"]) == ("gated_mlp", "fuse", 4, 1)
     assert [(miss["module"], miss["matched"]) for miss in attempt["misses"]] == [("1.down", 4), ("2", 3), ("3", 3)]
@@ -140,9 +142,10 @@ def test_why_tells_where_it_matched_and_what_differed_elsewhere() -> None:
 @pytest.mark.usefixtures("gated")
 def test_why_of_a_family_and_of_what_has_no_place() -> None:
     text = " ".join(run("graph", "gated:three", "--device", "cpu", "--why", "rms_norm").split())
-    assert (
-        "rms_norm: rms_norm_llama; rms_norm_t5; rms_norm_float: 0 matches, there is no aten.rsqrt in the graph" in text
+    absent = (
+        "rms_norm: rms_norm_llama; rms_norm_t5; rms_norm_float: 0 matches, there is no aten.rsqrt in the graph by then"
     )
+    assert absent in text
     assert "rms_norm: rms_norm_torch: 0 matches, there is no aten.rms_norm in the graph" in text
     text = run("graph", "gated:three", "--device", "cpu", "--why", "rms_norm: rms_norm_t5")
     assert "rms_norm_llama" not in text
@@ -168,11 +171,40 @@ def test_why_of_a_pass() -> None:
     assert [(each["rewrite"], each["count"]) for each in found] == [("linear: nn.Linear", 12), ("linear: Conv1D", 0)]
 
 
-def test_why_alike_places_are_told_once() -> None:
-    places = [Place(f"mul_{i}", f"layers.{i}.norm", "model.py:3", 4, f"dim is {i}") for i in range(10)]
-    assert [*_grouped(places, 6)] == [
-        "mul_0 (layers.0.norm, model.py:3) and at 9 places like it: 4 of 6 nodes agree, but dim is 0"
+def test_why_one_reason_is_told_once() -> None:
+    places = [
+        Place(f"{'add' if i % 2 else 'mul'}_{i}", f"layers.{i}.norm", "model.py:3", 4, f"linear_{i} reads {8 + i // 9}")
+        for i in range(10)
     ]
+    assert [*_grouped(places, 6)] == [
+        "mul_0 (layers.0.norm, model.py:3) and at 8 places more: 4 of 6 nodes agree, but linear_0 reads 8",
+        "add_9 (layers.9.norm, model.py:3): 4 of 6 nodes agree, but linear_9 reads 9",
+    ]
+
+
+@pytest.mark.usefixtures("gated")
+def test_why_counts_all_places_and_names_sizes() -> None:
+    code = """
+
+
+class Norms(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(12))
+
+    def forward(self, x, one):
+        for norm in self.norms:
+            x = norm(x + one)
+        return x
+
+
+def norms():
+    return Norms(), (torch.randn(2, 5, 8), torch.randn(1, 5, 8))
+"""
+    Path("gated.py").write_text(GATED + code)
+    text = " ".join(run("graph", "gated:norms", "--device", "cpu", "--why", "add_layer_norm").split())
+    assert "and at 11 places more: all 2 nodes agree, but the summands have shapes (x[0], " in text
+    assert not re.search(r"\bs\d+\b", text)
 
 
 @pytest.mark.parametrize(

@@ -31,10 +31,10 @@ def nested(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_layer_of_torch(folder: Path) -> None:
     text = run("isolate", "nested:model", "2", "--device", "cpu", "--to", "head")
-    assert "2 of nested:model: Linear, 68 parameters (272 B)." in text
-    assert "Its inputs there: input 0 2x5x16." in text
+    assert "Submodule 2 of nested:model: Linear, 68 parameters (272 B)." in text
+    assert "Its inputs there: input 2x5x16." in text
     assert "burnish bench head --plot plot.svg" in text
-    assert "head: Linear, 2 of Sequential; input 0 2x5x16" in run("graph", "head", "--device", "cpu")
+    assert "head: Linear, submodule 2 of Sequential; input 2x5x16" in run("graph", "head", "--device", "cpu")
     assert sorted(file.name for file in (folder / "head").iterdir()) == [
         "inputs.safetensors",
         "isolated.json",
@@ -44,7 +44,7 @@ def test_a_layer_of_torch(folder: Path) -> None:
 
 def test_code_of_ones_own_needs_the_factory(folder: Path, untimed: None) -> None:
     data = run_json("isolate", "nested:model", "1", "--device", "cpu", "--batch", "3")
-    assert (data["class"], data["needs_factory"], data["inputs"]) == ("Block", True, ["input 0 3x5x16"])
+    assert (data["class"], data["needs_factory"], data["inputs"]) == ("Block", True, ["x 3x5x16"])
     assert "burnish explain 1 --factory nested:model" in run("isolate", "nested:model", "1", "--device", "cpu")
     for command in ("optimize", "graph", "bench"):
         said = fails(command, "1", "--device", "cpu")
@@ -53,9 +53,9 @@ def test_code_of_ones_own_needs_the_factory(folder: Path, untimed: None) -> None
             "builds Sequential around it"
         )
     args = ("1", "--device", "cpu", "--factory", "nested:model")
-    assert "Block, 1 of Sequential" in run("optimize", *args)
-    assert "Block, 1 of Sequential" in run("graph", *args)
-    assert "Block, 1 of Sequential" in run("bench", *args, "--seconds", "0.01")
+    assert "Block, submodule 1 of Sequential" in run("optimize", *args)
+    assert "Block, submodule 1 of Sequential" in run("graph", *args)
+    assert "Block, submodule 1 of Sequential" in run("bench", *args, "--seconds", "0.01")
 
 
 def test_a_folder_names_no_code_to_import(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +73,7 @@ def test_a_part_of_a_hugging_face_model(folder: Path) -> None:
     (folder / "small_gpt2.py").write_text(code)
     assert not run_json("isolate", "small_gpt2:gpt2", "h.0.mlp", "--seq", "4", "--device", "cpu")["needs_factory"]
     loaded = load("h.0.mlp", Wanted(dtype=torch.bfloat16))
-    assert loaded.origin == "GPT2MLP, h.0.mlp of GPT2Model"
+    assert loaded.origin == "GPT2MLP, submodule h.0.mlp of GPT2Model"
     assert (loaded.args[0].shape, loaded.args[0].dtype) == ((1, 4, 8), torch.bfloat16)
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
 
@@ -105,20 +105,25 @@ def pair():
 def test_inputs_inside_of_inputs_have_names(folder: Path) -> None:
     (folder / "pair.py").write_text(PAIR)
     text = run("isolate", "pair:pair", "inner", "--device", "cpu")
-    assert "Its inputs there: input 0 2x3, tables[0] 2x3, tables[1] scalar, how=2." in text
+    assert "Its inputs there: x 2x3, tables[0] 2x3, tables[1] scalar, how=2." in text
 
 
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("isolate", "nested:model", "1.upp"), "path='1.upp': 1 is a Block, which has norm, up, down"),
+        (("isolate", "nested:model", "1.upp"), "PATH 1.upp: 1 is a Block, which has norm, up, down"),
         (("graph", "head", "--seq", "4"), "--seq: head comes with the inputs that it got inside its model"),
         (("graph", "head", "--factory", "nested:mode"), "nested has no function 'mode'; did you mean model?"),
         (
             ("graph", "nested:model", "--factory", "nested:model"),
             "--factory: it is for a folder that `burnish isolate`",
         ),
-        (("isolate", "nested:model", "2", "--to", "."), "folder='.' holds something else; give a new one"),
+        (("isolate", "nested:model", "2", "--to", "."), "--to . holds something else; give a new one"),
+        (("isolate", "no.such:model", "2", "--to", "nested.py"), "--to nested.py is a file; give a new folder"),
+        (
+            ("graph", "head", "--factory", "factory:block"),
+            "--factory factory:block: this is a Block, which has norm, up, down, and no 2",
+        ),
     ],
 )
 def test_what_cannot_be(args: tuple[str, ...], said: str) -> None:

@@ -33,8 +33,8 @@ def test_a_model_without_functions_and_check(folder: Path) -> None:
     ("options", "message"),
     [
         (("--output", "nowhere/m.onnx"), "--output nowhere/m.onnx: there is no folder"),
-        (("--submodule", "middle"), "path='middle': this is a Block, which has norm, up, down"),
-        (("--decode",), "decode=True: Block is no Hugging Face model that generates"),
+        (("--submodule", "middle"), "--submodule middle: this is a Block, which has norm, up, down"),
+        (("--decode",), "--decode: Block is no Hugging Face model that generates"),
         (("--opset", "24"), "'--opset': Input should be less than or equal to 23"),
     ],
 )

@@ -92,6 +92,7 @@ def one_line(error: BaseException) -> str:
     """The error for people: its message where it was meant for them, else with its type in front."""
     formatted = getattr(error, "format_message", None)  # of the option parser's errors
     text = formatted().replace("Value error, ", "") if formatted is not None else str(error)
+    text = text.removeprefix("Invalid value: ")
     if (context := getattr(error, "ctx", None)) is not None:
         text = f"{text.rstrip('.')} (see {context.command_path} --help)"
     text = " ".join(text.split()) or type(error).__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,10 +29,10 @@ from burnish.cli.words import check_writable, heading, loading
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from burnish.bench import Benchmark
     from burnish.cli.benching import Swept, Timed
 
 _PEERS = "Against what"
-_BUSY = 0.5  # of the CPUs at work before this command
 
 
 class CompileMode(str, Enum):
@@ -96,7 +95,6 @@ def bench(
 ) -> None:
     """Time a model or an Op as it was, optimized, and by what else is here, in turns."""
     output = Output(as_json)
-    busy = _busy()
     check_writable(plot, "--plot")
     asked_sizes = _parse_sizes(sizes)
     # A plot is of what is had without and with effort, so with a compiler.
@@ -109,6 +107,7 @@ def bench(
         impls = parse_impls(impl)
         import burnish.ops  # noqa: F401  (registers the Ops)
         from burnish.cli.benching import Swept, sweep_model, sweep_op, time_model
+        from burnish.models import ModelError
         from burnish.op import OPS
 
         measured: Swept | Timed
@@ -119,7 +118,12 @@ def bench(
             measured = sweep_op(model, asked_sizes, target, torch_dtype, impls, cache.mode, modes, seconds, update)
         else:
             update(loading(model))
-            loaded = load_model(model, batch, seq, text, dtype, layers, device, factory)
+            try:
+                loaded = load_model(model, batch, seq, text, dtype, layers, device, factory)
+            except ModelError as error:
+                if not model.isidentifier():
+                    raise
+                raise ModelError(f"{error}; nor is it an Op (burnish ops lists them)") from error
             peers = {"compile_modes": modes, "sdpa": sdpa, "onnx": onnx}
             if asked_sizes or plot is not None:
                 measured = sweep_model(loaded, asked_sizes, impls, cache.mode, peers, seconds, update)
@@ -127,9 +131,11 @@ def bench(
                 measured = time_model(loaded, impls, cache.mode, peers, seconds, update)
     if isinstance(measured, Swept):
         _show_sweep(output, measured, plot)
+        results = {f" at {size:,} {measured.sweep.axis}": result for size, result in measured.sweep.results.items()}
     else:
         _show_model(output, measured, hint=not (modes or sdpa or onnx))
-    _show_lines(output, busy)
+        results = {"": measured.result}
+    _show_lines(output, _unsteady(results))
 
 
 def _show_model(output: Output, timed: Timed, hint: bool) -> None:
@@ -180,13 +186,14 @@ def _show_lines(output: Output, lines: list[str]) -> None:
         output.show("", *lines)
 
 
-def _busy() -> list[str]:
-    """Lines to say where others are using the machine; none where the system does not tell."""
-    if not hasattr(os, "getloadavg"):
-        return []
-    load, cpus = os.getloadavg()[0], os.cpu_count() or 1
-    busy = load > _BUSY * cpus
-    return [f"The machine was busy (load {load:.1f} on {cpus} CPUs): these times are off."] if busy else []
+def _unsteady(results: Mapping[str, Benchmark]) -> list[str]:
+    """A line on the variant that was disturbed most, if one was; `results` by where they were taken."""
+    from burnish.bench import unsteady
+
+    timings = [(name + where, timing) for where, result in results.items() for name, timing in result.timings.items()]
+    calls, worst = max(timings, key=lambda each: each[1].median_us / each[1].p20_us)
+    line = unsteady(calls, worst.median_us, worst.p20_us)
+    return [] if line is None else [line]
 
 
 def _parse_sizes(text: str | None) -> tuple[int, ...]:

@@ -11,10 +11,12 @@ from torch import Tensor
 
 import burnish
 from burnish.cli.stages import copy_of
+from burnish.cli.words import named_inputs
 from burnish.models import Loaded, ModelError
 from burnish.models.inputs import longest
 from burnish.op import find_op
 from burnish.peers import SIZED, default_sizes, model_peers, op_peers, sized_arguments
+from burnish.peers.graphs import in_graphs
 from burnish.peers.resize import axis_of, resized
 from burnish.sweep import OURS, Sweep
 from burnish.tuning import CacheMode, Tuner
@@ -88,7 +90,8 @@ def sweep_op(
     seconds: float | None,
     update: Update,
 ) -> Swept:
-    """The Op by the Impl that is fastest for each size, against its peers. On CUDA with other data in the L2 cache."""
+    """The Op by the Impl that is fastest for each size, against its peers. On CUDA as CUDA graphs,
+    with other data in the L2 cache."""
     op, axis, on_cuda = find_op(name), SIZED[name].axis, device.type == "cuda"
     dtype = dtype or (torch.bfloat16 if on_cuda else torch.float32)
     tuner = Tuner(cache, impls)
@@ -104,7 +107,10 @@ def sweep_op(
             function, choice = tuner.choose(op, args, budget_us=Tuner.FIRST_BUDGET_US, thorough=True)
         others, missing = op_peers(name, args, modes)
         swept_missing |= missing
-        variants = {"eager": others.pop("eager"), OURS: function, **others}
+        variants: dict[str, Callable[..., object]] = {"eager": others.pop("eager"), OURS: function, **others}
+        if on_cuda:
+            with torch.inference_mode():
+                variants = in_graphs(variants, args)
         results[size] = _timed(variants, args, {}, seconds, on_cuda, update, f"{name}, {size} {axis}")
         chosen[size] = choice.impl
         if on_cuda:
@@ -143,8 +149,7 @@ def sweep_model(
     seen: list[list[str]] = []
     for size in sizes or defaults:
         args, kwargs = resized(program, loaded.args, loaded.kwargs, axis, size)
-        named = {f"input {i}": value for i, value in enumerate(args)} | kwargs
-        seen.append(_shapes(named.items()))
+        seen.append(_shapes(named_inputs(loaded.model, args, kwargs).items()))
         where = f"{loaded.name}, {size} {axis.name}"
         update(f"{where}: preparing the peers")
         others, missing = model_peers(eager, args, kwargs, **peers)

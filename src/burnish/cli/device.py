@@ -51,9 +51,10 @@ def device(
         from burnish.hardware import device as describe
         from burnish.support import impl_support
 
+        where = resolve_device(name, typed="DEVICE")
         info = describe(name, measure=measure, refresh=refresh)
         update("asking every Impl")
-        impls = impl_support(resolve_device(name))
+        impls = impl_support(where)
     output.data(info.to_dict() | {"impls": [asdict(impl) for impl in impls]})
     output.show(info, "", *_support_view(impls))
 

@@ -98,9 +98,10 @@ def explain(
     output.show(heading(loaded), "", report)
     for each in others.values():
         output.show("", each)
-    for path, write in ((html, report.to_html), (markdown, report.to_markdown), (trace, report.to_trace)):
-        if path is not None:
-            output.show("", f"{write(path)} is written.")
+    writers = ((html, report.to_html), (markdown, report.to_markdown), (trace, report.to_trace))
+    written = [f"{write(path)} is written." for path, write in writers if path is not None]
+    if written:
+        output.show("", *written)
 
 
 def _wanted(

@@ -76,8 +76,10 @@ def graph(
         update(f"optimizing {model}" if at is Stage.lower_ else f"capturing {model}")
         from burnish.cli.stages import generated_code, highlights, program_at
         from burnish.graph.show import draw, graph_report
+        from burnish.rewrites.rewrite import names_of_sizes
 
         program = program_at(loaded, at.value)
+        symbols = names_of_sizes(program.graph_module.graph)
         table = graph_report(program.graph_module)
         source = generated_code(program, loaded.model) if code else None
         drawn = None
@@ -88,14 +90,16 @@ def graph(
         {
             "name": model,
             "at": at.value,
-            "steps": [vars(record) for record in program.history],
+            "steps": [asdict(record) for record in program.history],
+            "sizes": symbols,
             "nodes": [vars(row) for row in table.nodes],
             "modules": {path: repr(module) for path, module in table.modules.items()},
             "code": source,
             "drawing": drawn and str(drawn),
         }
     )
-    output.show(heading(loaded), _counts(program, at), "", *_node_tables(table))
+    legend = [f"Sizes: {', '.join(f'{symbol} is {name}' for symbol, name in symbols.items())}."] if symbols else []
+    output.show(heading(loaded), _counts(program, at), *legend, "", *_node_tables(table))
     if source is not None:
         output.show("")
         output.show_python(source)
@@ -119,16 +123,26 @@ def _show_why(output: Output, why: str, asked: tuple[Any, ...]) -> None:
         found = attempts(program, rewrites)
     output.data({"name": loaded.name, "captured_as_op": captured, "rewrites": [asdict(attempt) for attempt in found]})
     already = [f"Captured as the Op, with no rewrite to wait for: {captured} {why}.", ""] if captured else []
-    output.show(heading(loaded), "", *already, *described(found))
+    output.show(heading(loaded), "", *already, *map(_indented, described(found)))
+
+
+def _indented(line: str) -> RenderableType:
+    """A line that keeps its indent where it is wrapped."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    text = line.lstrip()
+    return Padding(Text(text), (0, 0, 0, len(line) - len(text)))
 
 
 def _counts(program: Program, at: Stage) -> str:
     from burnish.cli.stages import op_nodes
 
     counts = [f"{len(nodes)} {name}" for name, nodes in op_nodes(program.graph_module).items()]
-    nodes = len(program.graph_module.graph.nodes)
+    weights = sum(node.op == "get_attr" for node in program.graph_module.graph.nodes)
+    nodes = f"{len(program.graph_module.graph.nodes)} nodes, {weights} of them weights"
     notes = "".join(f" {note[0].upper()}{note[1:]}." for note in program.history[-1].notes if at is Stage.lower_)
-    return f"After {at.value}: {nodes} nodes; Ops: {', '.join(counts) or 'none'}.{notes}"
+    return f"After {at.value}: {nodes}; Ops: {', '.join(counts) or 'none'}.{notes}"
 
 
 def _node_tables(report: GraphReport) -> list[RenderableType]:

@@ -19,7 +19,7 @@ from burnish.cli.options import (
     TextOption,
     load_model,
 )
-from burnish.cli.words import loading, sizes
+from burnish.cli.words import as_typed, loading, named_inputs, sizes
 
 
 @app.command()
@@ -40,19 +40,22 @@ def isolate(
     """Cut a submodule out of a model, with the inputs that it gets there, to explain and time it alone."""
     output = Output(as_json)
     folder = to or Path(path)
-    with output.working("starting PyTorch") as update:
+    with output.working("starting PyTorch") as update, as_typed(path="PATH", folder="--to"):
+        import burnish
+        from burnish._text import human_bytes
+        from burnish.isolated.folder import check_free
+
+        check_free(folder)
         update(loading(model))
         loaded = load_model(model, batch, seq, text, dtype, layers, device)
         update(f"running {model} as far as {path}")
-        import burnish
-        from burnish._text import human_bytes
-
         isolated = burnish.isolate(loaded.model, loaded.args, path, loaded.kwargs)
         update(f"writing {folder}")
         builds_itself = isolated.save(folder)
     module = isolated.module
     parameters = sum(parameter.numel() for parameter in module.parameters())
     size = sum(parameter.nbytes for parameter in module.parameters())
+    inputs = sizes(named_inputs(module, isolated.args, isolated.kwargs))
     again = shlex.quote(str(folder)) + ("" if builds_itself else f" --factory {shlex.quote(model)}")
     output.data(
         {
@@ -61,13 +64,13 @@ def isolate(
             "class": type(module).__name__,
             "folder": str(folder),
             "parameters": parameters,
-            "inputs": sizes(isolated.args, isolated.kwargs),
+            "inputs": inputs,
             "needs_factory": not builds_itself,
         }
     )
     output.show(
-        f"{path} of {model}: {type(module).__name__}, {parameters:,} parameters ({human_bytes(size)}).",
-        f"Its inputs there: {', '.join(sizes(isolated.args, isolated.kwargs)) or 'none'}.",
+        f"Submodule {path} of {model}: {type(module).__name__}, {parameters:,} parameters ({human_bytes(size)}).",
+        f"Its inputs there: {', '.join(inputs) or 'none'}.",
         f"Both are in the folder {folder}. Go on with:",
         "",
         *(

@@ -19,7 +19,7 @@ from burnish.cli.options import (
     TextOption,
     load_model,
 )
-from burnish.cli.words import check_writable, heading, loading
+from burnish.cli.words import as_typed, check_writable, heading, loading
 
 
 @app.command()
@@ -56,7 +56,7 @@ def onnx(
     output = Output(as_json)
     path = to or Path("model.onnx")
     check_writable(path, "--output")
-    with output.working("starting PyTorch") as update:
+    with output.working("starting PyTorch") as update, as_typed(path="--submodule", decode="--decode"):
         update(loading(model))
         loaded = load_model(model, batch, seq, text, dtype, layers, device, factory)
         kwargs = {name: value for name, value in loaded.kwargs.items() if not (decode and name == "use_cache")}

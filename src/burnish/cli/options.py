@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from burnish.cli.words import as_typed
+
 if TYPE_CHECKING:
     import torch
 
@@ -93,16 +95,15 @@ ImplOption = Annotated[
 ]
 
 
-def resolve_device(name: str | None) -> torch.device:
-    """The torch device of that name, CUDA or else the CPU for None; an error for one that is not here."""
+def resolve_device(name: str | None, typed: str = "--device") -> torch.device:
+    """The torch device of that name, CUDA or else the CPU for None; an error for one that is not here, which calls it
+    as it was `typed`."""
     import torch
 
     from burnish.hardware import device
 
-    try:
+    with as_typed(target=typed):
         kind = device(name, measure=False).kind
-    except ValueError as error:
-        raise ValueError(str(error).replace("target=", "--device=", 1)) from error
     return torch.device(name if name is not None else kind)
 
 

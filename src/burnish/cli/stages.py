@@ -47,8 +47,8 @@ class _Lowered:
 
     def __init__(self, op: Op, impl: str) -> None:
         self.op = op
-        self.__name__ = self.__qualname__ = impl
-        self.__module__ = f"burnish.{op.name}"
+        self.__name__ = self.__qualname__ = f"{op.name}.{impl}"
+        self.__module__ = "burnish"
         self._fn: Callable[..., Any] = op.impls[impl].fn
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

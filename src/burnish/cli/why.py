@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
 
 from burnish.capture import Program
 from burnish.graph.matcher import Matches, find_matches
+from burnish.record import unnumbered
 from burnish.report.where import path_of, source_of
 from burnish.rewrites import FUSE, RAISE, GraphPass, Rewrite, apply
-from burnish.rewrites.rewrite import Outcome, floating_dtypes
+from burnish.rewrites.rewrite import Outcome, floating_dtypes, names_of_sizes, renamed
 
 _STEPS = {"raise": RAISE, "fuse": FUSE}
 _TOLD = 8  # places that are listed for a rewrite
@@ -73,7 +74,12 @@ def attempts(program: Program, rewrites: Sequence[Rewrite | GraphPass]) -> list[
 
     for step, every in _STEPS.items():
         program.history.append(apply(step, looking(step, every), program.graph_module))
-    return found
+    sizes = names_of_sizes(program.graph_module.graph)
+
+    def named(miss: Place) -> Place:
+        return replace(miss, reason=renamed(miss.reason, sizes.get))
+
+    return [replace(attempt, misses=tuple(map(named, attempt.misses))) for attempt in found]
 
 
 def _look(step: str, rewrite: Rewrite | GraphPass, found: list[Attempt]) -> Any:
@@ -112,10 +118,12 @@ def _of_rewrite(step: str, rewrite: Rewrite, graph_module: fx.GraphModule) -> At
     # A pattern is traced for each dtype of the model: the one that came furthest is the one meant.
     best = max(tries, key=lambda found: (len(found), found.near_misses[0].matched if found.near_misses else 0))
     near = best.near_misses[0].matched if best.near_misses else 0
-    misses = [
+    refused = {match.anchor: reason for match, reason in best.refused}  # one of a place's, which are the same in turns
+    misses = [_place(node, _without_name(node, reason), size) for node, reason in refused.items()]
+    misses += [
         _place(miss.node, _without_name(miss.node, miss.reason), miss.matched)
         for miss in best.near_misses
-        if miss.matched == near or 2 * miss.matched >= size
+        if miss.matched < size and (miss.matched == near or 2 * miss.matched >= size)
     ]
     matches = tuple(_place(match.anchor, "", size) for match in best)
     return Attempt(rewrite.name, step, size, len(best), matches, tuple(misses) if near > 1 or not best else ())
@@ -143,16 +151,15 @@ def described(found: Sequence[Attempt]) -> list[str]:
     lines: list[str] = []
     absent: dict[str, list[str]] = {}
     for attempt in found:
-        if not attempt.count and len(attempt.misses) == 1 and attempt.misses[0].node is None:
-            absent.setdefault(attempt.misses[0].reason, []).append(attempt.rewrite)
+        if not attempt.count and all(miss.node is None for miss in attempt.misses):
+            reason = attempt.misses[0].reason if attempt.misses else "there is no place for it"
+            absent.setdefault(reason, []).append(attempt.rewrite)
             continue
         times = f"{attempt.count} match{'' if attempt.count == 1 else 'es'}"
         lines.append(f"{attempt.rewrite} ({attempt.step}): {times}")
         lines += [f"  matched at {where}" for where in _grouped(attempt.matches, attempt.size)]
         lines += [f"  not at {where}" for where in _grouped(attempt.misses, attempt.size)]
-        if not attempt.count and not attempt.misses:
-            lines.append("  there is no place for it in the graph")
-    return lines + [f"{_listed(names)}: 0 matches, {reason} in the graph" for reason, names in absent.items()]
+    return lines + [f"{_listed(names)}: 0 matches, {reason} in the graph by then" for reason, names in absent.items()]
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -165,16 +172,16 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _grouped(places: Sequence[Place], size: int | None) -> Iterator[str]:
-    """A line for each place; those that differ in numbers only, as equal layers do, on one."""
-    groups: dict[str, list[Place]] = {}
+    """A line for each reason; of places that matched one for all that differ in numbers only, as equal layers do."""
+    groups: dict[tuple[int | None, str], list[Place]] = {}
     for place in places:
-        alike = re.sub(r"\d+", "#", f"{place.node} {place.module} {place.matched} {place.reason}")
-        groups.setdefault(alike, []).append(place)
+        alike = unnumbered(place.reason) or re.sub(r"\d+", "#", f"{place.node} {place.module}")
+        groups.setdefault((place.matched, alike), []).append(place)
     for place, *others in list(groups.values())[:_TOLD]:
         where = ", ".join(filter(None, [place.module, place.source]))
         line = f"{place.node}" + (f" ({where})" if where else "")
         if others:
-            line += f" and at {len(others)} place{'' if len(others) == 1 else 's'} like it"
+            line += f" and at {len(others)} place{'' if len(others) == 1 else 's'} more"
         if place.reason and place.matched == size and size is not None:
             yield f"{line}: all {size} nodes agree, but {place.reason.removeprefix('guard: ')}"
         elif place.reason and size is not None:

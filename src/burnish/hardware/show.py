@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Literal
 
 from rich import box
@@ -28,7 +29,7 @@ def device_view(info: DeviceInfo) -> Group:
         sheet = info.data_sheet
         parts.append(_by_library(info.rates) if sheet is None else _beside_peak(info, info.rates, sheet))
         parts.append(
-            _facts([("measured", info.rates.date)] + ([] if sheet is None else [("peak", _lines(sheet.source))]))
+            _facts([("measured", _date(info.rates.date))] + ([] if sheet is None else [("peak", _lines(sheet.source))]))
         )
     return Group(*parts)
 
@@ -96,6 +97,11 @@ def _by_library(rates: Rates) -> Table:
         cells = (_flops(by_library[library]) if library in by_library else "" for library in libraries)
         table.add_row(dtype, _flops(rate), *cells)
     return table
+
+
+def _date(stamp: str) -> str:
+    """Of "2026-11-27T02:47:42+00:00": "2026-11-27 02:47 UTC"."""
+    return f"{datetime.fromisoformat(stamp).astimezone(timezone.utc):%Y-%m-%d %H:%M} UTC"
 
 
 def _capability(architecture: str) -> str:

@@ -29,6 +29,14 @@ def is_isolated(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
+def check_free(folder: Path) -> None:
+    """ValueError where there is something in the way that `save` has not written."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder={str(folder)!r} is a file; give a new folder")
+    if folder.exists() and not is_isolated(folder) and any(folder.iterdir()):
+        raise ValueError(f"folder={str(folder)!r} holds something else; give a new one")
+
+
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 
@@ -36,8 +44,7 @@ def save(isolated: Isolated, folder: Path) -> bool:
     """See `Isolated.save`."""
     from safetensors.torch import save_file
 
-    if folder.exists() and not is_isolated(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"folder={str(folder)!r} holds something else; give a new one")
+    check_free(folder)
     weights, tied = _weights(isolated.module)
     inputs: dict[str, Tensor] = {}
     try:

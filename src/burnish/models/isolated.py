@@ -34,11 +34,16 @@ def from_isolated(name: str, wanted: Wanted) -> Loaded:
         lambda leaf: converted(leaf, wanted.device, wanted.dtype), (loaded.args, loaded.kwargs)
     )
     module = loaded.module.eval().to(device=wanted.device, dtype=wanted.dtype)
-    origin = f"{type(module).__name__}, {loaded.path} of {loaded.model}"
+    origin = f"{type(module).__name__}, submodule {loaded.path} of {loaded.model}"
     return Loaded(name, module, args, kwargs, origin)
 
 
 def _built(wanted: Wanted, path: str) -> nn.Module | None:
     if wanted.factory is None:
         return None
-    return submodule(from_factory(wanted.factory, replace(wanted, dtype=None)).model, path)
+    model = from_factory(wanted.factory, replace(wanted, dtype=None)).model
+    try:
+        return submodule(model, path)
+    except ValueError as error:
+        there = str(error).removeprefix(f"path={path!r}: ")
+        raise ModelError(f"--factory {wanted.factory}: {there}, and no {path}") from None

@@ -7,9 +7,6 @@ they are the functions that the symbolic nodes call.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +18,7 @@ from onnxscript.optimizer import optimize_ir
 from torch import Tensor, fx, nn
 from torch.onnx.ops import symbolic_multi_out
 
+from burnish._quiet import quiet
 from burnish.capture import InputSpec, Program
 from burnish.onnx.bodies import body_of
 from burnish.onnx.calls import Call, Signature, calls_of
@@ -31,6 +29,7 @@ from burnish.onnx.weights import is_layout_of_weights, store_as_read
 from burnish.op import OPS
 
 aten = torch.ops.aten
+_TALKATIVE = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def convert(program: Program, leaves: Sequence[Any], opset: int, prefix: str = "
     calls = calls_of(program.graph_module.graph, prefix)
     wanted = list(dict.fromkeys(call.signature for call in calls))
     new = [signature for signature in wanted if (signature, opset) not in KNOWN]
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet(*_TALKATIVE):
         model = _exported(_GraphAndBodies(program, calls, new, opset), leaves, program, new, opset)
         # What `optimize=True` does, but for the rotations that it finds at opset 23: their tables serve one batch size.
         optimize_ir(model, should_fold=lambda node: False if is_layout_of_weights(node) else None)
@@ -181,21 +180,3 @@ def _call_function(node: ir.Node, call: Call, function: ir.Function) -> None:
     node.name = f"{call.module}/{call.node.name.replace('_default', '')}"
     for name, value in call.signature.settings:
         node.attributes[name] = attribute(name, value)
-
-
-_TALKATIVE = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in _TALKATIVE]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

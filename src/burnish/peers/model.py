@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +20,7 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 ONNX_RUNTIME = "onnxruntime"
+_ERRORS = 3  # what ONNX Runtime logs, from which severity on
 
 
 def model_peers(
@@ -73,26 +70,27 @@ def calls_sdpa(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
 
 
 def in_onnx_runtime(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., object]:
-    """The model for these sizes in ONNX Runtime with all its optimizations, on as many threads as torch.
+    """The model as `burnish.to_onnx` writes it without functions, in ONNX Runtime with all its optimizations for these
+    sizes, on as many threads as torch.
 
     What is called takes the model's own inputs and reads none of them: they are the session's already, on its device,
-    so that no conversion is timed. ImportError where the packages are missing.
+    so that no conversion is timed. ImportError where a package is missing; what `to_onnx` raises.
     """
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401  (torch's exporter needs it)
+
+        from burnish.onnx import to_onnx
     except ImportError:
         raise ImportError("pip install 'burnish[onnx]'") from None
     leaves = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
-    session = _export(onnxruntime, model, args, kwargs)
+    with tempfile.TemporaryDirectory() as folder:
+        file = to_onnx(model, args, Path(folder, "model.onnx"), kwargs, fused=False, check=False)
+        session = _session(onnxruntime, file.path, leaves)
     device = "cuda" if session.get_providers()[0].startswith("CUDA") else "cpu"
     if any(leaf.is_cuda for leaf in leaves) and device == "cpu":
         raise RuntimeError("this onnxruntime has no CUDA provider: pip install onnxruntime-gpu")
     binding = session.io_binding()
-    given = session.get_inputs()
-    if len(given) != len(leaves):
-        raise RuntimeError(f"the exported model takes {len(given)} inputs where the model takes {len(leaves)}")
-    for described, leaf in zip(given, leaves, strict=True):
+    for described, leaf in zip(session.get_inputs(), leaves, strict=True):
         value = onnxruntime.OrtValue.ortvalue_from_numpy(leaf.cpu().numpy(), device, leaf.device.index or 0)
         binding.bind_ortvalue_input(described.name, value)
     for output in session.get_outputs():
@@ -106,30 +104,20 @@ def in_onnx_runtime(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     return run
 
 
-def _export(onnxruntime: Any, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> InferenceSession:
+def _session(onnxruntime: Any, path: Path, leaves: Sequence[Tensor]) -> InferenceSession:
+    """The file for inputs of these sizes alone, which is its best case: what is computed from sizes is computed now."""
+    import onnx
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    on_cuda = any(parameter.is_cuda for parameter in model.parameters())
+    options.log_severity_level = _ERRORS
+    given = onnx.load(path, load_external_data=False).graph.input
+    for described, leaf in zip(given, leaves, strict=True):
+        for dim, size in zip(described.type.tensor_type.shape.dim, leaf.shape, strict=True):
+            if dim.dim_param:
+                options.add_free_dimension_override_by_name(dim.dim_param, size)
+    wanted = ["CUDAExecutionProvider"] if any(leaf.is_cuda for leaf in leaves) else []
     able = onnxruntime.get_available_providers()
-    providers = [
-        p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in able and (on_cuda or p[:3] == "CPU")
-    ]
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        path = Path(folder, "model.onnx")
-        torch.onnx.export(model, args, str(path), kwargs=dict(kwargs), dynamo=True, verbose=False)
-        return onnxruntime.InferenceSession(str(path), options, providers=providers)
-
-
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """Without the exporter's log, which goes to stdout and stderr and warns of every operator set not installed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    providers = [provider for provider in (*wanted, "CPUExecutionProvider") if provider in able]
+    return onnxruntime.InferenceSession(path, options, providers=providers)
