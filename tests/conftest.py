@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from tests import interpreter
 
 # The same examples each time: no run fails by the luck of a draw. `HYPOTHESIS_PROFILE=explore` looks for new ones.
 settings.register_profile("same", derandomize=True)
@@ -16,6 +19,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before any is imported
+    if importlib.util.find_spec("triton") is not None:
+        interpreter.quicken()
 
 
 @pytest.fixture(autouse=True)

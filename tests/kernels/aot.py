@@ -1,28 +1,32 @@
 """Compiles the launches of Triton Impls ahead of time, without a GPU, and reads what the compiler says of each.
 
-Run as `python -m tests.kernels.aot [--everything] OP...` in a process of its own: the kernels must not be decorated for
-the interpreter. Prints one JSON list of what was compiled; `--rows N...` instead what `kernels_for_rows`
-finds, `--barriers`, `--shared-attention`, `--finishing` and `--vocabularies` what `barriers`, `shared_attention`,
-`finishing` and `full_vocabularies` do.
+Run as `python -m tests.kernels.aot OP...` in a process of its own: the kernels must not be decorated for the
+interpreter. Prints one JSON list of what was compiled; `--barriers`, `--attention`, `--shared-attention`, `--finishing`
+and `--vocabularies` instead what `barriers`, `attention_at_models_sizes`, `shared_attention`, `finishing` and
+`full_vocabularies` find with everything, and `--few` a little of each, as one JSON object.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from burnish.op import Impl, Op, find_op
+from burnish.op import OPS, Impl, Op, find_op
 
-CAPABILITIES = (80, 90, 100)
+import burnish.ops  # noqa: F401 isort: skip
+
+CAPABILITIES = (90, 80, 100)
 SMS = {80: 108, 90: 132, 100: 148}
 
 
@@ -44,7 +48,7 @@ def compile_launch(launch: Any, capability: int) -> dict[str, Any]:
     compiled = _compile(launch, capability)
     per_sm = launch.constants.get("PER_SM", 1) if launch.kernel.is_gluon() else 1  # programs that share its memory
     memory = {"shared": compiled.metadata.shared, "per_sm": per_sm}
-    return {"kernel": launch.kernel.__name__, **memory, **_resources(compiled.asm["cubin"])}
+    return {"kernel": launch.kernel.__name__, "capability": capability, **memory, **_resources(compiled.asm["cubin"])}
 
 
 def _compile(launch: Any, capability: int) -> Any:
@@ -72,48 +76,68 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {"registers": found["reg"], "spills": found["stack"] + found["local"]}
 
 
-def launches_of(op: Op, impl: Impl, capability: int, everything: bool) -> Iterator[tuple[str, Any]]:
-    """Launches of `impl` on the Op's samples, labelled: in bfloat16 every sample, the first one with each config, and
-    in float32 the first; with `everything`, every sample in every dtype with every config."""
+def launches_of(op: Op, impl: Impl, capability: int, dtype: torch.dtype) -> Generator[tuple[str, Any], None, None]:
+    """Launches of `impl` on every sample of the Op in `dtype` with every config, labelled."""
     from burnish.kernels.launch import Launch, Target, recording
 
     target = Target(divmod(capability, 10), SMS[capability])
-    for dtype in (torch.bfloat16, torch.float32, *([torch.float16] if everything else [])):
-        seen = 0
-        for sample in op.samples("cpu", dtype):
-            args = op.bind(*sample.args, **sample.kwargs)
-            if [reason for reason in impl.why_not(*args) if "not on a CUDA device" not in reason]:
-                continue  # it does not claim the case
-            recorded: list[Launch] = []
-            seen += 1
-            if seen > 1 and dtype == torch.float32 and not everything:
-                break
-            with recording(recorded.append, target):
-                configs = impl.configs(*args) if impl.configs is not None else [None]
-                for config in configs if everything or (seen == 1 and dtype == torch.bfloat16) else configs[:1]:
-                    recorded.clear()
-                    impl.fn(*args) if config is None else impl.fn(*args, config=config)
-                    for launch in recorded:
-                        yield f"{op.name} {dtype} {sample.label} {config or ''}", launch
+    for sample in op.samples("cpu", dtype):
+        args = op.bind(*sample.args, **sample.kwargs)
+        if [reason for reason in impl.why_not(*args) if "not on a CUDA device" not in reason]:
+            continue  # it does not claim the case
+        recorded: list[Launch] = []
+        with recording(recorded.append, target):
+            for config in impl.configs(*args) if impl.configs is not None else [None]:
+                recorded.clear()
+                impl.fn(*args) if config is None else impl.fn(*args, config=config)
+                for launch in recorded:
+                    yield f"{op.name} {dtype} {sample.label} {config or ''}", launch
 
 
-def compile_all(names: list[str], everything: bool) -> list[dict[str, Any]]:
-    jobs: dict[Any, tuple[str, Any, int]] = {}
-    for name in names:
-        op = find_op(name)
-        for impl in op.impls.values():
-            if "triton" in impl.name or impl.name.startswith("gluon"):
-                hopper = impl.name.startswith("gluon") and impl.name != "gluon_gemv"
-                for capability in (90,) if hopper else CAPABILITIES:
-                    found = launches_of(op, impl, capability, everything)
-                    if impl.name == "gluon_gemv" and capability != 90 and not everything:
-                        found = itertools.islice(found, 1)  # one kernel, of which `aot_gemv_mma` tries most
-                    for label, launch in found:
-                        jobs.setdefault(_key(launch, capability), (label, launch, capability))
+def impls_of(op: Op) -> Iterator[tuple[Impl, tuple[int, ...]]]:
+    """The Impls that are kernels of ours, and the generations of GPUs that each is for: Hopper first."""
+    for impl in op.impls.values():
+        if "triton" in impl.name or impl.name.startswith("gluon"):
+            hopper = impl.name.startswith("gluon") and impl.name != "gluon_gemv"
+            yield impl, CAPABILITIES[:1] if hopper else CAPABILITIES
+
+
+def compile_all(names: list[str]) -> list[dict[str, Any]]:
+    """Everything that these Ops may launch on their samples."""
+    jobs: dict[str, Job] = {}
+    for op in map(find_op, names):
+        for (impl, capabilities), dtype in itertools.product(
+            impls_of(op), (torch.bfloat16, torch.float32, torch.float16)
+        ):
+            for capability in capabilities:
+                for label, launch in launches_of(op, impl, capability, dtype):
+                    jobs.setdefault(_key(launch, capability), (label, launch, capability))
     return [_compiled(job) for job in jobs.values()]
 
 
-def _compiled(job: tuple[str, Any, int]) -> dict[str, Any]:
+def compile_first() -> list[dict[str, Any]]:
+    """Of every Impl its first launches, on Hopper in bfloat16; in float32, and on the other generations, those of them
+    that are of kernels which were not compiled so yet."""
+    jobs: dict[str, Job] = {}
+    seen: set[tuple[str, int, torch.dtype]] = set()
+    for capability, dtype in ((90, torch.bfloat16), (90, torch.float32), (80, torch.bfloat16), (100, torch.bfloat16)):
+        for op in OPS.values():
+            for impl in (impl for impl, capabilities in impls_of(op) if capability in capabilities):
+                with contextlib.closing(launches_of(op, impl, capability, dtype)) as found:
+                    first = [list(group) for _, group in itertools.islice(itertools.groupby(found, itemgetter(0)), 1)]
+                for label, launch in itertools.chain(*first):
+                    kind = launch.kernel.__name__, capability, dtype
+                    if (capability, dtype) == (90, torch.bfloat16) or kind not in seen:
+                        jobs.setdefault(_key(launch, capability), (label, launch, capability))
+                    seen.add(kind)
+    return [_compiled(job) for job in jobs.values()]
+
+
+Job = tuple[str, Any, int]
+"""A label, a launch and what it is compiled for."""
+
+
+def _compiled(job: Job) -> dict[str, Any]:
     label, launch, capability = job
     try:
         return {"label": label, "capability": capability, **compile_launch(launch, capability)}
@@ -174,9 +198,9 @@ def kernels_for_rows(rows: list[int]) -> list[list[str]]:
     return needed
 
 
-def barriers() -> list[dict[str, Any]]:
+def barriers(everything: bool) -> list[dict[str, Any]]:
     """Of Gluon kernels as BERT-base has them: where in shared memory their barriers are initialized, and at which of
-    these places something else is stored."""
+    these places something else is stored. Of every Op with its first config or, with `everything`, with each."""
     from burnish.kernels.launch import Launch, Target, recording
     from burnish.numerics import randn
 
@@ -196,29 +220,30 @@ def barriers() -> list[dict[str, Any]]:
         assert impl.configs is not None
         launches: list[Launch] = []
         with recording(launches.append, Target((9, 0), SMS[90])):
-            for config in impl.configs(*bound):
+            for config in impl.configs(*bound)[: None if everything else 1]:
                 impl.fn(*bound, config=config)
         found += [_synchronization(launch) for launch in launches if launch.kernel.is_gluon()]
     return found
 
 
-def full_vocabularies() -> list[dict[str, Any]]:
-    """What `compile_launch` says of sampling from the largest vocabularies, with each config."""
+def full_vocabularies(everything: bool) -> list[dict[str, Any]]:
+    """What `compile_launch` says of sampling from the largest vocabularies, with each config; on Hopper and with the
+    first one only, or, with `everything`, with each and on every generation."""
     from burnish.kernels.launch import Launch, Target, recording
 
     op, number = find_op("sample_token"), torch.tensor(0)
     impl = op.impls["triton"]
     assert impl.configs is not None
-    jobs: dict[str, tuple[str, Any, int]] = {}
+    jobs: dict[str, Job] = {}
     for capability, (dtype, shape), choice in itertools.product(
-        CAPABILITIES,
+        CAPABILITIES if everything else CAPABILITIES[:1],
         ((torch.bfloat16, (1, 128256)), (torch.float32, (16, 262144))),
         ({"do_sample": False}, {}, {"top_k": 50, "top_p": 0.9, "min_p": 0.1}),
     ):
         bound = op.bind(torch.empty(shape, dtype=dtype), number, number, **choice)
         launches: list[Launch] = []
         with recording(launches.append, Target(divmod(capability, 10), SMS[capability])):
-            for config in impl.configs(*bound)[: None if dtype == torch.bfloat16 else 1]:
+            for config in impl.configs(*bound)[: None if dtype == torch.bfloat16 and everything else 1]:
                 impl.fn(*bound, config=config)
         for launch in launches:
             jobs.setdefault(_key(launch, capability), (f"{op.name} {shape} {choice}", launch, capability))
@@ -244,7 +269,8 @@ def shared_attention(everything: bool) -> list[dict[str, Any]]:
 
 def finishing(everything: bool) -> list[dict[str, Any]]:
     """What `compile_launch` and `barriers` say of products whose tiles a team of its own finishes, with each config of
-    it, with bias and residual and without; with `everything`, each activation also where columns are not aligned."""
+    it, with bias and residual; with `everything`, also without, and each activation also where columns are not
+    aligned."""
     from burnish.kernels.launch import Launch, Target, recording
     from burnish.kernels.matmul_configs import Product
     from burnish.kernels.matmul_wgmma import matmul_wgmma
@@ -261,9 +287,32 @@ def finishing(everything: bool) -> list[dict[str, Any]]:
             x, weight = (torch.zeros(rows, 768, dtype=dtype) for rows in (4096, height))
             bias, residual = torch.zeros(height, dtype=dtype), torch.zeros(4096, columns, dtype=dtype)
             for config in filter(finishes, matmul_wgmma_configs(Product(4096, columns, 768, dtype, target, gated))):
-                for optional in ((bias, activation, residual), (None, activation, None)):
-                    matmul_wgmma(x, weight, *optional, gated, config)
+                matmul_wgmma(x, weight, bias, activation, residual, gated, config)
+                if everything:
+                    matmul_wgmma(x, weight, None, activation, None, gated, config)
     return [compile_launch(launch, 90) | _synchronization(launch) for launch in launches]
+
+
+def attention_at_models_sizes(everything: bool) -> list[dict[str, Any]]:
+    """What `compile_launch` says of plain attention as models have it, with the config that is tried first or, with
+    `everything`, with each."""
+    from burnish.kernels.attention import attention_forward
+    from burnish.kernels.attention_configs import configs_for
+    from burnish.kernels.launch import Launch, Target, recording
+
+    launches: list[Launch] = []
+    with recording(launches.append, Target((9, 0), SMS[90])):
+        for b, h, s, d, is_causal in ((1, 12, 128, 64, False), (8, 32, 1024, 32, False), (1, 32, 4096, 128, True)):
+            q = torch.empty(b, s, h, d, dtype=torch.bfloat16).transpose(1, 2)
+            for config in configs_for(q, q, q, None, None)[: None if everything else 1]:
+                attention_forward(q, q, q, None, None, is_causal, None, None, config=config)
+    return [compile_launch(launch, 90) for launch in launches]
+
+
+def few() -> dict[str, Any]:
+    """A little of all, in one process."""
+    rows = [kernels_for_rows(rows) for rows in ([384], [384, 390, 600, 1000])]
+    return {"first": compile_first(), "rows": rows, **{kind: of_kind(False) for kind, of_kind in OF_ONE_KIND.items()}}
 
 
 def _synchronization(launch: Any) -> dict[str, Any]:
@@ -304,21 +353,17 @@ def _places(ptx: str) -> tuple[set[int], set[int]]:
     return initialized, overwritten
 
 
+OF_ONE_KIND = {
+    "--barriers": barriers,
+    "--attention": attention_at_models_sizes,
+    "--shared-attention": shared_attention,
+    "--finishing": finishing,
+    "--vocabularies": full_vocabularies,
+}
+
 if __name__ == "__main__":
-    wanted = sys.argv[1:]
-    if wanted == ["--barriers"]:
-        json.dump(barriers(), sys.stdout)
-        sys.exit()
-    if wanted[0] == "--shared-attention":
-        json.dump(shared_attention("--everything" in wanted), sys.stdout)
-        sys.exit()
-    if wanted == ["--vocabularies"]:
-        json.dump(full_vocabularies(), sys.stdout)
-        sys.exit()
-    if wanted[0] == "--finishing":
-        json.dump(finishing("--everything" in wanted), sys.stdout)
-        sys.exit()
-    if wanted[0] == "--rows":
-        json.dump(kernels_for_rows([int(n) for n in wanted[1:]]), sys.stdout)
-        sys.exit()
-    json.dump(compile_all([name for name in wanted if name != "--everything"], "--everything" in wanted), sys.stdout)
+    kind, *_ = wanted = sys.argv[1:]
+    if kind == "--few":
+        json.dump(few(), sys.stdout)
+    else:
+        json.dump(OF_ONE_KIND[kind](True) if kind in OF_ONE_KIND else compile_all(wanted), sys.stdout)

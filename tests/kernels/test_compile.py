@@ -1,4 +1,5 @@
-"""Every Triton or Gluon Impl, with every config it offers, compiles for each generation of GPUs and does not spill."""
+"""Every Triton or Gluon Impl compiles for each generation of GPUs and does not spill: the first config of each, and, in
+slow tests, every config that it offers."""
 
 from __future__ import annotations
 
@@ -12,7 +13,6 @@ import pytest
 
 from burnish.op import OPS
 from tests.kernels.aot import CAPABILITIES, _early_arrivals
-from tests.slow import slow
 
 import burnish.ops  # noqa: F401 isort: skip
 
@@ -23,50 +23,81 @@ WITH_KERNELS = sorted(
 )
 
 
-# What these compile beyond other Ops' kernels takes half a minute each.
-LONG = ("gated_mlp", "linear_rope", "linear_rope_append", "rms_norm_gated_mlp", "rms_norm_linear")
+@pytest.fixture(scope="module")
+def few() -> Any:
+    """What one process that compiles a little of all says: to start one takes as long as ten kernels do."""
+    return _aot("--few")
 
 
-@pytest.mark.parametrize("name", [slow(name) if name in LONG else name for name in WITH_KERNELS])
-def test_kernels_compile_and_do_not_spill(name: str) -> None:
-    _assert_compiles(name)
+def test_every_kernel_compiles_and_does_not_spill(few: Any) -> None:
+    _assert_fit(few["first"])
+    assert {entry["capability"] for entry in few["first"]} == set(CAPABILITIES)
+    compiled = {entry["label"].split()[0] for entry in few["first"]}
+    assert compiled == set(WITH_KERNELS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_KERNELS)
 def test_every_config_compiles_on_every_sample(name: str) -> None:
-    _assert_compiles("--everything", name)
+    compiled = _aot(name)
+    _assert_fit(compiled)
+    assert {entry["capability"] for entry in compiled} == set(CAPABILITIES)
 
 
-def test_a_new_number_of_tokens_compiles_nothing() -> None:
-    one, several = (_aot("--rows", *map(str, rows)) for rows in ([384], [384, 390, 600, 1000]))
+def test_a_new_number_of_tokens_compiles_nothing(few: Any) -> None:
+    one, several = few["rows"]
     assert several == one
 
 
-def test_nothing_is_stored_where_a_barrier_was_initialized() -> None:
+def test_nothing_is_stored_where_a_barrier_was_initialized(few: Any) -> None:
     """Triton gives the place of a barrier that nobody waits for to other things. A kernel with one hung on an H200."""
+    assert len(few["--barriers"]) == 3
+    _assert_barriers_are_kept(few["--barriers"])
+
+
+@pytest.mark.slow
+def test_nothing_is_stored_where_a_barrier_was_initialized_with_any_config() -> None:
     kernels = _aot("--barriers")
     assert len(kernels) > 10
-    assert all(kernel["barriers"] for kernel in kernels)
-    assert not [kernel for kernel in kernels if kernel["overwritten"] or kernel["early"]]
+    _assert_barriers_are_kept(kernels)
 
 
-def test_attention_by_teams_that_share_queries() -> None:
-    _assert_synchronized("--shared-attention")
+def test_attention_at_models_sizes(few: Any) -> None:
+    _assert_fit(few["--attention"])
+
+
+@pytest.mark.slow
+def test_attention_at_models_sizes_with_every_config() -> None:
+    _assert_fit(_aot("--attention"))
+
+
+def test_attention_by_teams_that_share_queries(few: Any) -> None:
+    _assert_synchronized(few["--shared-attention"])
 
 
 @pytest.mark.slow
 def test_attention_by_teams_that_share_queries_with_every_mask() -> None:
-    _assert_synchronized("--shared-attention", "--everything")
+    _assert_synchronized(_aot("--shared-attention"))
 
 
-def test_tiles_finished_by_a_team_of_their_own() -> None:
-    _assert_synchronized("--finishing")
+def test_tiles_finished_by_a_team_of_their_own(few: Any) -> None:
+    _assert_synchronized(few["--finishing"])
 
 
 @pytest.mark.slow
 def test_tiles_finished_by_a_team_of_their_own_with_every_activation() -> None:
-    _assert_synchronized("--finishing", "--everything")
+    _assert_synchronized(_aot("--finishing"))
+
+
+def test_sampling_from_full_vocabularies(few: Any) -> None:
+    _assert_fit(few["--vocabularies"])
+
+
+@pytest.mark.slow
+def test_sampling_from_full_vocabularies_with_every_config() -> None:
+    compiled = _aot("--vocabularies")
+    _assert_fit(compiled)
+    assert {entry["capability"] for entry in compiled} == set(CAPABILITIES)
 
 
 def test_arrivals_for_other_warps_are_found() -> None:
@@ -76,24 +107,19 @@ def test_arrivals_for_other_warps_are_found() -> None:
         assert not _early_arrivals("\n".join((access, meeting, arrival)))
 
 
-def _assert_synchronized(*arguments: str) -> None:
-    kernels = _aot(*arguments)
+def _assert_barriers_are_kept(kernels: Any) -> None:
+    assert all(kernel["barriers"] for kernel in kernels)
+    assert not [kernel for kernel in kernels if kernel["overwritten"] or kernel["early"]]
+
+
+def _assert_synchronized(kernels: Any) -> None:
     assert len(kernels) >= 3
-    faults = [
-        kernel
-        for kernel in kernels
-        if kernel["spills"]
-        or kernel["shared"] > SHARED_MEMORY[90]
-        or kernel["overwritten"]
-        or kernel["early"]
-        or not kernel["barriers"]
-    ]
-    assert not faults
+    assert not [kernel for kernel in kernels if kernel["spills"] or kernel["shared"] > SHARED_MEMORY[90]]
+    _assert_barriers_are_kept(kernels)
 
 
-def _assert_compiles(*arguments: str) -> None:
-    compiled = _aot(*arguments)
-    assert {entry["capability"] for entry in compiled} == set(CAPABILITIES)
+def _assert_fit(compiled: Any) -> None:
+    assert compiled
     faults = [
         entry
         for entry in compiled

@@ -12,7 +12,6 @@ from torch import Tensor
 from burnish.numerics import assert_close, oracle, randn
 from burnish.ops import penalize_repetition, sample_token
 from burnish.ops.sample_token import kept_scores
-from tests.kernels.test_compile import _assert_compiles
 
 pytest.importorskip("triton")
 
@@ -181,7 +180,3 @@ def test_repeated_tokens_of_many_positions() -> None:
             args = penalize_repetition.bind(logits, tokens, torch.tensor([length, length // 2]), 1.25, start)
             eager, true = penalize_repetition.reference(*args), oracle(penalize_repetition.reference, *args)
             assert_close(penalize_repetition.impls["triton"].fn(*args), eager, true)
-
-
-def test_kernels_for_full_vocabularies_compile_and_do_not_spill() -> None:
-    _assert_compiles("--vocabularies")
