@@ -77,7 +77,7 @@ class _Part:
 
     @classmethod
     def of(cls, made: Any, call: Call) -> _Part:
-        if type(made) is not FakeTensor or made.constant is not None:
+        if type(made) is not FakeTensor or made.constant is not None or made.requires_grad:
             raise Unlike
         position = next((i for i, tensor in enumerate(call.tensors) if tensor is made), None)
         storage = made.untyped_storage()._cdata

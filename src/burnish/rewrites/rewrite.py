@@ -227,7 +227,7 @@ def set_value(node: fx.Node) -> None:
         return
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     mode = detect_fake_mode((args, kwargs))
-    with mode or contextlib.nullcontext():
+    with mode or contextlib.nullcontext(), torch.no_grad():
         node.meta["val"] = compute(node.target, args, kwargs)  # type: ignore[arg-type]
 
 
