@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,15 @@ LINEAR = OPS["linear"]
 
 @pytest.fixture(autouse=True)
 def fixed_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Impls are measured as 10 % slower one after the other, in their Op's order; storage stays as it is."""
+    """Of an Op's Impls the first is measured as 100 us, and each other as 10 % slower; storage stays as it is."""
+
+    def measure(functions: Any, *_: Any, **__: Any) -> dict[str, float]:
+        return {name: 100 * 1.1**i for i, name in enumerate(functions)}
+
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tuning, "measure", lambda functions, *_, **__: {n: 1.1**i for i, n in enumerate(functions)})
+    monkeypatch.setattr(
+        tuning, "measure", lambda functions, *_, **__: {n: 100 * 1.1**i for i, n in enumerate(functions)}
+    )
     monkeypatch.setattr(Tuner, "prefers_transposed", lambda *_, **__: False)
 
 
@@ -46,7 +53,7 @@ def linear_impls(prepared: Prepared, chosen: Chosen) -> set[str]:
 
 def stopwatch(favourite: Callable[..., Any], asked: list[Any]) -> Contest:
     def time_us(functions: Functions) -> float:
-        return 1000.0 - 100.0 * sum(function is favourite for function in functions.values())
+        return 10_000.0 - 50.0 * sum(function is favourite for function in functions.values())
 
     def contest(champion: Functions, rival: Functions) -> tuple[float, float]:
         asked.append(rival)
@@ -87,12 +94,26 @@ def test_no_rival_is_tried_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch) 
     assert len(asked) == 1
 
 
-def test_noise_changes_nothing() -> None:
+@pytest.mark.parametrize("gain_us", [40.0, 5000.0], ids=["less than noise", "more than the kernels take"])
+def test_noise_changes_nothing(gain_us: float) -> None:
     prepared, chosen, seen, tuner = measured()
     before = dict(chosen.functions)
-    choose_in_model(prepared, chosen, seen, tuner, lambda champion, rival: (1000.0, 996.0))
+    choose_in_model(prepared, chosen, seen, tuner, lambda champion, rival: (10_000.0, 10_000.0 - gain_us))
     assert chosen.functions == before
     assert all(next(iter(c.in_model_us), c.candidate) == c.candidate for c in chosen.choices.values())
+
+
+def test_what_takes_no_more_than_noise_has_no_turn() -> None:
+    prepared, chosen, seen, tuner = measured()
+    asked: list[Any] = []
+
+    def contest(champion: Functions, rival: Functions) -> tuple[float, float]:
+        asked.append({name for name in rival if rival[name] is not champion[name]})
+        return 1e6, 1e6
+
+    choose_in_model(prepared, chosen, seen, tuner, contest)
+    most = max(Counter(seen.keys[slot.name] for slot in prepared.executable.slots).values())
+    assert {len(slots) for slots in asked} == {most}
 
 
 def test_a_model_that_cannot_be_captured_keeps_its_choices() -> None:

@@ -29,7 +29,7 @@ Functions = Mapping[str, Callable[..., Any]]
 Contest = Callable[[Functions, Functions], tuple[float, float]]
 """Microseconds of the model with the champion's functions in its slots, and with a rival's."""
 
-_BETTER = 0.995  # less is noise
+_NOISE = 0.005  # of a model's time
 _BUDGET_SECONDS = 6.0
 _ROUNDS, _ENOUGH_US = 3, 20_000.0  # of replays in turn, and for how long each of the two in all
 
@@ -37,7 +37,9 @@ _ROUNDS, _ENOUGH_US = 3, 20_000.0  # of replays in turn, and for how long each o
 def choose_in_model(prepared: Prepared, chosen: Chosen, seen: Seen, tuner: Tuner, contest: Contest) -> None:
     """Puts other Impls into `chosen` where the model is faster with them by `contest`, and remembers what was found.
 
-    Only signatures that were measured just now have their turn, those that take most of the time first.
+    Only signatures that were measured just now have their turn, those that take most of the time first. A gain within
+    the model's noise counts for nothing, nor does one of more than the kernels take altogether. So those that take no
+    more than the noise have no turn.
     """
     groups: dict[Key, list[Slot]] = {}
     for slot in prepared.executable.slots:
@@ -49,8 +51,11 @@ def choose_in_model(prepared: Prepared, chosen: Chosen, seen: Seen, tuner: Tuner
         choice = chosen.choices[slots[0].name]
         return len(slots) * choice.times_us.get(choice.candidate, 0.0)
 
-    ends = time.perf_counter() + _BUDGET_SECONDS
+    ends, noise_us = time.perf_counter() + _BUDGET_SECONDS, 0.0
     for key, slots in sorted(groups.items(), key=lambda group: -total_us(group[1])):
+        most_us = total_us(slots)
+        if most_us <= noise_us:
+            return
         op, args, winner = slots[0].op, seen.arguments[key][0], chosen.choices[slots[0].name]
         rivals = tuner.rivals(op, args, winner, slots[0].in_place)
         if not rivals or time.perf_counter() > ends:
@@ -64,7 +69,8 @@ def choose_in_model(prepared: Prepared, chosen: Chosen, seen: Seen, tuner: Tuner
             if math.isinf(champion_us):  # the model cannot be captured: there will be no graph to be fast in
                 return
             tried[winner.candidate], tried[rival.candidate] = round(champion_us, 2), round(rival_us, 2)
-            if rival_us < _BETTER * champion_us:
+            noise_us = _NOISE * champion_us
+            if noise_us < champion_us - rival_us < most_us:
                 winner = rival
                 chosen.functions.update(functions)
         winner = replace(winner, in_model_us={winner.candidate: tried[winner.candidate], **tried})

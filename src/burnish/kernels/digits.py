@@ -73,18 +73,18 @@ def _scale_of(chunks, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def _share(x, scale, KIND: gl.constexpr, DTYPE: gl.constexpr):
+def _share(x, scale, KIND: gl.constexpr):
     """The digits of a chunk in shared memory, as `digits_at` loads them with the fewest instructions."""
     SPLITS: gl.constexpr = gl.num_warps()
     if KIND == "int8":
-        high, middle, low = three_of(x, scale, INT8_FLOAT16 if gl.float16 == DTYPE else INT8_BFLOAT16)
+        high, middle, low = three_of(x, scale, INT8_FLOAT16 if gl.float16 == x.dtype else INT8_BFLOAT16)
         digits = gl.join(gl.join(high, low), gl.join(middle, middle))
         # Split, two words, one of them, octet, digit; to be split, two words, one of them, digit, octet.
         digits = gl.permute(gl.reshape(digits, (SPLITS, CHUNK // 8, 2, 4, DIGITS)), (0, 1, 2, 4, 3))
         PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0])
         return gl.allocate_shared_memory(gl.int8, [SPLITS, CHUNK // 8, 2, DIGITS, 4], PLAIN, digits)
     else:
-        high, middle, low = three_of(x, scale, INT4_FLOAT16 if gl.float16 == DTYPE else INT4_BFLOAT16)
+        high, middle, low = three_of(x, scale, INT4_FLOAT16 if gl.float16 == x.dtype else INT4_BFLOAT16)
         digits = gl.join(gl.join(high, low), gl.join(middle, middle))
         digits = gl.permute(gl.reshape(digits, (SPLITS, CHUNK, DIGITS)), (0, 2, 1))
         SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 4, [2, 1, 0])
@@ -92,11 +92,10 @@ def _share(x, scale, KIND: gl.constexpr, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def in_digits(x_ptr, KIND: gl.constexpr, DEPTH: gl.constexpr, WIDTH: gl.constexpr):
-    """The digits of DEPTH columns, WIDTH of them for each split, in chunks; and what a split's sums are worth."""
+def columns_of(x_ptr, DEPTH: gl.constexpr, WIDTH: gl.constexpr):
+    """DEPTH columns, WIDTH for each split, in chunks; what to multiply them by; what a split's sums are then worth."""
     SPLITS: gl.constexpr = gl.num_warps()
     X: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [SPLITS, 1], [1, 0])
-    DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     column = gl.arange(0, SPLITS, gl.SliceLayout(1, X))[:, None] * WIDTH
     column = column + gl.arange(0, CHUNK, gl.SliceLayout(0, X))[None, :]
     chunks = ()
@@ -105,12 +104,18 @@ def in_digits(x_ptr, KIND: gl.constexpr, DEPTH: gl.constexpr, WIDTH: gl.constexp
             chunks = chunks + (gl.load(x_ptr + column + start),)
         else:  # a split's last chunk may go on with the next one's columns, of which the digits are not used
             chunks = chunks + (gl.load(x_ptr + column + start, mask=column + start < DEPTH, other=0.0),)
-    scale, worth = _scale_of(chunks, DTYPE)
-    scale = gl.broadcast(scale[:, None], column)[0]
+    scale, worth = _scale_of(chunks, x_ptr.dtype.element_ty)
+    return chunks, gl.broadcast(scale[:, None], column)[0], worth
+
+
+@gluon.jit
+def in_digits(chunks, scale, FIRST: gl.constexpr, COUNT: gl.constexpr, KIND: gl.constexpr):
+    """The digits of COUNT chunks, or of as many as there are."""
     shared = ()
-    for i in gl.static_range(len(chunks)):
-        shared = shared + (_share(chunks[i], scale, KIND, DTYPE),)
-    return shared, worth
+    for i in gl.static_range(FIRST, FIRST + COUNT):
+        if i < len(chunks):
+            shared = shared + (_share(chunks[i], scale, KIND),)
+    return shared
 
 
 @gluon.jit

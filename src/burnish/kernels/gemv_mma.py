@@ -19,16 +19,19 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra import cuda as tl_cuda
 
 from burnish.kernels.activations import activate, in_half
-from burnish.kernels.digits import DIGITS, digits_at, in_digits, worth_of
+from burnish.kernels.digits import CHUNK, DIGITS, columns_of, digits_at, in_digits, worth_of
 from burnish.kernels.launch import Config, launch
 from burnish.kernels.layout import rows_of
-from burnish.kernels.matmul_configs import Product, shared_memory
+from burnish.kernels.matmul_configs import Product
 from burnish.kernels.widen import STEP_COLUMNS, factor_of, octets, widened
 
 MAX_STEPS = 64  # of a warp; the kernel has the code of each
 ROWS = gl.constexpr(16)  # of a program's weight: what one instruction of the tensor cores takes
-_MOST_DIGITS = 8192  # columns of x
-_REGISTERS = 128  # of a thread, of int4 as floats and one row: two programs of 8 warps at once (11.8 us for 15.1)
+_MOST_DIGITS = 16384  # columns of x
+# Bytes of digits at once. Loads pass through the same memory: 4096x14336 of int8 takes 16.0 us with 16 KB on an H200,
+# 16.3 with 32 KB and 24.1 with 64 KB.
+_MOST_SHARED = gl.constexpr(16384)
+_REGISTERS = 128  # of a thread of int4: two programs of 8 warps at once
 _SUMS = gl.constexpr(4)  # that steps are added to in turn, so that none has to wait for the one before it
 
 
@@ -191,11 +194,15 @@ def _multiply_digits(
     STEPS: gl.constexpr = (LENGTH + STEP * SPLITS - 1) // (STEP * SPLITS)
     EVEN: gl.constexpr = LENGTH % (STEP * SPLITS) == 0
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [SPLITS, 1, 1], [1, 16, 8])
-    shared, worth = in_digits(x_ptr, KIND, LENGTH * COLUMNS // STEP, STEPS * COLUMNS)
+    chunks, scale, worth = columns_of(x_ptr, LENGTH * COLUMNS // STEP, STEPS * COLUMNS)
+    AT_ONCE: gl.constexpr = _MOST_SHARED // (SPLITS * DIGITS * CHUNK)
+    PER_PART: gl.constexpr = AT_ONCE * CHUNK // COLUMNS
     zeros = gl.zeros([SPLITS, ROWS if KIND == "int4" else 2 * ROWS, 8], gl.int32, MMA)
     sums = zeros.to(gl.float32) if KIND == "int4" else zeros
     for i in gl.static_range(STEPS):
-        x = gl.convert_layout(digits_at(shared, i, KIND, COLUMNS), gl.DotOperandLayout(1, MMA, 4))
+        if i % PER_PART == 0:
+            shared = in_digits(chunks, scale, i // PER_PART * AT_ONCE, AT_ONCE, KIND)
+        x = gl.convert_layout(digits_at(shared, i % PER_PART, KIND, COLUMNS), gl.DotOperandLayout(1, MMA, 4))
         weight = gl.convert_layout(octets(read[i], KIND, COLUMNS), gl.DotOperandLayout(0, MMA, 4))
         if i + AHEAD < STEPS:
             read = read + (_load(weight_ptrs + (i + AHEAD) * STEP, unit + (i + AHEAD) * STEP, LENGTH, EVEN),)
@@ -288,11 +295,13 @@ def gemv_mma_configs(product: Product, kind: str = "none") -> list[Config]:
     shapes = {"none": [(4, 16), (2, 16), (8, 8), (4, 8)], "int4": [(8, 6), (4, 8), (4, 16), (2, 8)]}
     if block_m(product, kind) == 1:
         shapes = {"int4": [(8, 2), (4, 4), (8, 4), (4, 8)], "int8": [(4, 8), (8, 4), (8, 8), (4, 4)]}
+        if product.depth > 8192:
+            shapes = {"int4": [(8, 6), (8, 4)], "int8": [(8, 8), (8, 6), (8, 4)]}
     wanted = shapes.get(kind, [(4, 8), (8, 8), (4, 16), (2, 8)])
     fit = [(warps, ahead) for warps, ahead in wanted if triton.cdiv(product.depth, warps * columns) <= most]
     configs = []
     # Of int4 as floats, 16 warps spill ten times as much as 8, whose threads may have twice the registers.
-    for warps, ahead in fit or [(8, 6) if kind == "int4" and block_m(product, kind) > 1 else (16, 4)]:
+    for warps, ahead in fit or [(8, 6) if kind == "int4" else (16, 4)]:
         while warps > 1 and (warps // 2) * columns >= product.depth:
             warps //= 2
         steps = triton.cdiv(product.depth, warps * columns)
@@ -309,11 +318,9 @@ def _most_steps(product: Product, kind: str) -> int:
 
 
 def block_m(product: Product, kind: str) -> int:
-    """How many rows of x a program has room for; 1: as integers, where a program has not too much of x to take apart
-    first (int8 on H200, us: 28672x4096 gated 28.7 for 31.4 as floats, 4096x14336 24.4 for 18.1)."""
-    nbytes = DIGITS.value * product.depth
-    fits = product.depth <= _MOST_DIGITS and 2 * nbytes <= shared_memory(product.target)
-    if product.rows == 1 and kind in ("int8", "int4") and fits:
+    """How many rows of x a program has room for; 1: as integers (on H200, us: int8 28672x4096 gated 28.7 for 31.4 as
+    floats, 4096x14336 16.0 for 17.5, int4 9.0 for 11.6), of a depth for which the kernel has code."""
+    if product.rows == 1 and kind in ("int8", "int4") and product.depth <= _MOST_DIGITS:
         return 1
     return 8 if product.rows <= 8 else 16
 
@@ -356,9 +363,7 @@ def gemv_mma(
         *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1)),
         config=config,
         like=x,
-        registers=_REGISTERS
-        if kind == "int4" and config.num_warps == 8 and block_m(product, kind) == 8 and product.rows == 1
-        else None,
+        registers=_REGISTERS if kind == "int4" and config.num_warps == 8 and product.rows == 1 else None,
         KIND=kind,
         ACTIVATION=in_half(activation, x.dtype),
         GATED=gated,
