@@ -17,6 +17,9 @@ settings.register_profile("same", derandomize=True)
 settings.register_profile("explore", derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
+# Inductor would try a compiler on every set of instructions first, for 15 s; read when it is imported.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before any is imported
     if importlib.util.find_spec("triton") is not None:

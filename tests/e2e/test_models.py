@@ -179,7 +179,26 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     return found
 
 
-@pytest.mark.parametrize("case", zoo.params())
+ALIKE = ("bert-eager-mask", "gpt2-eager-mask", "llama-eager", "vit-eager")
+
+
+@pytest.mark.parametrize("case", zoo.params(*ALIKE))
+def test_eager_attention_of_transformers_is_captured_as_sdpa_is(case: zoo.Case) -> None:
+    both = case, zoo.CASES[case.name.replace("eager", "sdpa")]
+    eager, sdpa = (str(capture(c.build(), (), inputs_of(c)).graph_module.graph) for c in both)
+    assert eager == sdpa
+
+
+def every_case() -> list[Any]:
+    """Those with eager attention are slow tests: their graphs are those of SDPA."""
+
+    def marks(case: zoo.Case) -> list[Any]:
+        return [*case.marks, *([pytest.mark.slow] if "-eager" in case.name else [])]
+
+    return [pytest.param(case, id=name, marks=marks(case)) for name, case in zoo.CASES.items()]
+
+
+@pytest.mark.parametrize("case", every_case())
 def test_ops_and_float32_outputs_at_every_shape_from_one_capture(case: zoo.Case, seen: Seen) -> None:
     model = case.build()
     fast = burnish.optimize(model, (), inputs_of(case), cache="off")

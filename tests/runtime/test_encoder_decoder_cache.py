@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_an_error(pair: Pair) -> None:
     model, fast, inputs, length = pair
     cache = EncoderDecoderKVCache.of(model, 2, 8, length)
     with pytest.raises(ValueError, match="holds 0 of at most 8 tokens: 9 more do not fit"):
-        fast(**inputs, decoder_input_ids=source(9), past_key_values=cache)
+        fast(**inputs, decoder_input_ids=source(9), past_key_values=cache, use_cache=True)
     with pytest.raises(ValueError, match="source_length=0"):
         EncoderDecoderKVCache.of(model, 2, 8, 0)
     with pytest.raises(ValueError, match="batch=0"):
@@ -74,18 +74,19 @@ def test_what_does_not_fit_is_an_error(pair: Pair) -> None:
         with pytest.raises(
             ValueError, match=f"memory for {length + 1} positions .* make it with source_length={length}"
         ):
-            which(**inputs, decoder_input_ids=source(2), past_key_values=other)
+            which(**inputs, decoder_input_ids=source(2), past_key_values=other, use_cache=True)
 
 
 def test_it_grows_and_reorders_where_it_is(pair: Pair) -> None:
     model, fast, inputs, length = pair
     ids = source(9, seed=3)
     cache = EncoderDecoderKVCache.of(model, 2, 8, length)
-    encoded = fast(**inputs, decoder_input_ids=ids[:, :8], past_key_values=cache).encoder_last_hidden_state
+    call = {**inputs, "decoder_input_ids": ids[:, :8], "past_key_values": cache, "use_cache": True}
+    encoded = fast(**call).encoder_last_hidden_state
     cache.grow(12)
     places = [tensor.data_ptr() for tensor in pytree.tree_leaves(cache)]
     cache.reorder_cache(torch.tensor([1, 0]))
-    call = {"encoder_outputs": (encoded.flip(0),), "past_key_values": cache}
+    call = {"encoder_outputs": (encoded.flip(0),), "past_key_values": cache, "use_cache": True}
     logits = fast(decoder_input_ids=ids[:, 8:].flip(0), **call).logits
     expected = model(**inputs, decoder_input_ids=ids).logits[:, 8:].flip(0)
     torch.testing.assert_close(logits, expected)
