@@ -22,6 +22,7 @@ GROUPS = {
     "decode": "benchmarks.decode",
     "generate": "benchmarks.generation",
     "serving": "benchmarks.serving",
+    "parallel": "benchmarks.parallel",
 }
 
 

@@ -3,25 +3,29 @@ slower."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from burnish.as_given import AsGiven
 from burnish.capture import Program
 from burnish.choose import Chosen, choose_by_measuring
-from burnish.measure import measure
+from burnish.measure import measure, measure_in_step
 from burnish.numerics import Verdict
+from burnish.parallel.agreement import Agreement
 from burnish.prepare import Prepared
 from burnish.record import StepRecord
 from burnish.runtime.module import Call, Entry
 from burnish.tuning import Tuner
 from burnish.verify import Verification, check_outputs, outputs_in_float64, random_node, restore, verify
 
+_SLOWER = 1.02
 VERIFIED_TOKENS = 256  # of a large batch's tokens, about as many are verified
 _TINY = torch.finfo(torch.float64).tiny
 COMPARISON_BUDGET_US = 150_000.0  # for timing the original against what was made of it
@@ -36,13 +40,32 @@ class Expected:
     captured: Verdict  # on the original's outputs, by the captured graph's: not ok where capture went wrong
 
 
-class Checks:
-    """The checks of one call on one model; what they need is computed once."""
+@dataclass(frozen=True)
+class Compared:
+    """Microseconds of one call: of the original with its weights as the user stored them, of the original with them as
+    they are now, and of what was made of it."""
 
-    def __init__(self, model: nn.Module, call: Call) -> None:
+    original_us: float
+    original_now_us: float
+    optimized_us: float
+
+    @property
+    def is_slower(self) -> bool:
+        """Than the original in either form: on packed weights it may have become slower, and is what would be kept."""
+        return self.optimized_us > _SLOWER * max(self.original_us, self.original_now_us)
+
+
+class Checks:
+    """The checks of one call on one model; what they need is computed once. What is wrong on one rank of a divided
+    model counts as wrong on all of them."""
+
+    def __init__(self, model: nn.Module, call: Call, agreement: Agreement | None = None) -> None:
         self.model, self.call = model, call
+        self.agreement = agreement or Agreement()
         self._samples: dict[int, Call] = {}
         self._expected: dict[fx.GraphModule, Expected] = {}
+        self._as_given: AsGiven | None = None
+        self._first_us = math.inf
 
     def capture_is_right(self, program: Program) -> Verdict | None:
         """Whether the captured graph computes what the model does; None where that cannot be told (dropout is
@@ -74,20 +97,38 @@ class Checks:
             return expected.captured
         with torch.no_grad():
             result = pytree.tree_leaves(entry(self.sample(program)))
-        verdict = check_outputs(result, expected.original, expected.true)
+        verdict = self._agreed([check_outputs(result, expected.original, expected.true)])[0]
         if verdict.ok:
             prepared.checked.add(checked)
         return verdict
 
     def time_original(self) -> float:
-        """Microseconds of one call of the model as it is now."""
-        return self.times(None)["original"]
+        """Microseconds of one call of the model as it is now, with its weights as the user stored them."""
+        self._as_given, self._first_us = AsGiven(self.model), self.times(None)["original"]
+        return self._first_us
+
+    def compare(self, entry: Entry) -> Compared:
+        """Times the original and `entry` in turn: between one moment and another the machine may become busier."""
+        times = self.times(entry)
+        original_us = times["original"]
+        if "as given" in times:
+            original_us = times["as given"]
+        elif self._as_given is not None and self._as_given.is_changed:
+            original_us = min(original_us, self._first_us)
+        return Compared(original_us, times["original"], times["optimized"])
 
     def times(self, entry: Entry | None) -> dict[str, float]:
-        """Microseconds of one call, "original" and "optimized", in turn."""
-        functions: dict[str, Callable[[], Any]] = {"original": lambda: self.model(*self.call.args, **self.call.kwargs)}
+        """Microseconds of one call, "original" and "optimized", in turn; with an entry also the original "as given",
+        where packing has stored weights otherwise and a copy of it can be had."""
+        args, kwargs = self.call.args, self.call.kwargs
+        functions: dict[str, Callable[[], Any]] = {"original": lambda: self.model(*args, **kwargs)}
+        known = None if entry is None or self.agreement.is_shared else self._as_given
+        if known is not None and (as_given := known.copied()) is not None:
+            functions["as given"] = lambda: as_given(*args, **kwargs)
         if entry is not None:
             functions["optimized"] = lambda: entry(self.call)
+        if self.agreement.is_shared:
+            return self.agreement.first(measure_in_step(functions))
         return measure(functions, [()], budget_us=COMPARISON_BUDGET_US)
 
     def sample(self, program: Program) -> Call:
@@ -109,7 +150,8 @@ class Checks:
             true = outputs_in_float64(graph, sample.leaves)
             # The float64 outputs are the captured graph's: only the original's distance from them shows a wrong
             # capture.
-            self._expected[graph] = Expected(original, true, check_outputs(original, captured, true))
+            verdict = self._agreed([check_outputs(original, captured, true)])[0]
+            self._expected[graph] = Expected(original, true, verdict)
         return self._expected[graph]
 
     def measure_quantization(self, prepared: Prepared) -> None:
@@ -179,7 +221,19 @@ class Checks:
             return run
 
         program = prepared.program
-        return verify(program.graph_module, program.captured, self.sample(program).leaves, function_of)
+        found = verify(program.graph_module, program.captured, self.sample(program).leaves, function_of)
+        judged = [unit for unit in found.units if unit.verdict is not None]
+        for unit, verdict in zip(judged, self._agreed([unit.verdict for unit in judged if unit.verdict]), strict=True):
+            unit.verdict = verdict
+        return found
+
+    def _agreed(self, verdicts: Sequence[Verdict]) -> list[Verdict]:
+        """The verdicts of all ranks."""
+        oks = self.agreement.all_of([verdict.ok for verdict in verdicts])
+        return [
+            verdict if ok or not verdict.ok else replace(verdict, ok=False, reason="it is wrong on another rank")
+            for verdict, ok in zip(verdicts, oks, strict=True)
+        ]
 
 
 def relative_rms(values: Tensor, true: Tensor) -> float:

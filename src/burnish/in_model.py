@@ -7,6 +7,7 @@ model.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
@@ -20,6 +21,7 @@ from torch import nn
 from burnish.choose import Chosen, Seen
 from burnish.lower import Slot
 from burnish.measure import replay_us
+from burnish.parallel.agreement import Agreement
 from burnish.prepare import Prepared
 from burnish.runtime.cuda_graph import GraphMemory
 from burnish.runtime.module import Call
@@ -52,17 +54,21 @@ def choose_in_model(prepared: Prepared, chosen: Chosen, seen: Seen, tuner: Tuner
         return len(slots) * choice.times_us.get(choice.candidate, 0.0)
 
     ends, noise_us = time.perf_counter() + _BUDGET_SECONDS, 0.0
+
+    def is_over() -> bool:
+        return tuner.agreement.first(time.perf_counter() > ends)
+
     for key, slots in sorted(groups.items(), key=lambda group: -total_us(group[1])):
         most_us = total_us(slots)
         if most_us <= noise_us:
             return
         op, args, winner = slots[0].op, seen.arguments[key][0], chosen.choices[slots[0].name]
         rivals = tuner.rivals(op, args, winner, slots[0].in_place)
-        if not rivals or time.perf_counter() > ends:
+        if not rivals or is_over():
             continue
         tried: dict[str, float] = {}
         for function, rival in rivals:
-            if tried and time.perf_counter() > ends:
+            if tried and is_over():
                 break
             functions = {**chosen.functions, **dict.fromkeys((slot.name for slot in slots), function)}
             champion_us, rival_us = contest(chosen.functions, functions)
@@ -83,8 +89,9 @@ class ModelContest:
     a rival's, replayed in turn: a warm device is slower, and so both have to be (Llama 1B, 2048 tokens, H200: 6855 to
     7500 us for one and the same graph within a minute). Infinity for what cannot be captured."""
 
-    def __init__(self, prepared: Prepared, model: nn.Module, call: Call) -> None:
+    def __init__(self, prepared: Prepared, model: nn.Module, call: Call, agreement: Agreement | None = None) -> None:
         self._prepared, self._model, self._call = prepared, model, call
+        self._agreement = agreement or Agreement()
         # The last two, of whom one goes on to the next contest.
         self._last: list[tuple[Functions, torch.cuda.CUDAGraph | None]] = []
         self._memory = GraphMemory()
@@ -96,19 +103,20 @@ class ModelContest:
         if mine is None:
             return math.inf, math.inf
         mine.replay()
-        replays = math.ceil(_ENOUGH_US / _ROUNDS / replay_us(mine, 1))
+        replays = self._agreement.first(math.ceil(_ENOUGH_US / _ROUNDS / replay_us(mine, 1)))
         if other is None:
-            return replay_us(mine, replays), math.inf
+            return self._agreement.first(replay_us(mine, replays)), math.inf
         other.replay()
         rounds = [(replay_us(mine, replays), replay_us(other, replays)) for _ in range(_ROUNDS)]
-        return statistics.median(a for a, _ in rounds), statistics.median(b for _, b in rounds)
+        medians = [statistics.median(a for a, _ in rounds), statistics.median(b for _, b in rounds)]
+        champion_us, rival_us = self._agreement.first(medians)
+        return champion_us, rival_us
 
     def _graph(self, functions: Functions) -> torch.cuda.CUDAGraph | None:
         entry = self._prepared.bind(functions, self._model)
-        with torch.no_grad():
-            try:
-                entry.run(self._call.leaves)  # compiles and loads what a capture must not
-                torch.cuda.synchronize()
-                return self._memory.capture(lambda: entry.run(self._call.leaves))[0]
-            except RuntimeError:
-                return None
+        graph = None
+        with torch.no_grad(), contextlib.suppress(RuntimeError):
+            entry.run(self._call.leaves)  # compiles and loads what a capture must not
+            torch.cuda.synchronize()
+            graph = self._memory.capture(lambda: entry.run(self._call.leaves))[0]
+        return graph if self._agreement.all(graph is not None) else None

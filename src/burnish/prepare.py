@@ -17,10 +17,11 @@ from burnish.lower import Executable
 from burnish.ops import linear
 from burnish.outputs import unflattener
 from burnish.pack import pack
+from burnish.parallel.graphs import drop_copies, has_copies
 from burnish.places import Places, WeightPlace, find_weight
 from burnish.quantize import Kind
 from burnish.quantized_weights import Quantization, QuantizedWeights, check_kind
-from burnish.rewrites import FUSE, RAISE, apply
+from burnish.rewrites import FUSE, RAISE, Rewrite, apply, own
 from burnish.rewrites.quantize import passes_after, passes_before, quantize
 from burnish.rewrites.raise_causal import LOOKED_AT
 from burnish.runtime.cuda_graph import CapturedCall, GraphPool
@@ -58,12 +59,20 @@ class GraphEntry:
         refused: why there is no graph, or None.
     """
 
-    def __init__(self, plain: PlainEntry, pool: GraphPool, call: Call, static_outputs: bool) -> None:
+    def __init__(
+        self, plain: PlainEntry, pool: GraphPool, call: Call, static_outputs: bool, on_buffers: bool = False
+    ) -> None:
         self.plain = plain
         self.refused: str | None = None
         self._weights: list[Tensor] = []
         self._captured = CapturedCall(
-            pool, plain.run, call.leaves, static_outputs, donated=plain.donated, borrowed=plain.borrowed
+            pool,
+            plain.run,
+            call.leaves,
+            static_outputs,
+            donated=plain.donated,
+            borrowed=plain.borrowed,
+            on_buffers=on_buffers,
         )
 
     def __call__(self, call: Call) -> Any:
@@ -149,11 +158,13 @@ class Prepared:
 
 
 class Preparer:
-    """Raises, fuses, quantizes (where `kind` is given) and packs Programs of one model. Remembers how each weight is to
-    be stored, and what was quantized, so that two Programs agree."""
+    """Rewrites (where `rewrites` are given), raises, fuses, quantizes (where `kind` is given) and packs Programs of one
+    model. Remembers how each weight is to be stored, and what was quantized, so that two Programs agree."""
 
-    def __init__(self, model: nn.Module, tuner: Tuner, kind: Kind | None = None) -> None:
-        self.model, self.tuner, self.kind = model, tuner, kind
+    def __init__(
+        self, model: nn.Module, tuner: Tuner, kind: Kind | None = None, rewrites: Sequence[Rewrite] = ()
+    ) -> None:
+        self.model, self.tuner, self.kind, self.rewrites = model, tuner, kind, rewrites
         self.quantized = QuantizedWeights(model)
         self._transposed: dict[tuple[str, ...], bool] = {}
 
@@ -161,9 +172,14 @@ class Preparer:
         """Runs the default steps on `program`, each with its record in the Program's history."""
         graph_module = program.graph_module
         captured, quantization = program.captured, None
+        for_inference = not self.model.training and has_copies(graph_module.graph)
+        if for_inference:
+            drop_copies(graph_module)
+        if self.rewrites:
+            program.history.append(apply("rewrite", own(self.rewrites), graph_module))
         program.history.append(apply("raise", RAISE, graph_module))
         program.history.append(apply("fuse", FUSE if self.kind is None else passes_before(FUSE), graph_module))
-        differentiable = _copied(graph_module)
+        differentiable = _copied(captured if for_inference else graph_module)
         if self.kind is not None:
             quantization = self._quantize(program, self.kind)
         packs, record = pack(graph_module, self.model, self._wants_transposed)

@@ -78,7 +78,8 @@ class QuantizedWeights:
                 quantize_weight(tensor.detach().t() if part.transposed else tensor, kind)
                 for tensor, part in zip(tensors, parts, strict=True)
             ]
-            known = self._copies[key] = (tensors, states, _joined(made))
+            # Their memory is held: what is put in their place could come to lie where they were, and seem the same.
+            known = self._copies[key] = ([tensor.detach() for tensor in tensors], states, _joined(made))
         return known[2]
 
     def tensor(self, path: str) -> Tensor:

@@ -8,7 +8,7 @@ batch and sequence size from it: for a new size only the Impls are chosen anew.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,11 +24,13 @@ from burnish.checks import Checks
 from burnish.choose import choose_by_measuring, choose_differentiable, choose_for_new_size
 from burnish.in_model import ModelContest, choose_in_model
 from burnish.op import find_impl
+from burnish.parallel.agreement import Agreement
 from burnish.prepare import GraphEntry, PlainEntry, Prepared, Preparer
 from burnish.program_cache import ProgramCache
 from burnish.quantize import Kind
 from burnish.quantized_weights import Quantization, check_kind
 from burnish.record import StepRecord
+from burnish.rewrites import Rewrite, check_rewrites
 from burnish.runtime.cuda_graph import GraphPool, why_not_captured
 from burnish.runtime.module import STALE, Call, Entry, OptimizedModule, original_entry
 from burnish.tuning import CacheMode, Choice, Tuner
@@ -37,8 +39,6 @@ from burnish.verify import Verification, random_node
 if TYPE_CHECKING:
     from burnish.report import Report
     from burnish.report.data import Explanation
-
-_SLOWER = 1.02
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Settings:
     cuda_graphs: str = "auto"
     static_outputs: bool = False
     quantize: Kind | None = None
+    rewrites: tuple[Rewrite, ...] = ()
 
 
 @dataclass
@@ -60,7 +61,8 @@ class Served:
     Attributes:
         shapes: the tensor inputs' shapes by name.
         choices: the Impl chosen for each slot, by slot name.
-        original_us, optimized_us: time of one call before and after, where it was measured.
+        original_us, optimized_us: time of one call before and after, measured in turn, where it was measured (see
+            `Checks.compare`).
         kept_original: why the original model serves this signature, or None.
         cuda_graph: whether a CUDA graph serves it; `not_captured` says why not, where there could be one.
         seconds: how long it took until the signature could be served.
@@ -90,11 +92,13 @@ class Schedule:
             find_impl(op, impl)
         if self.settings.quantize is not None:
             check_kind(self.settings.quantize, model)
-        self.tuner = Tuner(self.settings.cache, dict(self.settings.impls))
+        self.agreement = Agreement()
+        self.agreement.join_model(model)
+        self.tuner = Tuner(self.settings.cache, dict(self.settings.impls), self.agreement)
         self.remembered = ProgramCache(self.settings.cache)
         self.served: list[Served] = []
         self.perplexity: tuple[float, float] | None = None
-        self._preparer = Preparer(model, self.tuner, self.settings.quantize)
+        self._preparer = Preparer(model, self.tuner, self.settings.quantize, self.settings.rewrites)
         self._prepared: list[Prepared] = []
         self._uncapturable: dict[Any, str] = {}
         self._graphs = GraphPool()
@@ -165,7 +169,7 @@ class Schedule:
         """The entry for one signature, and this call's result if it came by the way (STALE if not). Captures, rewrites,
         tunes and verifies where that has not happened yet."""
         started = time.perf_counter()
-        served, checks, result = Served(_shapes(call)), Checks(self.model, call), STALE
+        served, checks, result = Served(_shapes(call)), Checks(self.model, call, self.agreement), STALE
         programs = len(self._prepared)
         devices = _cuda_indices(call)
         # A model with dropout draws what it would draw anyway; a graph in the making needs no code; and graphs are
@@ -229,6 +233,7 @@ class Schedule:
         reason = None
         for attention_interface in (True, False):
             program = capture(self.model, call.args, call.kwargs, attention_interface=attention_interface)
+            self.agreement.join_graph(program.captured.graph)
             verdict = checks.capture_is_right(program) if self.settings.verify else None
             if verdict is None or verdict.ok:
                 remembered.write(program)
@@ -241,7 +246,8 @@ class Schedule:
     def _first_entry(self, prepared: Prepared, call: Call, checks: Checks, served: Served) -> Entry:
         chosen, seen = choose_by_measuring(prepared, call, self.tuner)
         if not self.model.training and self._why_not_captured(prepared, call) is None:
-            choose_in_model(prepared, chosen, seen, self.tuner, ModelContest(prepared, self.model, call))
+            contest = ModelContest(prepared, self.model, call, self.agreement)
+            choose_in_model(prepared, chosen, seen, self.tuner, contest)
         ahead = launches_ahead(prepared, seen, self.tuner)
         del seen  # the activations
         if self.settings.verify:
@@ -254,11 +260,12 @@ class Schedule:
         if served.kept_original or self.model.training:
             return entry
         entry = self._captured(prepared, plain, call, served)
-        times = checks.times(entry)
-        served.optimized_us = times["optimized"]
-        served.original_us = served.original_us or times["original"]
+        compared = checks.compare(entry)
         asked = self.settings.impls or self.settings.quantize
-        if served.optimized_us > _SLOWER * max(served.original_us, times["original"]) and not asked:
+        if compared.is_slower and not asked:
+            compared = checks.compare(entry)  # of a large model it is one call of each, and something else may have run
+        served.original_us, served.optimized_us = compared.original_us, compared.optimized_us
+        if compared.is_slower and not asked:
             served.kept_original = "no Impl beat the original"
             return original_entry(self.model)
         compile_ahead(ahead)
@@ -280,7 +287,7 @@ class Schedule:
         """The entry as a CUDA graph, where the device, the inputs and the settings allow one."""
         reason = self._why_not_captured(prepared, call)
         if reason is None:
-            entry = GraphEntry(plain, self._graphs, call, self.settings.static_outputs)
+            entry = GraphEntry(plain, self._graphs, call, self.settings.static_outputs, self.agreement.is_shared)
             reason = entry.check(call)
             if reason is None:
                 served.cuda_graph = True
@@ -323,6 +330,7 @@ def optimize(
     cuda_graphs: str = "auto",
     static_outputs: bool = False,
     quantize: Kind | None = None,
+    rewrites: Sequence[Rewrite] = (),
 ) -> OptimizedModule:
     """Makes `model` fast: captures it, fuses what Ops can do, chooses each Op's fastest Impl here, and verifies it.
 
@@ -339,20 +347,25 @@ def optimize(
         quantize: "int8", "int4" or "fp8": products read copies of their weights in so many bits, which changes what the
             model computes: `.report()` says by how much. Every value is verified against the dequantized weights. Where
             gradients are wanted, the float weights are used. See docs/quantization.md.
+        rewrites: your own, in order: they run before the built-in ones, which take what they leave, and are verified
+            like them. See docs/tutorial-new-model.md.
 
     Returns:
         A module with the same forward, outputs and parameters. New batch and sequence sizes need no new capture. What
         cannot be captured runs as it was: `.report()` says why.
 
     Raises:
-        TypeError, ValueError: a bad argument; the model's own error for bad example inputs.
+        TypeError, ValueError: a bad argument; a rewrite whose pattern cannot be matched, or whose replacement does not
+            fit it; the model's own error for bad example inputs.
     """
     check_call(model, args, kwargs)
     if isinstance(model, OptimizedModule):
         raise TypeError("model: this one is optimized already; give the module it was made from")
     if cuda_graphs not in ("auto", "never"):
         raise ValueError(f"cuda_graphs={cuda_graphs!r}: use 'auto' or 'never'")
-    schedule = Schedule(model, Settings(verify, dict(impls or {}), cache, cuda_graphs, static_outputs, quantize))
+    check_rewrites(rewrites)
+    settings = Settings(verify, dict(impls or {}), cache, cuda_graphs, static_outputs, quantize, tuple(rewrites))
+    schedule = Schedule(model, settings)
     fast = schedule.build()
     if args or kwargs:
         with torch.no_grad():

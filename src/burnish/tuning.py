@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from burnish import tuning_store
 from burnish.measure import FEWEST_SAMPLES, measure, measure_captured
 from burnish.op import OPS, ImplUnavailable, Op, find_impl
+from burnish.parallel.agreement import Agreement
 from burnish.sources import kernels_hash
 from burnish.tuning_store import Families
 
@@ -107,16 +108,23 @@ class Tuner:
     Args:
         cache: "readwrite", "readonly" (never writes) or "off" (neither reads nor writes).
         explicit: Impl names by Op name that the user demands; they are never measured against others.
+        agreement: between the ranks of a divided model, all of whom go by what the first of them measures.
     """
 
     FIRST_BUDGET_US = 120_000.0  # for each distinct product, norm, ... of the first call
     NEW_SIZE_BUDGET_US = 15_000.0  # for all of a new size together
 
-    def __init__(self, cache: CacheMode = "readwrite", explicit: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        cache: CacheMode = "readwrite",
+        explicit: dict[str, str] | None = None,
+        agreement: Agreement | None = None,
+    ) -> None:
         if cache not in ("readwrite", "readonly", "off"):
             raise ValueError(f"cache={cache!r}: use 'readwrite', 'readonly' or 'off'")
         self.cache = cache
         self.explicit = dict(explicit or {})
+        self.agreement = agreement or Agreement()
         self.choices: dict[Key, Choice] = {}
         self._disk = tuning_store.read_all() if cache != "off" else {}
         self._measured: Families = {}
@@ -145,6 +153,8 @@ class Tuner:
         known = self.choices.get(key)
         if known is None:
             known = self._explicit(op, args) or self._choose(op, key, args, budget_us, thorough, variants)
+            if self.agreement.is_shared:
+                known = Choice(**self.agreement.first(asdict(known)))
             self.choices[key] = known
         return _callable(op, args, known, in_place), known
 
@@ -207,7 +217,8 @@ class Tuner:
 
     def known_sizes(self, key: Key) -> list[tuple[int, ...]]:
         """The other sizes of the family that were measured, the nearest first."""
-        return [near.numbers for near in _neighbours(self._disk.get(key.family, {}), key.sizes) if near.distance > 0]
+        near = [near.numbers for near in _neighbours(self._disk.get(key.family, {}), key.sizes) if near.distance > 0]
+        return [tuple(sizes) for sizes in self.agreement.first(near)]
 
     def rivals(
         self, op: Op, args: Sequence[Any], choice: Choice, in_place: bool
@@ -275,7 +286,7 @@ class Tuner:
             each = measure(able, [(i,) for i in range(copies)], budget_us=2 * budget_us)
             times = {s: min(us for name, us in each.items() if name.endswith(s)) for s in storages}
             self._remember(family, sizes, times)
-        return _fastest(times, ("transposed", "plain"), "cpu") == "transposed"
+        return self.agreement.first(_fastest(times, ("transposed", "plain"), "cpu") == "transposed")
 
     def _remember(self, family: str, sizes: str, times: dict[str, float]) -> None:
         for families in (self._disk, self._measured):

@@ -7,6 +7,7 @@ from burnish.rewrites.fuse_embedding import fuse_token_embedding
 from burnish.rewrites.fuse_positions import read_position_from_length
 from burnish.rewrites.fuse_product_append import fuse_linear_rope_append
 from burnish.rewrites.fuse_prologue import fuse_norm_prologue
+from burnish.rewrites.own import check_rewrites, own
 from burnish.rewrites.raise_attention import ATTENTION
 from burnish.rewrites.raise_linear import LINEAR
 from burnish.rewrites.raise_norm import NORM
@@ -31,4 +32,5 @@ FUSE: list[Rewrite | GraphPass] = [
     GraphPass("padding masks shared", share_padding_masks),
 ]
 
-__all__ = ["FUSE", "RAISE", "GraphPass", "Rewrite", "apply"]
+
+__all__ = ["FUSE", "RAISE", "GraphPass", "Rewrite", "apply", "check_rewrites", "own"]

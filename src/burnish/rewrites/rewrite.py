@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from burnish.graph.matcher import Match, Matches, Pattern
 from burnish.graph.matcher import NearMiss as Nearest
+from burnish.graph.record import Replacement
 from burnish.graph.results import compute, results_remembered
 from burnish.graph.rewriter import replace_pattern
 from burnish.record import NearMiss, StepRecord, together
@@ -29,37 +30,57 @@ Guard = Callable[[Match], "str | None"]
 
 @dataclass(frozen=True)
 class Rewrite:
-    """One spelling and its replacement.
+    """One spelling and its replacement, for `burnish.optimize(model, args, rewrites=[...])`. docs/tutorial-new-model.md
+    writes one.
 
     Attributes:
-        name: the Op and the spelling, e.g. "rms_norm: weight * normed".
+        name: the Op and the spelling, e.g. "rms_norm: weight * normed"; reports call it so.
         pattern: a plain PyTorch function; traced like the model, on `examples(dtype)`.
         replacement: a function of the same parameter names (or some of them) that calls Ops.
-        examples: inputs that the pattern is traced on, by dtype; Python scalars among them match any value. None for a
-            pattern that calls overloads only, which needs no inputs to be traced.
+        examples: a function of a dtype that makes the inputs that the pattern is traced on; Python scalars among them
+            match any value. None for a pattern that calls overloads only, which needs no inputs to be traced.
         guard: a reason to refuse a match, or None. Sees shapes and dtypes through `meta["val"]`.
         anchor: an ATen overload that every match contains, or several; in a graph without them the pattern is neither
-            searched nor even traced (the first one that is imports half of torch's compiler, 0.5 s).
+            searched nor even traced (the first one that is imports half of torch's compiler, 0.5 s). Without any it is
+            searched in every graph.
+
+    Raises:
+        TypeError: one of these is no function.
     """
 
     name: str
     pattern: Callable[..., Any]
     replacement: Callable[..., Any]
-    examples: Examples | None
-    anchor: Any
+    examples: Examples | None = None
+    anchor: Any = ()
     guard: Guard | None = None
+
+    def __post_init__(self) -> None:
+        for argument, optional in (("pattern", False), ("replacement", False), ("examples", True), ("guard", True)):
+            given = getattr(self, argument)
+            if not callable(given) and not (optional and given is None):
+                raise TypeError(
+                    f"{argument} of the Rewrite {self.name!r}: a function is needed, not {type(given).__name__}"
+                )
 
     def may_match(self, graph: fx.Graph) -> bool:
         wanted = self.anchor if isinstance(self.anchor, tuple) else (self.anchor,)
         return {node.target for node in graph.nodes}.issuperset(wanted)
 
     def prepared(self, dtype: torch.dtype) -> Pattern:
-        return _prepared(self.pattern, self.examples, dtype)
+        """The traced pattern. TypeError, ValueError: it cannot be matched, or the replacement does not fit it."""
+        return _prepared(self, dtype)
 
 
 @functools.lru_cache(maxsize=512)
-def _prepared(pattern: Callable[..., Any], examples: Examples | None, dtype: torch.dtype) -> Pattern:
-    return Pattern.of(pattern, examples(dtype) if examples else None)
+def _prepared(rewrite: Rewrite, dtype: torch.dtype) -> Pattern:
+    try:
+        pattern = Pattern.of(rewrite.pattern, rewrite.examples(dtype) if rewrite.examples else None)
+        Replacement.of(rewrite.replacement, pattern)
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"rewrite {rewrite.name!r}: {error}") from error
+    return pattern
 
 
 @results_remembered()

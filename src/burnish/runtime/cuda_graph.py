@@ -132,6 +132,8 @@ class CapturedCall:
         donated: which of the leaves `run` writes to. They are never copied: a call that has them elsewhere is captured
             anew.
         borrowed: which of the outputs are leaves, and so are returned as they are.
+        on_buffers: read inputs from buffers from the start. Where calls have them then decides nothing: ranks whose
+            collectives are in the graph capture it together, or not.
     """
 
     def __init__(
@@ -143,9 +145,10 @@ class CapturedCall:
         *,
         donated: Collection[int] = (),
         borrowed: Collection[int] = (),
+        on_buffers: bool = False,
     ) -> None:
         self.pool, self.static_outputs = pool, static_outputs
-        self._borrowed = borrowed
+        self._borrowed, self._on_buffers = borrowed, on_buffers
         self._run = run
         self._graph: torch.cuda.CUDAGraph | None = None
         self._device = next(leaf.device.index for leaf in leaves if isinstance(leaf, Tensor))
@@ -173,7 +176,7 @@ class CapturedCall:
         with self.pool.lock:
             self.pool.enter(self._device)
             if self._graph is None:
-                self._capture(given)
+                self._capture(given, self._on_buffers)
             elif self._addresses != (addresses := [tensor.data_ptr() for tensor in given]):
                 if not self._buffers or self._donated_moved(addresses):
                     self._capture(given, on_buffers=True)
@@ -192,7 +195,7 @@ class CapturedCall:
     def _donated_moved(self, addresses: Sequence[int]) -> bool:
         return any(own and a != b for own, a, b in zip(self._donated, addresses, self._addresses, strict=True))
 
-    def _capture(self, given: Sequence[Tensor], on_buffers: bool = False) -> None:
+    def _capture(self, given: Sequence[Tensor], on_buffers: bool) -> None:
         self.drop()
         # Inference tensors could not be written to from outside inference mode, nor the other way round.
         with torch.inference_mode(False), torch.no_grad():

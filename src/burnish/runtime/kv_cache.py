@@ -76,6 +76,7 @@ class KVCache(Cache, CacheState):
         config = model.config.get_text_config(decoder=True)
         layers = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        heads //= getattr(model, "ranks_sharing_heads", 1)
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         weight = next(p for p in model.parameters() if p.is_floating_point())
 

@@ -123,6 +123,10 @@ class OptimizedModule(nn.Module):
         """
         if isinstance(args, tuple) and not args and not kwargs:
             return self.schedule.report()  # type: ignore[attr-defined]
+        if self.schedule.agreement.is_shared:  # type: ignore[attr-defined]
+            raise ValueError(
+                "args: a model that is divided among ranks is not timed op by op; report() says what was done"
+            )
         from burnish.report.after import report_on
 
         return report_on(self, args, dict(kwargs or {}), before)
