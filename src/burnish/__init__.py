@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from burnish.op import use, why_not
     from burnish.report import Report
     from burnish.report.explain import explain
+    from burnish.rewrites import Rewrite
     from burnish.schedule import Schedule, optimize
+    from burnish.scheduling import create_schedule
 
 __version__ = "0.1.0"
 
@@ -34,8 +36,10 @@ _HOME = {
     "Isolated": "isolated",
     "OnnxFile": "onnx",
     "Report": "report",
+    "Rewrite": "rewrites",
     "Schedule": "schedule",
     "benchmark": "bench",
+    "create_schedule": "scheduling",
     "device": "hardware",
     "draw": "graph.show",
     "explain": "report.explain",
@@ -59,9 +63,11 @@ __all__ = [
     "Isolated",
     "OnnxFile",
     "Report",
+    "Rewrite",
     "Schedule",
     "__version__",
     "benchmark",
+    "create_schedule",
     "device",
     "draw",
     "explain",
