@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -328,3 +329,16 @@ def test_other_models_need_no_transformers(model: nn.Module, monkeypatch: pytest
         monkeypatch.delitem(sys.modules, name)
     assert not capture(model, (x_of(2, 5),)).attention_interface
     assert "transformers" not in sys.modules
+
+
+def test_what_libraries_say_meanwhile_is_not_heard(capfd: pytest.CaptureFixture[str]) -> None:
+    class Talkative(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            warnings.warn("deprecated", stacklevel=1)
+            print("a graph", file=sys.stderr)
+            logging.getLogger("torch.fx.experimental").error("a shape")
+            return x.relu()
+
+    with warnings.catch_warnings(record=True) as warned:
+        capture(Talkative(), (x_of(2, 3),))
+    assert (warned, capfd.readouterr().err) == ([], "")

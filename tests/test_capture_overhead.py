@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from burnish import capture_overhead
 from burnish.capture import CaptureError, capture
 from burnish.capture_overhead import little_overhead
 
@@ -67,3 +69,27 @@ def test_settings_are_as_before(collects: bool) -> None:
         assert settings() == before
     finally:
         (gc.enable if was else gc.disable)()
+
+
+@pytest.mark.parametrize(
+    ("name", "without"),
+    [
+        ("proxy", SimpleNamespace()),
+        ("fx", SimpleNamespace(GraphModule=type("GraphModule", (), {}))),
+    ],
+    ids=["CapturedTraceback", "recompile"],
+)
+def test_a_torch_without_what_is_exchanged(name: str, without: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def graph() -> list[str]:
+        captured = capture(Model(), (torch.randn(2, 4),)).captured
+        return [f"{node} {node.meta.get('stack_trace')}" for node in captured.graph.nodes]
+
+    known = graph()
+    monkeypatch.setattr(capture_overhead, name, without)
+    assert graph() == known
+
+
+def test_a_torch_without_the_cache_of_fake_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._dynamo.config", SimpleNamespace())
+    with capture_overhead._cache_not_filled():
+        pass

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental import proxy_tensor
 
 from burnish import capture_repeats
 from burnish.capture import CaptureError, Program, capture
@@ -149,3 +150,30 @@ def test_errors_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
             captured(monkeypatch, model, x, without=without)
         errors.append(str(error.value))
     assert errors[0] == errors[1]
+
+
+class Without:
+    """A module that lacks a name; for the rest it is the module."""
+
+    def __init__(self, module: Any, name: str) -> None:
+        vars(self).update(_module=module, _name=name)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._name:
+            raise AttributeError(name)
+        return getattr(self._module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._module, name, value)
+
+
+@pytest.mark.parametrize("name", ["proxy_call", "fetch_sym_proxy", "extract_val", "_ProxyTensor"])
+def test_a_torch_without_one_of_its_private_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Layers(*["plain"] * 3).eval(), torch.randn(2, 5, WIDTH)
+    plain, _ = captured(monkeypatch, model, x, without=True)
+    original = proxy_tensor.proxy_call
+    monkeypatch.setattr(capture_repeats, "proxy_tensor", Without(proxy_tensor, name))
+    program, found = captured(monkeypatch, model, x)
+    assert found == 0
+    assert described(program) == described(plain)
+    assert proxy_tensor.proxy_call is original

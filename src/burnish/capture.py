@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import io
-import logging
 import os
 import re
 import sys
@@ -27,11 +25,20 @@ from torch.fx._lazy_graph_module import _make_graph_module
 from torch.utils import _pytree as pytree
 
 from burnish import huggingface
+from burnish._quiet import quiet
 from burnish.capture_overhead import little_overhead
 from burnish.capture_repeats import repeats_looked_up
 from burnish.graph.trace import clean
 from burnish.record import StepRecord
 from burnish.runtime.module import State
+
+_TALKATIVE = (
+    "torch.export",
+    "torch._export",
+    "torch.fx.experimental",
+    "torch._dynamo",
+    "torch._subclasses.fake_tensor",
+)
 
 
 class CaptureError(RuntimeError):
@@ -220,7 +227,7 @@ def _export(
                         raise
             return trace()  # what was looked up shall not be to blame
 
-    with torch.no_grad(), _quiet(), _appending():
+    with torch.no_grad(), quiet(*_TALKATIVE), _appending():
         if attention_interface:
             with (
                 contextlib.suppress(huggingface.NotExpressible),
@@ -351,24 +358,6 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     for old, new in mapping.items():
         new.meta = dict(old.meta)
     return copied
-
-
-_TALKATIVE = ("export", "_export", "fx.experimental", "_dynamo", "_subclasses.fake_tensor")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences export's warnings, and the partial graph that it prints when it fails."""
-    loggers = [logging.getLogger(f"torch.{name}") for name in _TALKATIVE]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,4 +1,7 @@
-"""Spares what torch does while it traces and nobody asks for: it takes longer than running the model's own code."""
+"""Spares what torch does while it traces and nobody asks for: it takes longer than running the model's own code.
+
+What is exchanged are torch's private parts. Where a version has one no longer, capture works, and takes its time.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +24,7 @@ _ONE_AT_A_TIME = threading.RLock()  # what is exchanged here is the process's
 @contextlib.contextmanager
 def little_overhead() -> Iterator[None]:
     """Within the `with`, tracing makes the same graphs in less time."""
-    import torch._dynamo.config  # a second, which whoever captures spends anyway
-
-    with (
-        _ONE_AT_A_TIME,
-        _garbage_kept(),
-        _frames_remembered(),
-        _code_when_called(),
-        # The results of operators are looked up before that cache is asked; it only takes its time to fill.
-        torch._dynamo.config.patch(fake_tensor_cache_enabled=False),
-    ):
+    with _ONE_AT_A_TIME, _garbage_kept(), _frames_remembered(), _code_when_called(), _cache_not_filled():
         yield
 
 
@@ -48,7 +42,7 @@ def _garbage_kept() -> Iterator[None]:
 
 def _code_when_called() -> contextlib.AbstractContextManager[None]:
     """Graphs get code when they are called: export makes half a dozen that never are."""
-    recompile = fx.GraphModule.recompile
+    recompile: Any = getattr(fx.GraphModule, "recompile", None)
 
     def forward(self: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         recompile(self)  # which replaces this
@@ -65,9 +59,21 @@ def _frames_remembered() -> contextlib.AbstractContextManager[None]:
     return replaced(proxy, "CapturedTraceback", _Frames())
 
 
+def _cache_not_filled() -> contextlib.AbstractContextManager[None]:
+    """The results of operators are looked up before torch's own cache is asked; it only takes its time to fill."""
+    from torch._dynamo import config  # a second, which whoever captures spends anyway
+
+    known = hasattr(config, "fake_tensor_cache_enabled")
+    return config.patch(fake_tensor_cache_enabled=False) if known else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Within the `with`, the attribute `name` of a module or class is `value`."""
+    """Within the `with`, the attribute `name` of a module or class is `value`. Where it has no such attribute, nothing
+    is changed."""
+    if not hasattr(owner, name):
+        yield
+        return
     original = getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -1,12 +1,13 @@
 """Faster tracing of models that repeat themselves: the results of calls like earlier ones are looked up.
 
-All of the model's code runs, and every call becomes a node, as ever. Only the arithmetic about sizes is spared.
+All of the model's code runs, and every call becomes a node, as ever. Only the arithmetic about sizes is spared. That
+takes private parts of torch; where a version lacks one, everything is traced.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import SymInt, Tensor
@@ -17,6 +18,8 @@ from torch.fx.node import map_aggregate
 from burnish.capture_overhead import replaced
 from burnish.graph.results import Call, Result, Results, Unlike
 
+_PRIVATE = ("proxy_call", "fetch_sym_proxy", "extract_val", "_ProxyTensor")  # of `proxy_tensor`
+
 
 class Repeats:
     """In place of torch's `proxy_call`, which traces one call of an operator.
@@ -25,7 +28,7 @@ class Repeats:
         found: how many calls were looked up.
     """
 
-    def __init__(self, proxy_call: Callable[..., Any]) -> None:
+    def __init__(self, proxy_call: Any) -> None:
         self.found = 0
         self._proxy_call = proxy_call
         self._tracer: Any = None
@@ -54,7 +57,10 @@ class Repeats:
 @contextlib.contextmanager
 def repeats_looked_up() -> Iterator[Repeats]:
     """Within the `with`, tracing looks up what it can."""
-    repeats = Repeats(proxy_tensor.proxy_call)
+    repeats = Repeats(getattr(proxy_tensor, "proxy_call", None))
+    if not all(hasattr(proxy_tensor, name) for name in _PRIVATE):
+        yield repeats
+        return
     with replaced(proxy_tensor, "proxy_call", repeats):
         yield repeats
 

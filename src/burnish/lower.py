@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from burnish.op import OPS, Op
+from burnish.parallel.graphs import is_all_reduce
 from burnish.places import find_weight
 
 
@@ -104,6 +105,10 @@ def _slotted(graph_module: fx.GraphModule) -> tuple[fx.Graph, list[Slot], list[s
             new.args, new.kwargs = tuple(_settled(graph, arg, i in op.weights) for i, arg in enumerate(args)), {}
         elif (fast := METHOD_OF.get(node.target)) is not None:
             new.target = fast
+        elif is_all_reduce(node) and _is_read_once(node.args[0]):
+            from burnish.parallel.collectives import all_reduce_in_place
+
+            new.target = all_reduce_in_place
         mapping[node] = new
     return graph, slots, list(weight_nodes)
 
@@ -129,6 +134,11 @@ def _may_write(node: fx.Node, op: Op) -> bool:
     given = [args[i] for i in op.donates]
     readers = {user for arg in given for user in arg.users if user.target is not torch.ops.aten.sym_size.int}
     return bool(given) and readers == {node} and all(arg.op == "placeholder" for arg in given)
+
+
+def _is_read_once(node: Any) -> bool:
+    """Whether this is a tensor that an Op leaves in fresh memory, for one reader."""
+    return op_of(node.target) is not None and isinstance(node.meta.get("val"), Tensor) and len(node.users) == 1
 
 
 def _shared(graph: fx.Graph, weights: int) -> tuple[frozenset[int], frozenset[int]]:

@@ -45,7 +45,7 @@ def test_before_and_after(folder: Path) -> None:
 
 def test_data() -> None:
     data = run_json("explain", "factory:block", "--batch", "3")
-    assert (data["name"], data["schema"]) == ("factory:block", 3)
+    assert (data["name"], data["schema"]) == ("factory:block", 4)
     assert data["explanation"]["inputs"] == ["x float32[3, 5, 16]"]
 
 

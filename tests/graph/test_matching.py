@@ -533,6 +533,15 @@ class TestA14NearMisses:
         assert [m.matched for m in misses] == [2, 2, 1]
         assert misses[0].reason == "cos: is cos where the pattern has exp"
 
+    def test_every_place_is_told(self, dialect):
+        def layers(x):
+            for _ in range(14):
+                x = F.softmax(x, dim=0).relu()
+            return x
+
+        found = find_matches(dialect.trace(layers, X), dialect.pattern(lambda x: F.softmax(x, dim=-1).relu(), X))
+        assert len(found.near_misses) == 14
+
     def test_explanation_reads_as_text(self, dialect):
         gm = dialect.trace(lambda x: F.softmax(x, dim=0), X)
 

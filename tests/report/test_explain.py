@@ -191,7 +191,7 @@ def test_it_is_a_report(bert: Explanation, tmp_path: Path) -> None:
     assert report.summary() in " ".join(text.split())
     data = json.loads(report.to_json(tmp_path / "r.json").read_text())
     assert data == json.loads(json.dumps(report.to_dict()))
-    assert (data["schema"], data["model"], data["steps"]) == (3, "BertModel", [])
+    assert (data["schema"], data["model"], data["steps"]) == (4, "BertModel", [])
     profile = data["explanation"]["before"]
     assert profile["unattributed_us"] == pytest.approx(bert.before.unattributed_us)
     assert profile["blocks"][2]["rows"][0]["op"] == "aten.linear"

@@ -12,9 +12,9 @@ from torch import fx, nn
 from burnish.capture import capture
 from burnish.hardware import DeviceInfo
 from burnish.report.data import CUDA_GRAPH, Explanation, Opportunity
-from burnish.report.fusions import Fusion
+from burnish.report.fusions import Fusion, Miss, Rewritten
 from burnish.report.kernels import Launch
-from burnish.report.opportunities import _folded, capturing, with_captured, with_measured
+from burnish.report.opportunities import _folded, capturing, opportunities_of, with_captured, with_measured
 from burnish.report.predict import CostModel
 from burnish.report.rows import Seen, folding_of, rows_of
 from burnish.report.sizes import work_on_fakes
@@ -121,3 +121,16 @@ def test_a_graph_is_measured_by_what_it_leaves(ceilings: DeviceInfo) -> None:
 def test_what_cannot_be_captured_says_why(ceilings: DeviceInfo) -> None:
     (found,) = captured(ceilings, why_not="dropout is random")
     assert found.blocked_by == "dropout is random"
+
+
+# --- what is in the way -----------------------------------------------------------------------------------------------
+
+
+def test_reasons_that_differ_in_nodes_numbers_are_one(ceilings: DeviceInfo) -> None:
+    seen = three_ops()
+    costs = CostModel.of(ceilings, cuda=True)
+    reasons = ("linear_3 reads it", "linear_12 reads it", "3 rows", "4 rows")
+    misses = [Miss("norm prologue", ("gelu",), reason) for reason in reasons]
+    rows = rows_of(seen, folding_of(seen), costs)
+    found = opportunities_of(Rewritten(seen.graph_module, [], misses), seen, seen, rows, costs)
+    assert {each.blocked_by: each.count for each in found} == {"linear_3 reads it": 2, "3 rows": 1, "4 rows": 1}

@@ -145,7 +145,7 @@ def test_data_survive_json(tmp_path: Path) -> None:
     path = report.to_json(tmp_path / "report.json")
     data = json.loads(path.read_text())
     assert data == json.loads(json.dumps(report.to_dict()))
-    assert (data["schema"], data["model"], data["summary"]) == (3, "Linear", report.summary())
+    assert (data["schema"], data["model"], data["summary"]) == (4, "Linear", report.summary())
     assert data["explanation"] is None
     assert data["steps"][2]["near_misses"] == [
         {"rewrite": "gated_mlp", "reason": "used elsewhere", "nodes": ["mul", "mul_1", "mul_2"]}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
-from burnish.report import digest, sentences
+from burnish._text import plain
+from burnish.report import digest, html, markdown, sentences, terminal
 from burnish.report.data import NOT_IN_USE
 from tests.report.explanations import gpt2, predicted, with_graph
 
@@ -34,6 +36,21 @@ def test_the_sentence() -> None:
     )
 
 
+def test_a_cpu_is_the_host_itself() -> None:
+    there = gpt2(after=False)
+    here = replace(there, before=replace(there.before, device="a CPU", cuda=False))
+    assert "no op runs: the device waits for the host." in sentences.summary(there)
+    assert "For 84% of the call no op runs: Python does, between the ops." in sentences.summary(here)
+    forms = {
+        "terminal": lambda found: plain(*terminal.render(found), width=100),
+        "markdown": markdown.render,
+        "page": html.render,
+    }
+    for form, render in forms.items():
+        assert re.search(r"the host\b", render(there)), form
+        assert not re.search(r"the host\b|the device waits|on the device", render(here)), form
+
+
 def test_a_cuda_graph_is_told_apart_from_fusing() -> None:
     found = with_graph(gpt2(after=False))
     said = "Capturing its launches once as a CUDA graph would save about 3.87 ms, fusing what can be fused 419 us, 9.1%"
@@ -54,6 +71,8 @@ def test_how_to_get_it_before_it_is_done() -> None:
     does = "`fast = burnish.optimize(model)` does all of this"
     assert sentences.how(gpt2(after=False)) == f"{does}; `fast.report(args)` measures it."
     assert sentences.how(predicted()) == f"{does}."
+    own = replace(gpt2(after=False), rewrites=("attention: einsum",))
+    assert sentences.how(own).startswith("`fast = burnish.optimize(model, rewrites=[...])` does all of this")
     assert sentences.how(gpt2()) == ""
     assert sentences.how(replace(gpt2(after=False), opportunities=())) == ""
 

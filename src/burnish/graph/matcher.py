@@ -28,8 +28,6 @@ __all__ = [
     "find_matches",
 ]
 
-_KEPT_NEAR_MISSES = 10
-
 
 @dataclass(frozen=True, eq=False)
 class Match:
@@ -144,8 +142,7 @@ class _Finder:
     def finish(self) -> Matches:
         if not self.matches and not any(miss.matched for miss in self.misses):
             self._look_for_parts()
-        self.misses.sort(key=lambda miss: -miss.matched)
-        self.matches.near_misses = self.misses[:_KEPT_NEAR_MISSES]
+        self.matches.near_misses = sorted(self.misses, key=lambda miss: -miss.matched)
         return self.matches
 
     def _look_for_parts(self) -> None:

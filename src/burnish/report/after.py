@@ -54,7 +54,7 @@ def report_on(fast: OptimizedModule, args: tuple[Any, ...], kwargs: dict[str, An
         served = schedule.served_for(call) if call is not None else None
         if call is None or prepared is None or served is None:
             return schedule.report()
-        known = before or explain(schedule.model, args, kwargs)
+        known = before or explain(schedule.model, args, kwargs, rewrites=schedule.settings.rewrites)
         assert known.explanation is not None
         run = functools.partial(fast, *args, **kwargs)
         return schedule.report(_with_after(known.explanation, schedule, prepared, served, call, run))

@@ -116,9 +116,11 @@ class Profile:
     """One version of a model ("as it was", "optimized") on one device.
 
     end_to_end_us: a call as the caller sees it; predicted where `predicted`. `unattributed_us` is what of it no op
-    accounts for: the host, where the device waits for it. floor_us: of all ops as they are; fused ones need less.
+    accounts for: the host, where a GPU waits for it, or Python between the ops. floor_us: of all ops as they are; fused
+    ones need less.
     bandwidth_gbs, gflops: the ceilings that the floors come from, GB/s and GFLOP/s by dtype. calls: how many were
-    timed, of which `end_to_end_us` is the mean over the fastest third.
+    timed, of which `end_to_end_us` is the mean over the fastest third. cuda: whether the device is a GPU, which may
+    have to wait for the host; a CPU is the host itself.
     """
 
     version: str
@@ -129,6 +131,7 @@ class Profile:
     bandwidth_gbs: float = 0.0
     gflops: dict[str, float] = field(default_factory=dict)
     calls: int = 0
+    cuda: bool = True
 
     @property
     def rows(self) -> list[tuple[Block, OpRow]]:
@@ -210,7 +213,7 @@ class Explanation:
 
     inputs: "input_ids int64[1, 128]". before: the model as it was; after: optimized, or None.
     timeline: of one block of `after`, else of `before`. code: of the generated graph. dtype: of the weights that are
-    floats, "bfloat16". torch: its version.
+    floats, "bfloat16". torch: its version. rewrites: names of the user's own that were looked for.
     """
 
     model: str
@@ -224,3 +227,4 @@ class Explanation:
     notes: tuple[str, ...] = field(default=())
     dtype: str = ""
     torch: str = ""
+    rewrites: tuple[str, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from burnish.report.report import Report
 from burnish.report.rows import Rows, Seen, folding_of, rows_of
 from burnish.report.sizes import work_in_calls
 from burnish.report.timing import Times
+from burnish.rewrites import Rewrite, check_rewrites
 from burnish.runtime.cuda_graph import why_not_captured
 from burnish.runtime.module import OptimizedModule
 from burnish.schedule import check_call
@@ -43,16 +44,18 @@ def explain(
     kwargs: Mapping[str, Any] | None = None,
     *,
     target: str | None = None,
+    rewrites: Sequence[Rewrite] = (),
     seconds: float = _SECONDS,
     on_progress: Progress = lambda doing: None,
 ) -> Report:
     """Where the time of `model(*args, **kwargs)` goes, op by op, how far that is from what the device allows, and what
-    the default rewrites would save. The model stays as it is, and is run a few dozen times.
+    the default rewrites, and yours, would save. The model stays as it is, and is run a few dozen times.
 
     Args:
         args, kwargs: the inputs; times are of these sizes.
         target: a GPU that need not be here ("h200", see `burnish.targets`): nothing is run, all times are predicted
             from the ops' costs, and the model may be on the meta device.
+        rewrites: your own, as `burnish.optimize` takes them.
         seconds: how long the model is timed, in all.
         on_progress: is told what is being done.
 
@@ -63,17 +66,23 @@ def explain(
     check_call(model, args, kwargs)
     if isinstance(model, OptimizedModule):
         raise TypeError("model: this one is optimized already; its report(args, kwargs) tells what that brought")
+    check_rewrites(rewrites)
     kwargs = dict(kwargs or {})
     with torch.no_grad(), nothing_changed(model):
         if target is not None:
             from burnish.report.imagine import imagine
 
-            return Report(explanation=imagine(model, args, kwargs, target, on_progress))
-        return Report(explanation=_measured(model, args, kwargs, seconds, on_progress))
+            return Report(explanation=imagine(model, args, kwargs, target, rewrites, on_progress))
+        return Report(explanation=_measured(model, args, kwargs, rewrites, seconds, on_progress))
 
 
 def _measured(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seconds: float, on_progress: Progress
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rewrites: Sequence[Rewrite],
+    seconds: float,
+    on_progress: Progress,
 ) -> Explanation:
     refuse_caches(args, kwargs)
     leaves = flat(args, kwargs)
@@ -88,9 +97,9 @@ def _measured(
     here = device(where)
     costs = CostModel.of(here, cuda=where.type == "cuda").fitted((seen.work[n], seen.us[n]) for n in seen.nodes)
     on_progress("looking for what can be fused")
-    rewrites = rewritten(program.captured)
-    made = Seen(rewrites.graph_module, work_in_calls(rewrites.graph_module, leaves))
-    story = Story(program, seen, rewrites, made, costs)
+    done = rewritten(program.captured, rewrites)
+    made = Seen(done.graph_module, work_in_calls(done.graph_module, leaves))
+    story = Story(program, seen, done, made, costs)
     profile = profile_of("as it was", here.label, seen, story.rows, costs, times)
     return story.explanation(model, leaves, profile, notes=(*notes, *notes_on(profile, times, model)))
 
@@ -157,6 +166,7 @@ class Story:
             notes=notes,
             dtype=weights_dtype(model),
             torch=torch.__version__,
+            rewrites=self.rewrites.own,
         )
 
     def _fusing(self) -> tuple[Opportunity, ...]:
@@ -185,6 +195,7 @@ def profile_of(
         bandwidth_gbs=costs.bandwidth_gbs,
         gflops={str(dtype).removeprefix("torch."): costs.gflops(dtype) for dtype in sorted(products, key=str)},
         calls=0 if times is None else times.calls,
+        cuda=costs.cuda,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import fx
@@ -12,7 +12,7 @@ from burnish.capture import copy_graph
 from burnish.graph.matcher import Matches, Pattern
 from burnish.lower import op_of
 from burnish.report.costs import is_view
-from burnish.rewrites import FUSE, RAISE, apply
+from burnish.rewrites import FUSE, RAISE, apply, own
 from burnish.rewrites.rewrite import GraphPass, Outcome, Rewrite, names_of_sizes, renamed
 from burnish.verify import units_of
 
@@ -50,22 +50,23 @@ class Miss:
 
 @dataclass
 class Rewritten:
-    """A copy of a captured graph after the default raise and fuse steps."""
+    """A copy of a captured graph after the user's rewrites (`own`, by name) and the default raise and fuse steps."""
 
     graph_module: fx.GraphModule
     fusions: list[Fusion]
     misses: list[Miss] = field(default_factory=list)
+    own: tuple[str, ...] = ()
 
 
-def rewritten(captured: fx.GraphModule) -> Rewritten:
-    """Applies the default steps to a copy of the captured graph."""
+def rewritten(captured: fx.GraphModule, rewrites: Sequence[Rewrite] = ()) -> Rewritten:
+    """Applies `rewrites` and the default steps to a copy of the captured graph."""
     with _use_lazy_graph_module(True):  # nothing runs the copy: no code for it after each rewrite
         copy = _make_graph_module(captured, copy_graph(captured.graph))
         watcher = _Watcher(copy, captured.graph)
-        for name, rewrites in (("raise", RAISE), ("fuse", FUSE)):
-            apply(name, rewrites, copy, watcher)
+        for name, step in (("rewrite", own(rewrites)), ("raise", RAISE), ("fuse", FUSE)):
+            apply(name, step, copy, watcher)
     fusions = [replace(each, rewrite=watcher.rewrite_of(each)) for each in fusions_of(copy.graph, captured.graph)]
-    return Rewritten(copy, fusions, watcher.misses)
+    return Rewritten(copy, fusions, watcher.misses, tuple(rewrite.name for rewrite in rewrites))
 
 
 def fusions_of(graph: fx.Graph, captured: fx.Graph) -> list[Fusion]:

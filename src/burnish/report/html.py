@@ -99,6 +99,7 @@ def render(explanation: Explanation) -> str:
         fusing_share=sentences.fusing_share(explanation),
         counted_once=sentences.COUNTED_ONCE if sentences.counts_once(explanation) else "",
         gaps=sentences.GAPS,
+        meanwhile=sentences.meanwhile,
         versions=versions,
         shown=shown,
         unit=lambda us, more=0: _minus(unit(us, more)),

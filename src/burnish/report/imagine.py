@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from burnish.report.measure import flat
 from burnish.report.predict import CostModel
 from burnish.report.rows import Seen, rows_of
 from burnish.report.sizes import work_in_calls, work_on_fakes
+from burnish.rewrites import Rewrite
 from burnish.targets import find_target
 
 _THERE = torch.device("cuda:0")
@@ -29,7 +30,12 @@ _NOTE = (
 
 
 def imagine(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: str, on_progress: Callable[[str], None]
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    target: str,
+    rewrites: Sequence[Rewrite],
+    on_progress: Callable[[str], None],
 ) -> Explanation:
     """What `model(*args, **kwargs)` would take on the GPU called `target`, as it is and fused. Nothing is computed.
 
@@ -44,9 +50,9 @@ def imagine(
     on_progress("looking for what can be fused")
     names = dict.fromkeys(attention_nodes(program.captured.graph), SDPA)
     before = Seen(program.captured, work_on_fakes(program.captured, leaves, _THERE), names=names)
-    rewrites = rewritten(program.captured)
-    made = Seen(rewrites.graph_module, work_in_calls(rewrites.graph_module, leaves, _THERE))
-    story = Story(program, before, rewrites, made, costs)
+    done = rewritten(program.captured, rewrites)
+    made = Seen(done.graph_module, work_in_calls(done.graph_module, leaves, _THERE))
+    story = Story(program, before, done, made, costs)
     there = f"{gpu.label} (not here)"
     as_it_was = profile_of("as it was", there, before, story.rows, costs)
     fused = profile_of("fused", there, made, rows_of(made, story.folding, costs), costs)

@@ -85,7 +85,7 @@ def _costs(profile: Profile, unit: digest.Unit) -> list[str]:
     found = digest.parts(profile)
     rows = []
     for place, part in enumerate(found[:_PARTS], start=1):
-        name = _code(part.name) if part.rows else f"{digest.UNATTRIBUTED} (the host)"
+        name = _code(part.name) if part.rows else f"{digest.UNATTRIBUTED} ({sentences.unattributed_to(profile)})"
         places = f" x {part.count}" if part.count > 1 else ""
         share, floor = digest.percent(part.us, profile.end_to_end_us), digest.share_of_floor(part.floor_us, part.us)
         rows.append((str(place), name + places, _code(", ".join(part.ops)), unit(part.us), share, floor))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
+from burnish.record import unnumbered
 from burnish.report.costs import Kind
 from burnish.report.data import CUDA_GRAPH, Opportunity, Profile
 from burnish.report.fusions import Fusion, Rewritten
@@ -71,7 +72,7 @@ def _folded(opportunities: Iterable[Opportunity]) -> list[Opportunity]:
 
 
 def _alike(opportunity: Opportunity) -> tuple[str, str, str, str]:
-    return opportunity.rewrite, opportunity.op, opportunity.block, opportunity.blocked_by
+    return opportunity.rewrite, opportunity.op, opportunity.block, unnumbered(opportunity.blocked_by)
 
 
 def _together(first: Opportunity, other: Opportunity) -> Opportunity:
@@ -154,7 +155,7 @@ class _Teller:
     def key(self, place: _Place) -> tuple[object, ...]:
         """What places have in common that are one opportunity."""
         ops = tuple(place.fusion.ops) if place.fusion else ()
-        return place.rewrite, ops, place.blocked_by, row_names(place.nodes, self._before, self._rows)
+        return place.rewrite, ops, unnumbered(place.blocked_by), row_names(place.nodes, self._before, self._rows)
 
     def us(self, node: fx.Node) -> float:
         return self._before.us.get(node, 0.0) if self._before.us else self._before.predict_us(node, self._costs)

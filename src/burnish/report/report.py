@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from burnish.schedule import Schedule
 
-SCHEMA = 3
+SCHEMA = 4
 _WIDTH = 100
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from burnish._text import human_us
 from burnish.report import digest
-from burnish.report.data import CUDA_GRAPH, NOT_IN_USE, Explanation
+from burnish.report.data import CUDA_GRAPH, NOT_IN_USE, Explanation, Profile
 
 GAPS = "under the profiler, which slows the host: the gaps are longer than in a call"
 """What a reader has to know of a timeline that is mostly gaps."""
@@ -33,10 +33,20 @@ def summary(explanation: Explanation) -> str:
     sentences = [f"{said}. Its ops as they are need at least {human_us(shown.floor_us)} there ({share})."]
     if shown.unattributed_us > shown.end_to_end_us / 2:
         share = digest.percent(shown.unattributed_us, shown.end_to_end_us)
-        sentences.append(f"For {share} of the call no op runs: the device waits for the host.")
+        sentences.append(f"For {share} of the call no op runs: {meanwhile(shown)}.")
     if after is None:
         sentences += _savings(explanation)
     return " ".join(sentences)
+
+
+def meanwhile(profile: Profile) -> str:
+    """What goes on while no op runs: of the unattributed time."""
+    return "the device waits for the host" if profile.cuda else "Python does, between the ops"
+
+
+def unattributed_to(profile: Profile) -> str:
+    """The same for a cell of a table."""
+    return "the host, not an op" if profile.cuda else "Python between the ops"
 
 
 def _savings(explanation: Explanation) -> list[str]:
@@ -78,7 +88,8 @@ def how(explanation: Explanation) -> str:
     """How to get what can be had, with the code in backticks; empty where it was done, or where there is nothing."""
     if digest.is_done(explanation) or not digest.possible(explanation.opportunities):
         return ""
-    does = "`fast = burnish.optimize(model)` does all of this"
+    own = ", rewrites=[...]" if explanation.rewrites else ""
+    does = f"`fast = burnish.optimize(model{own})` does all of this"
     return f"{does}." if explanation.before.predicted else f"{does}; `fast.report(args)` measures it."
 
 

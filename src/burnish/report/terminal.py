@@ -104,7 +104,7 @@ def _costs(profile: Profile, unit: digest.Unit) -> Table:
     table = _table(("", 1), ("part", 34), ("", 4), ("ops", 23), (">time", 11), (">of call", 7), (">of floor", 8))
     found = digest.parts(profile)
     for place, part in enumerate(found[:_PARTS], start=1):
-        ops = ", ".join(part.ops) or "the host, not an op"
+        ops = ", ".join(part.ops) or sentences.unattributed_to(profile)
         times = f"x {part.count}" if part.count > 1 else ""
         shares = digest.percent(part.us, profile.end_to_end_us), digest.share_of_floor(part.floor_us, part.us)
         _add(
