@@ -1,58 +1,54 @@
-"""Two processes over gloo that run the same checks one after another, and what each of them found."""
+"""Two processes over gloo that run the same checks one after another."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 RANKS = 2
 Check = Callable[[int, Path], None]
 """What one rank checks; it gets its rank, and a folder that all of them share."""
 
 
-def run(module: str, checks: str, folder: Path) -> dict[str, list[str]]:
-    """The tracebacks of each check in a dictionary of checks in a module, by name; of a check that was right none."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (module, checks, folder, port), nprocs=RANKS)
-    found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
-    return {name: [result[name] for result in found if result.get(name, "it was not reached")] for name in found[0]}
+def run(module: str, checks: str, folder: Path) -> list[tuple[str, str]]:
+    """What was wrong in a module's dictionary of checks: the name of the check, and a rank's traceback. After the first
+    check that fails there are no others: the ranks may not be in step any more."""
+    torch.multiprocessing.spawn(_rank, (module, checks, folder), nprocs=RANKS)
+    return [tuple(wrong) for rank in range(RANKS) for wrong in json.loads((folder / f"rank{rank}.json").read_text())]
 
 
-def _rank(rank: int, module: str, checks: str, folder: Path, port: int) -> None:
-    import importlib
-
-    import torch.distributed as dist
-
+def _rank(rank: int, module: str, checks: str, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"XDG_CACHE_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
-    results: dict[str, str] = {}
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'store'}",
+        rank=rank,
+        world_size=RANKS,
+        timeout=timedelta(seconds=60),
+    )
+    wrong: list[tuple[str, str]] = []
     for name, check in getattr(importlib.import_module(module), checks).items():
         torch.manual_seed(rank)  # what a rank draws by itself, the other does not
         try:
             check(rank, folder)
-            results[name] = ""
         except Exception:
-            results[name] = traceback.format_exc()
-        (folder / f"rank{rank}.json").write_text(json.dumps(results))
-        if any_failed(bool(results[name])):  # the ranks may not be in step any more
+            wrong.append((name, traceback.format_exc()))
+        if _any_of_all(bool(wrong)):
             break
+    (folder / f"rank{rank}.json").write_text(json.dumps(wrong))
     dist.destroy_process_group()
 
 
-def any_failed(failed: bool) -> bool:
-    import torch.distributed as dist
-
-    failures = torch.tensor([failed], dtype=torch.int32)
-    dist.all_reduce(failures)
-    return bool(failures)
+def _any_of_all(is_wrong: bool) -> bool:
+    bits = torch.tensor([is_wrong], dtype=torch.int32)
+    dist.all_reduce(bits)
+    return bool(bits)

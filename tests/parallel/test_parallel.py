@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("transformers", reason="the models that are divided are Hugging Face's")
 
-from tests.parallel import checks, ranks
+from tests.parallel import ranks
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What two processes found, for all tests at once: to start them takes seconds."""
-    return ranks.run("tests.parallel.checks", "CHECKS", tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.fixture(scope="module")
-def found_slowly(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    return ranks.run("tests.parallel.checks", "SLOW_CHECKS", tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.mark.parametrize("name", checks.CHECKS)
-def test_on_two_ranks(name: str, found: dict[str, list[str]]) -> None:
-    assert_right(name, found)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", checks.SLOW_CHECKS)
-def test_on_two_ranks_slowly(name: str, found_slowly: dict[str, list[str]]) -> None:
-    assert_right(name, found_slowly)
-
-
-def assert_right(name: str, found: dict[str, list[str]]) -> None:
-    if name not in found:
-        pytest.fail("a check before this one failed", pytrace=False)
-    if found[name]:
-        pytest.fail("\n".join(found[name]), pytrace=False)
+@pytest.mark.parametrize("checks", ["CHECKS", pytest.param("SLOW_CHECKS", marks=pytest.mark.slow)])
+def test_two_ranks_find_nothing_wrong(checks: str, tmp_path: Path) -> None:
+    """All checks in one test: to start the processes takes longer than most of them."""
+    wrong = ranks.run("tests.parallel.checks", checks, tmp_path)
+    if wrong:
+        pytest.fail("\n\n".join(f"{name}: {error}" for name, error in wrong), pytrace=False)
