@@ -17,7 +17,7 @@ import burnish
 from benchmarks.runner import CheckError, Record, Session, verdicts
 from burnish import numerics
 from burnish.hardware import device
-from burnish.schedule import Served
+from burnish.serving import Served
 
 Variant = Callable[[], object]
 Inputs = Mapping[str, Any]
@@ -139,7 +139,7 @@ def run_model(session: Session, name: str, model: nn.Module, inputs: Inputs, *, 
     print_kernels(session, launched["burnish"])
     result = session.time(variants, cold_l2=True)
     session.console.print(result)
-    served = fast.schedule.served[0]  # type: ignore[attr-defined]
+    served = fast.schedule.served[0]
     print_choices(session, served)
     if served.not_captured or served.kept_original:
         session.console.print(f"[red]burnish: {served.not_captured or served.kept_original}[/red]")

@@ -143,7 +143,7 @@ def random_sizes(device: str = "cuda", *, count: int = 1000) -> Result:
         "first_wrong": wrong[0] if wrong else None,
         "before_mib": before / 2**20,
         "reserved_mib": reserved,
-        "graphs": len(fast.schedule._graphs),  # type: ignore[attr-defined]  # a Resolver is a Schedule here
+        "graphs": len(fast.serving._graphs),  # type: ignore[attr-defined]  # a Resolver is a Serving here
         "seconds": time.perf_counter() - began,
         "warning": _warning(fast),
     }
@@ -212,7 +212,7 @@ def _captured(fast: OptimizedModule) -> Any:
 
 def _warning(fast: OptimizedModule) -> str | None:
     """Which signatures are not served as they should be, or None: their numbers would tell of something else."""
-    served = fast.schedule.served  # type: ignore[attr-defined]
+    served = fast.schedule.served
     why = [f"{one.shapes}: {reason}" for one in served if (reason := one.kept_original or one.not_captured)]
     return f"{len(why)} of {len(served)} signatures, such as {why[0]}" if why else None
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import burnish
-from burnish import program_cache, schedule
+from burnish import program_cache, serving
 from burnish.capture import Program, capture
 from burnish.graph_json import NotData, decode, function_named, identifier
 from burnish.numerics import assert_close, oracle
@@ -44,7 +44,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
         made.append(capture(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(schedule, "capture", counted)
+    monkeypatch.setattr(serving, "capture", counted)
     return made
 
 
@@ -307,7 +307,7 @@ def test_what_cannot_be_compared_is_not_remembered(model: nn.Module, captures: l
     for _ in range(2):
         fast = burnish.optimize(model.train(), (x_of(2, 5),))
     assert len(captures) == 2
-    assert "is random" in str(fast.schedule.remembered.why_not)
+    assert "is random" in str(fast.serving.remembered.why_not)
     assert program_files() == []
 
 
@@ -374,4 +374,4 @@ def test_clear_cache_deletes_them(model: nn.Module) -> None:
 def test_a_folder_that_cannot_be_written(model: nn.Module, cache_home: Path) -> None:
     cache_home.write_text("a file where the folder would be")
     fast = burnish.optimize(model, (x_of(2, 5),))
-    assert fast.schedule.remembered.why_not is not None
+    assert fast.serving.remembered.why_not is not None

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from burnish import program_key, schedule
+from burnish import program_key, serving
 from burnish.program_cache import ProgramCache
 from burnish.runtime.module import Call, OptimizedModule
 from tests import zoo
@@ -24,7 +24,7 @@ WIDTH = 8
 
 
 def call_of(model: nn.Module, *args: Any, **kwargs: Any) -> Call:
-    call = OptimizedModule(model, schedule.Schedule(model))._call(args, kwargs)
+    call = OptimizedModule(model, serving.Serving(model))._call(args, kwargs)
     assert call is not None
     return call
 

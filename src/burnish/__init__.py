@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from burnish.report import Report
     from burnish.report.explain import explain
     from burnish.rewrites import Rewrite
-    from burnish.schedule import Schedule, optimize
-    from burnish.scheduling import create_schedule
+    from burnish.scheduling import Schedule, create_schedule
+    from burnish.serving import optimize
 
 __version__ = "0.1.0"
 
@@ -37,7 +37,7 @@ _HOME = {
     "OnnxFile": "onnx",
     "Report": "report",
     "Rewrite": "rewrites",
-    "Schedule": "schedule",
+    "Schedule": "scheduling",
     "benchmark": "bench",
     "create_schedule": "scheduling",
     "device": "hardware",
@@ -47,7 +47,7 @@ _HOME = {
     "find_matches": "graph.matcher",
     "graph_report": "graph.show",
     "isolate": "isolated",
-    "optimize": "schedule",
+    "optimize": "serving",
     "perplexity": "likelihood",
     "perplexity_change": "likelihood",
     "replace_pattern": "graph.rewriter",

@@ -71,7 +71,7 @@ def perplexity_change(fast: OptimizedModule, input_ids: Tensor, *, window: int =
     """
     before = perplexity(fast._original, input_ids, window=window)
     found = before, perplexity(fast, input_ids, window=window)
-    fast.schedule.perplexity = found  # type: ignore[attr-defined]  # a Resolver is a Schedule here
+    fast.serving.perplexity = found  # type: ignore[attr-defined]  # a Resolver is a Serving here
     return found
 
 

@@ -16,18 +16,20 @@ from burnish.capture import Program
 from burnish.lower import Executable
 from burnish.ops import linear
 from burnish.outputs import unflattener
-from burnish.pack import pack
+from burnish.pack import Pack, pack
 from burnish.parallel.graphs import drop_copies, has_copies
 from burnish.places import Places, WeightPlace, find_weight
 from burnish.quantize import Kind
 from burnish.quantized_weights import Quantization, QuantizedWeights, check_kind
-from burnish.rewrites import FUSE, RAISE, Rewrite, apply, own
+from burnish.rewrites import FUSE, RAISE, GraphPass, Rewrite, apply, family, own
 from burnish.rewrites.quantize import passes_after, passes_before, quantize
 from burnish.rewrites.raise_causal import LOOKED_AT
 from burnish.runtime.cuda_graph import CapturedCall, GraphPool
 from burnish.runtime.module import STALE, Call
 from burnish.tuning import Tuner
 from burnish.verify import Verification, check_outputs
+
+DEFAULT_STEPS = ("raise", "fuse", "pack")
 
 
 class PlainEntry:
@@ -162,9 +164,14 @@ class Preparer:
     model. Remembers how each weight is to be stored, and what was quantized, so that two Programs agree."""
 
     def __init__(
-        self, model: nn.Module, tuner: Tuner, kind: Kind | None = None, rewrites: Sequence[Rewrite] = ()
+        self,
+        model: nn.Module,
+        tuner: Tuner,
+        kind: Kind | None = None,
+        rewrites: Sequence[Rewrite] = (),
+        without: Sequence[str] = (),
     ) -> None:
-        self.model, self.tuner, self.kind, self.rewrites = model, tuner, kind, rewrites
+        self.model, self.tuner, self.kind, self.rewrites, self.without = model, tuner, kind, rewrites, without
         self.quantized = QuantizedWeights(model)
         self._transposed: dict[tuple[str, ...], bool] = {}
 
@@ -176,14 +183,17 @@ class Preparer:
         if for_inference:
             drop_copies(graph_module)
         if self.rewrites:
-            program.history.append(apply("rewrite", own(self.rewrites), graph_module))
-        program.history.append(apply("raise", RAISE, graph_module))
-        program.history.append(apply("fuse", FUSE if self.kind is None else passes_before(FUSE), graph_module))
+            program.history.append(apply("rewrite", own(self._wanted("rewrite", self.rewrites)), graph_module))
+        program.history.append(apply("raise", self._wanted("raise", RAISE), graph_module))
+        fuse = self._wanted("fuse", FUSE)
+        program.history.append(apply("fuse", fuse if self.kind is None else passes_before(fuse), graph_module))
         differentiable = _copied(captured if for_inference else graph_module)
         if self.kind is not None:
             quantization = self._quantize(program, self.kind)
-        packs, record = pack(graph_module, self.model, self._wants_transposed)
-        program.history.append(record)
+        packs: list[Pack] = []
+        if "pack" not in self.without:
+            packs, record = pack(graph_module, self.model, self._wants_transposed)
+            program.history.append(record)
         return_freed_memory()
         members = [find_weight((self.model,), member.path) for packed in packs for member in packed.members]
         executable = Executable(graph_module, self.model)
@@ -193,11 +203,16 @@ class Preparer:
         mode = self.model.training
         return Prepared(program, mode, executable, differentiable, captured, members, looked_at, places, quantization)
 
+    def _wanted(self, step: str, rewrites: Sequence[Rewrite | GraphPass]) -> list[Rewrite | GraphPass]:
+        if step in self.without:
+            return []
+        return [each for each in rewrites if each.name not in self.without and family(each.name) not in self.without]
+
     def _quantize(self, program: Program, kind: Kind) -> Quantization:
         check_kind(kind, self.model)  # it may have moved to another device
         done, program.captured, record = quantize(program.graph_module, program.captured, self.quantized, kind)
         program.history.append(record)
-        rest = apply("fuse", passes_after(FUSE), program.graph_module)
+        rest = apply("fuse", passes_after(self._wanted("fuse", FUSE)), program.graph_module)
         if rest.matches:
             program.history.append(rest)
         return done

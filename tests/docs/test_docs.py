@@ -3,9 +3,11 @@ tables are those of the result files."""
 
 import io
 import re
+import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -55,19 +57,20 @@ def by_name(pages: list[Path]) -> list[object]:
 
 @pytest.mark.parametrize("page", by_name([page for page in PAGES if python_blocks(page.read_text())]))
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All blocks of a page in one namespace, in order, in an empty folder, with cache folders of their own.
+    """All blocks of a page as one program, in order, in an empty folder, with cache folders of their own.
 
     They print what the page shows, and draw the pictures of the same names in docs/images, by the text in these.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    namespace: dict[str, object] = {"__name__": "__docs__"}
+    program = ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", program)
     for block in python_blocks(page.read_text()):
         if not block.words:
             padding = "\n" * block.line  # so that a traceback names the page's own line
             printed = io.StringIO()
             with redirect_stdout(printed):
-                exec(compile(padding + block.code, str(page), "exec"), namespace)
+                exec(compile(padding + block.code, str(page), "exec"), vars(program))
             if block.shown is not None:
                 assert block.comparable(printed.getvalue()) == block.comparable(block.shown), f"{page}:{block.line}"
     for picture in tmp_path.glob("*.svg"):

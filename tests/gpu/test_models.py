@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import burnish
-from burnish import numerics, schedule, tuning
+from burnish import numerics, serving, tuning
 from burnish.checks import Checks
 from burnish.kernels import warm_up
 from burnish.runtime.module import OptimizedModule
@@ -39,7 +39,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(tuning, "measure_captured", draw)
     monkeypatch.setattr(warm_up, "warm_up", lambda calls: None)
-    monkeypatch.setattr(schedule, "choose_in_model", lambda *_: None)
+    monkeypatch.setattr(serving, "choose_in_model", lambda *_: None)
     monkeypatch.setattr(Checks, "times", lambda self, entry: {"original": 2.0, "optimized": 1.0})
 
 
@@ -139,7 +139,7 @@ def test_inference_mode_and_back(bert: tuple[zoo.Case, torch.nn.Module, Optimize
 
 def test_memory_is_flat_over_random_shapes(bert: tuple[zoo.Case, torch.nn.Module, OptimizedModule]) -> None:
     case, model, fast = bert
-    fast.schedule._graphs.limit = 8
+    fast.serving._graphs.limit = 8
     generator = torch.Generator().manual_seed(0)
     reserved = []
     for _ in range(60):
@@ -147,7 +147,7 @@ def test_memory_is_flat_over_random_shapes(bert: tuple[zoo.Case, torch.nn.Module
         inputs = inputs_of(case, batch, seq, torch.float16)
         assert_same_outputs(fast, model, inputs)
         reserved.append(torch.cuda.memory_reserved())
-    assert len(fast.schedule._graphs) <= 8
+    assert len(fast.serving._graphs) <= 8
     assert reserved[-1] <= 1.3 * reserved[30]
 
 

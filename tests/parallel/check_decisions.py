@@ -58,7 +58,7 @@ def a_check_that_fails_on_one_rank(rank: int, folder: Path) -> None:
         patch.setattr(checks, "verify", first_unit_is_wrong)
         fast = burnish.optimize(model, (), {"input_ids": IDS}, cache="off")
     assert len(verified) == 2, "once more after the repair, on both ranks"
-    reasons = [prepared.rejected for prepared in fast.schedule._prepared]
+    reasons = [prepared.rejected for prepared in fast.serving._prepared]
     where = "it is wrong here" if rank == 1 else "it is wrong on another rank"
     assert [list(rejected.values()) for rejected in reasons] == [[where]]
     Whole(MODELS["llama"]).check_logits(fast)

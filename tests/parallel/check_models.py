@@ -42,7 +42,7 @@ def optimized(name: str, rank: int, folder: Path) -> None:
     assert not [node for node in graph.nodes if "copy_to_region" in str(node.target)], "of use to gradients alone"
     order = [node.name for node in graph.nodes if "burnish_parallel" in str(node.target)]
     assert order == [n.name for n in fast.schedule.program.captured.graph.nodes if n.name in order]
-    source = fast.schedule._prepared[0].executable.source
+    source = fast.serving._prepared[0].executable.source
     assert source.count("all_reduce_in_place(") == 2 * whole.model.config.num_hidden_layers, "behind the rows"
 
     prompt = IDS[:, :5]

@@ -21,6 +21,15 @@ from tests.parallel.check_models import (
     optimized,
     sequences_divided,
 )
+from tests.parallel.check_schedules import (
+    a_missing_sync_is_named,
+    divided_step_by_step,
+    refused_before_anything_changes,
+    scheduled_llama,
+    stages_of_a_pipeline,
+    tied_weights_stay_tied,
+    wrong_on_one_rank,
+)
 from tests.parallel.ranks import Check
 
 
@@ -45,6 +54,13 @@ CHECKS: dict[str, Check] = {
         "divided_by_hand": divided_by_hand,
         "what_does_not_fit_is_refused": what_does_not_fit_is_refused,
         "loaded_slice_by_slice": loaded_slice_by_slice,
+        "divided_step_by_step": divided_step_by_step,
+        "a_missing_sync_is_named": a_missing_sync_is_named,
+        "wrong_on_one_rank": wrong_on_one_rank,
+        "refused_before_anything_changes": refused_before_anything_changes,
+        "tied_weights_stay_tied": tied_weights_stay_tied,
+        "scheduled_llama": scheduled_llama,
+        "stages_of_a_pipeline": stages_of_a_pipeline,
         "optimized_llama": partial(optimized, "llama"),
         "optimized_gpt2": partial(optimized, "gpt2"),
     }.items()

@@ -415,7 +415,7 @@ def test_changed_weights_are_quantized_anew(change: Callable[[Pair], None]) -> N
     (new,) = map(copies_of, fast.schedule.programs)
     assert held
     assert new.isdisjoint(old)
-    assert len(fast.schedule._preparer.quantized._copies) == 2, "what is of no use any more is gone"  # type: ignore[attr-defined]
+    assert len(fast.serving._preparer.quantized._copies) == 2, "what is of no use any more is gone"  # type: ignore[attr-defined]
     assert_right(fast, after, X[:1])
     assert {p for program in fast.schedule.programs for p in copies_of(program)} == new, "nothing is made again"
 

@@ -103,7 +103,7 @@ def test_the_step_appends_in_place_and_attends_to_the_cache(pair: tuple[Any, Opt
     names = [str(node.target) for node in step.graph.nodes]
     assert sum("rope_append" in name for name in names) == 2
     assert sum("cached_attention" in name for name in names) == 2
-    assert all(slot.in_place for slot in fast.schedule._prepared[1].executable.slots if slot.op.donates)  # type: ignore[attr-defined]
+    assert all(slot.in_place for slot in fast.serving._prepared[1].executable.slots if slot.op.donates)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

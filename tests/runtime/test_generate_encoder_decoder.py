@@ -70,7 +70,7 @@ def test_a_step_attends_to_both_caches_and_runs_no_encoder(pair: tuple[Any, Opti
     assert all("padding_bias" in bias for bias in biases), "a bias of zeros costs time"
     assert not any("encoder.block" in str(node.target) for node in step.nodes)
     assert any("encoder.block" in str(node.target) for node in prompt.nodes)
-    slots = fast.schedule._prepared[1].executable.slots  # type: ignore[attr-defined]
+    slots = fast.serving._prepared[1].executable.slots  # type: ignore[attr-defined]
     assert all(slot.in_place for slot in slots if slot.op.donates)
 
 

@@ -134,9 +134,9 @@ def sweep_model(
     eager = copy_of(loaded)
     update(f"optimizing {loaded.name}")
     fast = burnish.optimize(loaded.model, loaded.args, loaded.kwargs, impls=impls, cache=cache)
-    if not fast.schedule.programs:  # type: ignore[attr-defined]
+    if not fast.schedule.programs:
         raise ModelError(f"{loaded.name} cannot be captured: {fast.report().served[0].kept_original}")
-    program = fast.schedule.program  # type: ignore[attr-defined]
+    program = fast.schedule.program
     axis = axis_of(program, loaded.args, loaded.kwargs)
     if axis is None:
         raise ModelError(f"--sizes: {loaded.name} has no size that is free to choose")

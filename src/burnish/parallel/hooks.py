@@ -119,6 +119,9 @@ def syncs_of(module: nn.Module) -> list[Sync]:
 
 def group_names_of(model: nn.Module) -> Iterator[str]:
     """The groups among which modules of the model are divided, or synchronized."""
+    for parameter in model.parameters():
+        if (shard := shard_of(parameter)) is not None:
+            yield shard.group_name
     for module in model.modules():
         if isinstance(module, (ColumnParallel, RowParallel, VocabParallel)):
             yield module.group_name

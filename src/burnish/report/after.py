@@ -28,7 +28,7 @@ from burnish.report.rows import Rows, Seen, folding_of, rows_of
 from burnish.report.sizes import work_on_fakes
 from burnish.report.timing import in_turns
 from burnish.runtime.module import Call, OptimizedModule
-from burnish.schedule import Schedule, Served, check_call
+from burnish.serving import Served, Serving, check_call
 from burnish.tuning import Tuner
 
 _SECONDS = 2.0
@@ -42,36 +42,36 @@ def report_on(fast: OptimizedModule, args: tuple[Any, ...], kwargs: dict[str, An
 
     TypeError for a bad argument; the model's own error for inputs that do not fit.
     """
-    schedule: Schedule = fast.schedule  # type: ignore[assignment]
-    check_call(schedule.model, args, kwargs)
+    serving: Serving = fast.serving  # type: ignore[assignment]
+    check_call(serving.model, args, kwargs)
     if before is not None and (not isinstance(before, Report) or before.explanation is None):
         raise TypeError("before: the Report of burnish.explain on the same inputs is needed")
     refuse_caches(args, kwargs)
     with torch.no_grad():
         fast(*args, **kwargs)  # sets up what serves such calls
         call = fast._call(args, kwargs)
-        prepared = schedule.prepared_for(call) if call is not None else None
-        served = schedule.served_for(call) if call is not None else None
+        prepared = serving.prepared_for(call) if call is not None else None
+        served = serving.served_for(call) if call is not None else None
         if call is None or prepared is None or served is None:
-            return schedule.report()
-        known = before or explain(schedule.model, args, kwargs, rewrites=schedule.settings.rewrites)
+            return serving.report()
+        known = before or explain(serving.model, args, kwargs, rewrites=serving.settings.rewrites)
         assert known.explanation is not None
         run = functools.partial(fast, *args, **kwargs)
-        return schedule.report(_with_after(known.explanation, schedule, prepared, served, call, run))
+        return serving.report(_with_after(known.explanation, serving, prepared, served, call, run))
 
 
 def _with_after(
     before: Explanation,
-    schedule: Schedule,
+    serving: Serving,
     prepared: Prepared,
     served: Served,
     call: Call,
     run: Callable[[], Any],
 ) -> Explanation:
-    where = device_of(schedule.model, call.leaves)
+    where = device_of(serving.model, call.leaves)
     graph_module = prepared.program.graph_module
     slots = {slot.origin: slot for slot in prepared.executable.slots}
-    chosen = {slot.name: _Chosen(slot, prepared, schedule.tuner) for slot in prepared.executable.slots}
+    chosen = {slot.name: _Chosen(slot, prepared, serving.tuner) for slot in prepared.executable.slots}
     functions: dict[fx.Node, Callable[..., Any]] = {}
     impls: dict[fx.Node, str] = {}
     for node in graph_module.graph.nodes:
@@ -80,9 +80,9 @@ def _with_after(
             impls[node] = served.choices[slot.name].candidate
         elif node.target in METHOD_OF:
             functions[node] = METHOD_OF[node.target]
-    version, why_not = "optimized", _why_no_graph(schedule, served)
+    version, why_not = "optimized", _why_no_graph(serving, served)
     if served.kept_original is not None:
-        version, run = NOT_IN_USE, functools.partial(prepared.bind(chosen, schedule.model), call)
+        version, run = NOT_IN_USE, functools.partial(prepared.bind(chosen, serving.model), call)
     seen, times, notes = measure(
         graph_module, functions, call.leaves, run, where=where, seconds=_SECONDS, cuda_graph=not why_not
     )
@@ -107,9 +107,9 @@ def _with_after(
     profile = profile_of(version, here.label, seen, rows, costs, times)
     if served.kept_original is not None:
         notes = (f"The original serves these calls: {served.kept_original}.", *notes)
-    original = functools.partial(schedule.model, *call.args, **call.kwargs)
+    original = functools.partial(serving.model, *call.args, **call.kwargs)
     in_turns_us = in_turns((original, run), cuda=where.type == "cuda", seconds=_SECONDS / 4)
-    notes = (*notes, *notes_on(profile, times, schedule.model), *_drifted(before.before.end_to_end_us, *in_turns_us))
+    notes = (*notes, *notes_on(profile, times, serving.model), *_drifted(before.before.end_to_end_us, *in_turns_us))
     notes = (*notes, *_moved(before.before, profile, fusions, names, rows))
     opportunities = with_measured(before.opportunities, fusions, captured, names, seen)
     return replace(
@@ -155,13 +155,13 @@ def _moved(before: Profile, after: Profile, fusions: Iterable[Fusion], old: Rows
     ]
 
 
-def _why_no_graph(schedule: Schedule, served: Served) -> str:
+def _why_no_graph(serving: Serving, served: Served) -> str:
     """Why no CUDA graph serves these calls; empty where one does."""
     if served.kept_original is not None:
         return f"the original serves these calls: {served.kept_original}"
     if served.cuda_graph:
         return ""
-    never = schedule.settings.cuda_graphs == "never"
+    never = serving.settings.cuda_graphs == "never"
     return served.not_captured or ("cuda_graphs is 'never'" if never else "the model is in training mode")
 
 

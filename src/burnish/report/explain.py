@@ -15,6 +15,7 @@ from burnish.capture import Program, capture
 from burnish.graph.show import describe_value
 from burnish.hardware import device
 from burnish.lower import Executable
+from burnish.parallel.agreement import Agreement
 from burnish.report.as_called import AttentionCalls, attention_nodes
 from burnish.report.data import Explanation, GraphPicture, Opportunity, Profile, Span
 from burnish.report.fold import Folding
@@ -30,7 +31,7 @@ from burnish.report.timing import Times
 from burnish.rewrites import Rewrite, check_rewrites
 from burnish.runtime.cuda_graph import why_not_captured
 from burnish.runtime.module import OptimizedModule
-from burnish.schedule import check_call
+from burnish.serving import check_call
 from burnish.verify import random_node
 
 Progress = Callable[[str], None]
@@ -67,6 +68,10 @@ def explain(
     if isinstance(model, OptimizedModule):
         raise TypeError("model: this one is optimized already; its report(args, kwargs) tells what that brought")
     check_rewrites(rewrites)
+    agreement = Agreement()
+    agreement.join_model(model)
+    if agreement.is_shared and target is None:
+        raise ValueError("model: it is divided among ranks, which do not time their parts in step; give target=")
     kwargs = dict(kwargs or {})
     with torch.no_grad(), nothing_changed(model):
         if target is not None:

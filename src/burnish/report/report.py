@@ -14,7 +14,7 @@ from burnish.report.data import Explanation, Profile
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
-    from burnish.schedule import Schedule
+    from burnish.serving import Serving
 
 SCHEMA = 4
 _WIDTH = 100
@@ -29,18 +29,18 @@ class Report:
 
     Attributes:
         explanation: the profiles, and what can be fused or was; None where nothing was profiled.
-        history, served, verifications, quantizations, perplexity: the Schedule's; empty where nothing was optimized.
+        history, served, verifications, quantizations, perplexity: the Serving's; empty where nothing was optimized.
     """
 
-    def __init__(self, schedule: Schedule | None = None, explanation: Explanation | None = None) -> None:
+    def __init__(self, serving: Serving | None = None, explanation: Explanation | None = None) -> None:
         self.explanation = explanation
-        self.model = type(schedule.model).__name__ if schedule is not None else explanation.model if explanation else ""
-        self._optimized = schedule is not None
-        self.history = list(schedule.history) if schedule else []
-        self.served = list(schedule.served) if schedule else []
-        self.verifications = schedule.verifications if schedule else []
-        self.quantizations = list(schedule.quantizations) if schedule else []
-        self.perplexity = schedule.perplexity if schedule else None
+        self.model = type(serving.model).__name__ if serving is not None else explanation.model if explanation else ""
+        self._optimized = serving is not None
+        self.history = list(serving.history) if serving else []
+        self.served = list(serving.served) if serving else []
+        self.verifications = serving.verifications if serving else []
+        self.quantizations = list(serving.quantizations) if serving else []
+        self.perplexity = serving.perplexity if serving else None
 
     # --- data -------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from burnish.rewrites.raise_linear import LINEAR
 from burnish.rewrites.raise_norm import NORM
 from burnish.rewrites.raise_rope import ROPE
 from burnish.rewrites.raise_rope_tables import ROPE_TABLES
-from burnish.rewrites.rewrite import GraphPass, Outcome, Rewrite, apply
+from burnish.rewrites.rewrite import GraphPass, Outcome, Rewrite, apply, family
 from burnish.rewrites.share_masks import read_boolean_masks, read_integer_masks, share_padding_masks
 
 # Ops lay their results out so that copies made after them are none: a second cleaning finds those.
@@ -33,4 +33,4 @@ FUSE: list[Rewrite | GraphPass] = [
 ]
 
 
-__all__ = ["FUSE", "RAISE", "GraphPass", "Rewrite", "apply", "check_rewrites", "own"]
+__all__ = ["FUSE", "RAISE", "GraphPass", "Rewrite", "apply", "check_rewrites", "family", "own"]

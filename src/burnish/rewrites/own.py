@@ -25,7 +25,7 @@ def check_rewrites(rewrites: Any) -> None:
             raise TypeError(f"rewrites[{i}]: a burnish.Rewrite is needed, not {type(rewrite).__name__}")
 
 
-def own(rewrites: Iterable[Rewrite]) -> list[Rewrite | GraphPass]:
+def own(rewrites: Iterable[Rewrite | GraphPass]) -> list[Rewrite | GraphPass]:
     """The user's rewrites as a step, to be run before RAISE."""
     return [*rewrites, GraphPass("in ATen", written_in_aten)]
 

@@ -115,16 +115,16 @@ def apply(
             matches[rewrite.name] += len(found)
             misses += [_near_miss(rewrite.name, text) for _, text in found.refused]
             if not found and found.near_misses:
-                family, miss = _family(rewrite.name), found.near_misses[0]
-                if family not in nearest or miss.matched > nearest[family][0].matched:
-                    nearest[family] = miss, _near_miss(rewrite.name, miss.reason)
+                op, miss = family(rewrite.name), found.near_misses[0]
+                if op not in nearest or miss.matched > nearest[op][0].matched:
+                    nearest[op] = miss, _near_miss(rewrite.name, miss.reason)
             if watch is not None:
                 watch(rewrite, found, pattern)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     record.matches = {key: count for key, count in matches.items() if count}
-    families, sizes = set(map(_family, record.matches)), names_of_sizes(graph_module.graph)
-    misses += [told for family, (miss, told) in nearest.items() if not _is_taken(miss, family in families)]
+    families, sizes = set(map(family, record.matches)), names_of_sizes(graph_module.graph)
+    misses += [told for op, (miss, told) in nearest.items() if not _is_taken(miss, op in families)]
     record.near_misses = together(replace(miss, reason=renamed(miss.reason, sizes.get)) for miss in misses)
     record.nodes_after = len(graph_module.graph.nodes)
     record.seconds = time.perf_counter() - started
@@ -139,7 +139,7 @@ def _near_miss(rewrite: str, text: str) -> NearMiss:
     return NearMiss(rewrite, reason.removeprefix("guard: "), (node,))
 
 
-def _family(rewrite: str) -> str:
+def family(rewrite: str) -> str:
     """Of "attention: softmax, times" the Op, which has other spellings."""
     return rewrite.partition(":")[0]
 

@@ -145,7 +145,7 @@ def _generated(
     if strings and tokenizer is None:
         raise ValueError("stop_strings need the tokenizer: generate(..., tokenizer=tokenizer)")
     if seed is None:  # one for all ranks of a divided model
-        seed = model.schedule.agreement.first(int(torch.randint(2**62, ())))  # type: ignore[attr-defined]
+        seed = model.serving.agreement.first(int(torch.randint(2**62, ())))  # type: ignore[attr-defined]
     room = max(length + new, config.max_cache_len or 0)
     with torch.no_grad(), _session(model, prompt, room, sampling) as session:
         endings = Endings(session, length, strings, tokenizer, at_once=streamer is not None)

@@ -57,7 +57,10 @@ class Entry(Protocol):
 
 
 class Resolver(Protocol):
-    """Who makes entries; the schedule, for an optimized model."""
+    """Who makes entries, and knows what they are made by."""
+
+    @property
+    def schedule(self) -> Any: ...
 
     def entry(self, call: Call, differentiable: bool) -> tuple[Entry, Any]: ...
 
@@ -74,7 +77,7 @@ class OptimizedModule(nn.Module):
     (`fast.config`, `fast.generate`, ...).
 
     Attributes:
-        schedule: what was done, step by step.
+        serving: what makes and keeps what serves the calls.
     """
 
     def __init__(self, model: nn.Module, resolver: Resolver) -> None:
@@ -83,7 +86,7 @@ class OptimizedModule(nn.Module):
         # The same dictionaries, so that names, state_dict, .to() and in-place updates are the model's own.
         self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
         self.__dict__["_non_persistent_buffers_set"] = model._non_persistent_buffers_set
-        self.schedule = resolver
+        self.serving = resolver
         self._lock = threading.RLock()
         self._entries: dict[Any, Entry] = {}
         self._names = _positional_names(model)
@@ -111,7 +114,19 @@ class OptimizedModule(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy (or what is unpickled) has a model of its own and is optimized anew at its first call."""
-        return type(self), (self._original, self.schedule)
+        return type(self), (self._original, self.serving)
+
+    @property
+    def schedule(self) -> Any:
+        """The `burnish.Schedule` of what was done, step by step: to be inspected, undone in part, and continued."""
+        return self.serving.schedule
+
+    def forget(self) -> None:
+        """Serves the next calls from scratch: captured, tuned and verified anew."""
+        with self._lock:
+            self._entries.clear()
+            self.__dict__["_parameter_list"] = list(self._original.parameters())
+            self.serving.forget()
 
     def report(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, before: Any = None) -> Any:
         """What was done: a `burnish.report.Report`, at once. With the inputs of a call, also what it costs: the model
@@ -122,8 +137,8 @@ class OptimizedModule(nn.Module):
                 weights that `optimize` may have laid out anew.
         """
         if isinstance(args, tuple) and not args and not kwargs:
-            return self.schedule.report()  # type: ignore[attr-defined]
-        if self.schedule.agreement.is_shared:  # type: ignore[attr-defined]
+            return self.serving.report()  # type: ignore[attr-defined]
+        if self.serving.agreement.is_shared:  # type: ignore[attr-defined]
             raise ValueError(
                 "args: a model that is divided among ranks is not timed op by op; report() says what was done"
             )
@@ -165,10 +180,7 @@ class OptimizedModule(nn.Module):
             result = entry(call)
             if result is not STALE:
                 return result
-            with self._lock:
-                self._entries.clear()
-                self.__dict__["_parameter_list"] = list(self._original.parameters())
-                self.schedule.forget()
+            self.forget()
         return self._original(
             *args, **kwargs
         )  # someone else keeps moving the weights: two optimized versions of one model, say
@@ -177,7 +189,7 @@ class OptimizedModule(nn.Module):
         with self._lock:
             if key in self._entries:
                 return self._entries[key], STALE
-            entry, result = self.schedule.entry(call, differentiable)
+            entry, result = self.serving.entry(call, differentiable)
             while len(self._entries) >= MAX_ENTRIES:
                 self._entries.pop(next(iter(self._entries)))
             self._entries[key] = entry

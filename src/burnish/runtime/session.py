@@ -250,7 +250,7 @@ class Session:
         """The Op by the Impl that is fastest here: all its calls are alike."""
         if op.name not in self._functions:
             op.check(*args)
-            tuner: Tuner = self.model.schedule.tuner  # type: ignore[attr-defined]  # a Resolver is a Schedule here
+            tuner: Tuner = self.model.serving.tuner  # type: ignore[attr-defined]  # a Resolver is a Serving here
             chosen = tuner.choose(op, args, budget_us=Tuner.FIRST_BUDGET_US, thorough=True)
             self._functions[op.name], _ = chosen
         return self._functions[op.name](*args)

@@ -8,6 +8,7 @@ from burnish.scheduling.fused_linears import FusedLinears
 from burnish.scheduling.primitives import PRIMITIVES, Primitive, register
 from burnish.scheduling.schedule import Group, Schedule, create_schedule
 from burnish.scheduling.step import History, Step
+from burnish.scheduling.verifying import VerificationError, Verified
 
 __all__ = [
     "PRIMITIVES",
@@ -17,6 +18,8 @@ __all__ = [
     "Primitive",
     "Schedule",
     "Step",
+    "VerificationError",
+    "Verified",
     "create_schedule",
     "register",
 ]

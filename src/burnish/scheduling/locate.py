@@ -7,6 +7,7 @@ carried over: its nodes are told by who calls what for the how manieth time, and
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,8 @@ from burnish.scheduling.tracer import PARENT, Known
 from burnish.scheduling.tracing import TracedModule, trace_variants
 from burnish.scheduling.tree import Tree, common_path, join
 
-_Key = tuple[str, str, Any]  # whose forward makes the call, node.op, the target with its whole path
+# Whose forward makes the call, node.op, the target with its whole path; for an element also of what it is one, and which.
+_Key = tuple[Any, ...]
 
 
 @dataclass
@@ -184,6 +186,8 @@ class _Numbered:
                 continue
             target = join(root, str(node.target)) if node.op in ("call_module", "get_attr") else node.target
             keys[node] = (join(root, node.meta[PARENT]), node.op, target)
+            if target is operator.getitem:  # a submodule kept whole has its results unpacked, an inlined one has not
+                keys[node] += (keys.get(node.args[0]), str(node.args[1]))
             by_key.setdefault(keys[node], []).append(node)
         return cls(keys, by_key)
 

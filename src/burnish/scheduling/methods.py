@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from burnish.quantize import Kind
+from burnish.rewrites import Rewrite
 from burnish.scheduling.primitives import (
     Annotate,
     Checkpoint,
+    CutPipelineStage,
     Decompose,
     Fuse,
+    Optimize,
     Primitive,
+    Quantize,
     Replace,
     ReplaceAll,
+    Shard,
+    Sync,
+    TensorParallel,
     Trace,
 )
 from burnish.scheduling.step import Step
+from burnish.tuning import CacheMode
 
 
 class Methods(ABC):
@@ -74,6 +84,64 @@ class Methods(ABC):
         """Recomputes the module's activations in the backward pass instead of keeping them."""
         return self.apply(Checkpoint())
 
+    def optimize(
+        self,
+        *,
+        verify: bool = True,
+        impls: Mapping[str, str] | None = None,
+        cache: CacheMode = "readwrite",
+        cuda_graphs: str = "auto",
+        static_outputs: bool = False,
+        quantize: Kind | None = None,
+        rewrites: Sequence[Rewrite] = (),
+        without: Sequence[str] = (),
+    ) -> Step:
+        """Has `build` give a model as `burnish.optimize` does, whose arguments these are.
+
+        Args:
+            without: default steps ("raise", "fuse", "pack") and rewrites, by name, that are to be left out.
+        """
+        given = Optimize(
+            verify, dict(impls or {}), cache, cuda_graphs, static_outputs, quantize, tuple(rewrites), tuple(without)
+        )
+        return self.apply(given)
+
     def annotate(self, name: str, value: Any) -> Step:
         """Writes a note on the module: `sch.annotations[name]` is then `value`."""
         return self.apply(Annotate(name, value))
+
+    def quantize(self, kind: Kind = "int8") -> Step:
+        """Stores the weights of the module's Linears in 8 or 4 bits: "int8", "int4" or "fp8". For inference."""
+        return self.apply(Quantize(kind))
+
+    def shard(self, name: str, axis: int, mesh: Any = None) -> Step:
+        """Cuts a parameter, so that each rank of torch.distributed holds its slice.
+
+        Args:
+            name: of the parameter, such as "weight".
+            axis: 0 for output features of a Linear's weight (and its bias), 1 for input features.
+            mesh: among whom: a DeviceMesh of one dimension, a process group, or None for all processes.
+
+        Raises ValueError where its size does not divide.
+        """
+        return self.apply(Shard(name, axis, mesh))
+
+    def sync(self, when: str, op: str, mesh: Any = None, *, axis: int | None = None) -> Step:
+        """Has a collective done before or behind the module; `burnish.parallel.sync` has a table of all.
+
+        Args:
+            when: "fwd_post" (the result), "fwd_pre" (the input), "bwd_post" (the gradient of the input).
+            op: "all_reduce", "all_gather", "reduce_scatter" or "own_slice".
+        """
+        return self.apply(Sync(when, op, mesh, axis))
+
+    def tensor_parallel(
+        self, mesh: Any = None, plan: Mapping[str, str] | None = None, *, sequence_parallel: bool = False
+    ) -> Step:
+        """Divides the module among the ranks by its plan (Hugging Face's, `plan`, or by its layers' names), with the
+        collectives that it needs. See `burnish.parallel.tensor_parallel`; the model that was given stays whole."""
+        return self.apply(TensorParallel(mesh, plan, sequence_parallel))
+
+    def cut_pipeline_stage(self) -> Step:
+        """Ends a stage of a pipeline behind the module; `build_pipeline` splits the model there."""
+        return self.apply(CutPipelineStage())

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
+from burnish.capture import Program
+from burnish.quantized_weights import Quantization
 from burnish.scheduling.calls import Calls, ExampleInputs
 from burnish.scheduling.clone import structural_clone
 from burnish.scheduling.find import Query, find
 from burnish.scheduling.methods import Methods
 from burnish.scheduling.primitives import Primitive
 from burnish.scheduling.primitives.annotate import ATTRIBUTE
+from burnish.scheduling.primitives.optimize import Optimize
 from burnish.scheduling.snapshot import Snapshot
 from burnish.scheduling.state_dict import keep_names, named_tensors
 from burnish.scheduling.step import History, Step, arguments_of
 from burnish.scheduling.tracer import Known
 from burnish.scheduling.tree import Tree, join
+from burnish.scheduling.whole_model import WholeModel
+from burnish.serving import Served, Serving, Settings
+from burnish.verify import Verification
 
 
 def create_schedule(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None) -> Schedule:
@@ -46,6 +52,7 @@ class Work:
     Attributes:
         original: the user's model, as it was given.
         names: the names of its weights.
+        after_step: called after each step that was applied.
     """
 
     original: nn.Module
@@ -53,7 +60,21 @@ class Work:
     example_inputs: ExampleInputs | None
     names: dict[str, Tensor]
     history: History = field(default_factory=History)
+    serving: Serving | None = None
+    after_step: Callable[[Step], None] | None = None
+    _is_shared: bool = False
     _calls: Calls | None = None
+
+    @property
+    def settings(self) -> Settings | None:
+        """Of the step "optimize"; None where there is none."""
+        found = next((step for step in self.history if step.name == Optimize.verb), None)
+        return None if found is None else Settings(**found.arguments)
+
+    def own_the_tree(self) -> None:
+        """From now on the tree is a copy, where it was the user's model: somebody else's serving runs that."""
+        if self._is_shared:
+            self.tree, self._is_shared = Tree(structural_clone(self.original)), False
 
     def known_call(self, module: nn.Module) -> Known | None:
         """What the example inputs tell of the calls of a module; None without them, or where it is not called."""
@@ -66,6 +87,7 @@ class Work:
     def run(self, primitive: Primitive, path: str, members: Sequence[Schedule]) -> Step:
         """Applies a primitive to the members as one step, or raises and leaves all as it was."""
         started = time.perf_counter()
+        self.own_the_tree()
         before, names = Snapshot.take(self.tree), set(self.tree.names())
         step = Step(primitive.verb, path, arguments_of(primitive), before=before)
         try:
@@ -81,10 +103,12 @@ class Work:
         step.seconds = time.perf_counter() - started
         self.history.append(step)
         self._calls = None
+        if self.after_step is not None:
+            self.after_step(step)
         return step
 
 
-class Schedule(Methods):
+class Schedule(Methods, WholeModel):
     """A part of a model, and the steps applied to it.
 
     `sch["layers.0.mlp"]` is the Schedule of that submodule, with the same history; `"layers.0" in sch` asks whether
@@ -94,6 +118,15 @@ class Schedule(Methods):
     def __init__(self, work: Work, path: str) -> None:
         self._work = work
         self.path = path
+
+    @classmethod
+    def of(cls, serving: Serving) -> Schedule:
+        """That of a model which was optimized: with one step so far."""
+        model, settings = serving.model, serving.settings
+        work = Work(model, Tree(model), None, named_tensors(model), serving=serving, _is_shared=True)
+        given = {f.name: getattr(settings, f.name) for f in fields(settings)}
+        work.history.append(Step(Optimize.verb, "", arguments_of(Optimize(**given)), 1))
+        return cls(work, "")
 
     # --- the module -------------------------------------------------------------------------------------------------
 
@@ -188,28 +221,43 @@ class Schedule(Methods):
 
     @property
     def history(self) -> History:
-        """The steps so far, of the whole model. Print it."""
-        return self._work.history
+        """The steps so far, of the whole model; in the place of `optimize` what its default steps did. Print it."""
+        steps, served = self._work.history, self._work.serving
+        if served is None or not served.history:
+            return steps
+        return History(part for s in steps for part in (served.history if s.name == Optimize.verb else [s]))
 
     def code(self) -> str:
         """A Python program that applies the same steps to `model`; `...` stands for what cannot be written."""
-        return self.history.code()
+        return self._work.history.code()
 
-    def undo(self, n: int = 1) -> list[Step]:
+    def undo(self, n: int | str = 1) -> list[Step]:
         """Takes back the last `n` steps, of the whole model. Returns them, the first one first.
 
         Weights that were trained since keep their values, except merged ones: these are again the parameters that they
         were made of.
+
+        Args:
+            n: how many; or, of an optimized model, the name of a default step ("raise", "fuse", "pack") or of a rewrite
+                in the history ("linear_add_norm"; "attention" for all its spellings): the model that was optimized, and
+                those that are built later, do without it.
+
+        Raises ValueError for what is not there.
         """
         history = self._work.history
+        if isinstance(n, str):
+            self._leave_out(n)
+            return []
         if not isinstance(n, int) or not 0 <= n <= len(history):
             raise ValueError(f"undo: n must be between 0 and {len(history)}, the number of steps, got {n!r}")
         undone = history[len(history) - n :]
         if undone:
-            assert undone[0].before is not None
-            undone[0].before.restore()
+            before = next((step.before for step in undone if step.before is not None), None)
+            if before is not None:  # the step of a model that was optimized changed no module
+                before.restore()
             del history[len(history) - n :]
             self._work._calls = None
+            self._work.serving = None if self.settings is None else self._work.serving
         return undone
 
     def build(self) -> nn.Module:
@@ -218,11 +266,65 @@ class Schedule(Methods):
         It shares its weights with the model, merged ones excepted. `state_dict()` has the model's names, and
         `load_state_dict` takes the model's checkpoints; merged weights are there as views of their parts.
         """
+        settings = None if self.path else self.settings
         built = structural_clone(self.mod)
         prefix = f"{self.path}." if self.path else ""
         names = {n[len(prefix) :]: tensor for n, tensor in self._work.names.items() if n.startswith(prefix)}
         keep_names(built, names)
-        return built
+        if settings is None:
+            return built
+        self._work.serving = Serving(built, settings, self)
+        return self._work.serving.build()
+
+    def _leave_out(self, name: str) -> None:
+        step = next((step for step in self._work.history if step.name == Optimize.verb), None)
+        if step is None:
+            raise ValueError(f"undo: {name!r} would be one of the default steps, and optimize() is not among the steps")
+        serving = self._work.serving or Serving(self.mod, Settings(**step.arguments), self)
+        serving.leave_out(name)
+        step.arguments["without"] = serving.settings.without
+
+    # --- of the step "optimize" ---------------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> Settings | None:
+        """The arguments of the step "optimize"; None where there is none."""
+        return self._work.settings
+
+    @property
+    def program(self) -> Program:
+        """The first captured Program. ValueError where nothing is optimized, or called yet."""
+        return self._served().program
+
+    @property
+    def programs(self) -> list[Program]:
+        """All Programs, in the order in which they were captured."""
+        return self._served().programs
+
+    @property
+    def served(self) -> list[Served]:
+        """How each signature is served."""
+        return self._served().served
+
+    @property
+    def verifications(self) -> list[Verification]:
+        """What was verified, for each Program that was."""
+        return self._served().verifications
+
+    @property
+    def quantizations(self) -> list[Quantization]:
+        """What was quantized, for each Program."""
+        return self._served().quantizations
+
+    @property
+    def perplexity(self) -> tuple[float, float] | None:
+        """Before and after quantizing, where `burnish.perplexity_change` measured it."""
+        return self._served().perplexity
+
+    def _served(self) -> Serving:
+        if self._work.serving is None:
+            raise ValueError("nothing is optimized: call sch.optimize(), and the model that sch.build() gives")
+        return self._work.serving
 
 
 class Group(Methods):

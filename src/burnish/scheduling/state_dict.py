@@ -135,6 +135,23 @@ def keep_names(built: nn.Module, original: Mapping[str, Tensor]) -> None:
     built.register_load_state_dict_pre_hook(names.read)
 
 
+def places_of(module: nn.Module, original: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, slice | None]]:
+    """For each name of `original` the tensor of `module` that has its values now, and the rows of it (None: all). A
+    weight that is gone is left out; one whose tensor is another now, under its old name, is that."""
+    now = named_tensors(module)
+    present = {id(tensor) for tensor in now.values()}
+    merged = _merged(module)
+    found: dict[str, tuple[Tensor, slice | None]] = {}
+    for name, tensor in original.items():
+        if id(tensor) in present:
+            found[name] = (tensor, None)
+        elif (source := merged.get(id(tensor))) is not None:
+            found[name] = (now[source.name], source.rows)
+        elif name in now:
+            found[name] = (now[name], None)
+    return found
+
+
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, tied ones under each name."""
     found: dict[str, Tensor] = {}

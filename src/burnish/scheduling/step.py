@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from burnish.record import StepRecord
 from burnish.scheduling.find import Origin
 from burnish.scheduling.snapshot import Snapshot
 
@@ -29,6 +30,7 @@ class Step:
         seconds: how long it took.
         added, removed: paths of modules that are, or are no longer, in the model since.
         numerics: lines on what was verified; empty where nothing was.
+        verified: whether the model was found right after it.
     """
 
     primitive: str
@@ -39,7 +41,12 @@ class Step:
     added: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     numerics: list[str] = field(default_factory=list)
+    verified: bool = field(default=False, repr=False, compare=False)
     before: Snapshot | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        return self.primitive
 
     def code(self) -> str:
         """The Python that repeats the step on a Schedule called `sch`; `...` where an argument cannot be written."""
@@ -57,21 +64,19 @@ class Step:
         return "\n".join([f"{self.primitive} in {where}: {count}, {self.seconds * 1e3:.0f} ms", *self.numerics])
 
 
-class History(list[Step]):
-    """The steps, in order. Print it."""
+class History(list[Any]):
+    """The Steps, in order; in the place of `optimize` the StepRecords of the default steps that ran. Print it."""
 
     def __str__(self) -> str:
         if not self:
             return "no steps yet"
-        width = max(len(step.primitive) for step in self)
-        where = max(len(step.path or "the model") for step in self)
+        places = [getattr(step, "path", "") or "the model" for step in self]
+        width, where = max(len(step.name) for step in self), max(map(len, places))
         lines = []
-        for number, step in enumerate(self, 1):
-            count = f"{step.matches} match{' ' if step.matches == 1 else 'es'}"
-            place = step.path or "the model"
-            line = (
-                f"{number:>2}  {step.primitive:<{width}}  {place:<{where}}  {count:>10}  {step.seconds * 1e3:>6.0f} ms"
-            )
+        for number, (step, place) in enumerate(zip(self, places, strict=True), 1):
+            matches = sum(step.matches.values()) if isinstance(step, StepRecord) else step.matches
+            count = f"{matches} match{' ' if matches == 1 else 'es'}"
+            line = f"{number:>2}  {step.name:<{width}}  {place:<{where}}  {count:>10}  {step.seconds * 1e3:>6.0f} ms"
             lines += [line, *(f"    {text}" for text in step.numerics)]
         return "\n".join(lines)
 
@@ -85,8 +90,13 @@ class History(list[Step]):
 
 def arguments_of(primitive: Any) -> dict[str, Any]:
     """The fields of a primitive that are not their defaults."""
-    given = {f.name: (getattr(primitive, f.name), f.default) for f in dataclasses.fields(primitive)}
+    given = {f.name: (getattr(primitive, f.name), _default(f)) for f in dataclasses.fields(primitive)}
     return {name: value for name, (value, default) in given.items() if value is not default and value != default}
+
+
+def _default(argument: dataclasses.Field[Any]) -> Any:
+    made = argument.default_factory
+    return argument.default if made is dataclasses.MISSING else made()
 
 
 def _schedule(path: str) -> str:

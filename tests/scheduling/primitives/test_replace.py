@@ -443,3 +443,54 @@ def test_a_function_reads_sizes_and_not_those_of_the_example():
     sch.replace(merged, lambda x: x.permute(0, 2, 1, 3).flatten(2))
     for shape in ((2, 5, 32), (3, 7, 32)):
         assert_same_outputs(sch.build(), model, torch.randn(shape))
+
+
+class SinCos(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(torch.cos(x))
+
+
+def test_back_to_back_matches_by_modules_and_functions():
+    class Chain(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(torch.cos(torch.sin(torch.cos(x))))
+
+    for new in (SinCos(), lambda x: torch.sin(torch.cos(x) * 1)):
+        sch = burnish.create_schedule(Chain())
+        assert sch.replace(new, lambda x: torch.sin(torch.cos(x))).matches == 2
+        assert_same_outputs(sch.build(), Chain(), torch.randn(3))
+
+
+def test_a_pattern_with_two_results():
+    class Gate(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            total = x + y
+            return torch.sigmoid(total) * total
+
+    class Fused(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return x + y, torch.sigmoid(x + y)
+
+    def pattern(x, y):
+        total = x + y
+        return total, torch.sigmoid(total)
+
+    inputs = torch.randn(3), torch.randn(3)
+    for new in (Fused(), lambda x, y: Fused().forward(x, y)):
+        sch = burnish.create_schedule(Gate())
+        assert sch.replace(new, pattern).matches == 1
+        assert_same_outputs(sch.build(), Gate(), *inputs)
+
+
+def test_replaced_in_train_mode_the_rest_keeps_its_modes():
+    model = Attention().train()
+    model.proj.dropout.eval()
+    sch = burnish.create_schedule(model)
+    sch.replace(FusedLinears.with_tail(heads), projection)
+    sch["proj.dense"].decompose()
+    sch["proj"].fuse(lambda x, y: call_module("dropout", x) + y, "none")
+    modes = {path: module.training for path, module in sch.mod.named_modules()}
+    assert modes["self_attn"]
+    assert modes["self_attn.FusedLinears_0"]
+    assert modes["proj.dense"]
+    assert not modes["proj.Fused_0.body.dropout"]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def _burnish(body: nn.Module) -> Callable[..., Any]:
-    from burnish.schedule import optimize
+    from burnish.serving import optimize
 
     return optimize(body)
 

@@ -1,16 +1,17 @@
-"""`Schedule`: a model and the steps applied to it. `optimize()` is a Schedule that runs the default steps at the first
-call.
+"""`Serving`: the default steps of `optimize()`, run at the first call, and what serves the calls after it.
 
-A Schedule captures one Program for each structure of inputs (dtype, rank, None-ness, train or eval), and serves every
-batch and sequence size from it: for a new size only the Impls are chosen anew.
+It captures one Program for each structure of inputs (dtype, rank, None-ness, train or eval), and serves every batch and
+sequence size from it: for a new size only the Impls are chosen anew.
 """
 
 from __future__ import annotations
 
+import difflib
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,12 +26,12 @@ from burnish.choose import choose_by_measuring, choose_differentiable, choose_fo
 from burnish.in_model import ModelContest, choose_in_model
 from burnish.op import find_impl
 from burnish.parallel.agreement import Agreement
-from burnish.prepare import GraphEntry, PlainEntry, Prepared, Preparer
+from burnish.prepare import DEFAULT_STEPS, GraphEntry, PlainEntry, Prepared, Preparer
 from burnish.program_cache import ProgramCache
 from burnish.quantize import Kind
 from burnish.quantized_weights import Quantization, check_kind
 from burnish.record import StepRecord
-from burnish.rewrites import Rewrite, check_rewrites
+from burnish.rewrites import FUSE, RAISE, Rewrite, check_rewrites, family
 from burnish.runtime.cuda_graph import GraphPool, why_not_captured
 from burnish.runtime.module import STALE, Call, Entry, OptimizedModule, original_entry
 from burnish.tuning import CacheMode, Choice, Tuner
@@ -39,6 +40,7 @@ from burnish.verify import Verification, random_node
 if TYPE_CHECKING:
     from burnish.report import Report
     from burnish.report.data import Explanation
+    from burnish.scheduling import Schedule
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Settings:
     static_outputs: bool = False
     quantize: Kind | None = None
     rewrites: tuple[Rewrite, ...] = ()
+    without: tuple[str, ...] = ()  # of default steps and rewrites, by name: `Schedule.undo` of a name
 
 
 @dataclass
@@ -78,27 +81,26 @@ class Served:
     seconds: float = 0.0
 
 
-class Schedule:
+class Serving:
     """A model, its Programs, and every step that was applied to them.
 
     Attributes:
         perplexity: before and after quantizing, where `burnish.perplexity_change` measured it.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings | None = None) -> None:
+    def __init__(self, model: nn.Module, settings: Settings | None = None, schedule: Schedule | None = None) -> None:
         self.model = model
         self.settings = settings or Settings()
-        for op, impl in self.settings.impls.items():
-            find_impl(op, impl)
-        if self.settings.quantize is not None:
-            check_kind(self.settings.quantize, model)
+        check_settings(self.settings, model)
+        self._schedule = schedule
+        self._module: weakref.ref[OptimizedModule] | None = None
         self.agreement = Agreement()
         self.agreement.join_model(model)
         self.tuner = Tuner(self.settings.cache, dict(self.settings.impls), self.agreement)
         self.remembered = ProgramCache(self.settings.cache)
         self.served: list[Served] = []
         self.perplexity: tuple[float, float] | None = None
-        self._preparer = Preparer(model, self.tuner, self.settings.quantize, self.settings.rewrites)
+        self._preparer = self._new_preparer()
         self._prepared: list[Prepared] = []
         self._uncapturable: dict[Any, str] = {}
         self._graphs = GraphPool()
@@ -132,9 +134,37 @@ class Schedule:
         """What was quantized, for each Program."""
         return [prepared.quantization for prepared in self._prepared if prepared.quantization is not None]
 
+    @property
+    def schedule(self) -> Schedule:
+        """The Schedule that these steps are of."""
+        if self._schedule is None:
+            from burnish.scheduling import Schedule
+
+            self._schedule = Schedule.of(self)
+        return self._schedule
+
     def build(self) -> OptimizedModule:
-        """The model with the scheduled steps applied (at the first call, where no inputs are known yet)."""
-        return OptimizedModule(self.model, self)
+        """The model as it is served."""
+        module = OptimizedModule(self.model, self)
+        self._module = weakref.ref(module)
+        return module
+
+    def leave_out(self, name: str) -> None:
+        """Goes on without a default step or a rewrite: the next calls are captured, tuned and verified anew. ValueError
+        where there is none of that name."""
+        rewrites = [*self.settings.rewrites, *RAISE, *FUSE]
+        names = dict.fromkeys([*DEFAULT_STEPS, *(part for each in rewrites for part in (family(each.name), each.name))])
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=3) or [*DEFAULT_STEPS]
+            raise ValueError(f"undo: there is no default step and no rewrite {name!r}; there are {', '.join(near)}")
+        self.settings = replace(self.settings, without=(*self.settings.without, name))
+        self._preparer = self._new_preparer()
+        module = self._module and self._module()
+        (module or self).forget()
+
+    def _new_preparer(self) -> Preparer:
+        settings = self.settings
+        return Preparer(self.model, self.tuner, settings.quantize, settings.rewrites, settings.without)
 
     def report(self, explanation: Explanation | None = None) -> Report:
         """What was done, and (see `OptimizedModule.report`) what it costs."""
@@ -361,16 +391,26 @@ def optimize(
     check_call(model, args, kwargs)
     if isinstance(model, OptimizedModule):
         raise TypeError("model: this one is optimized already; give the module it was made from")
-    if cuda_graphs not in ("auto", "never"):
-        raise ValueError(f"cuda_graphs={cuda_graphs!r}: use 'auto' or 'never'")
     check_rewrites(rewrites)
     settings = Settings(verify, dict(impls or {}), cache, cuda_graphs, static_outputs, quantize, tuple(rewrites))
-    schedule = Schedule(model, settings)
-    fast = schedule.build()
+    fast = Serving(model, settings).build()
     if args or kwargs:
         with torch.no_grad():
             fast(*args, **(kwargs or {}))
     return fast
+
+
+def check_settings(settings: Settings, model: nn.Module) -> None:
+    """TypeError, ValueError: a bad argument of `optimize`."""
+    if settings.cuda_graphs not in ("auto", "never"):
+        raise ValueError(f"cuda_graphs={settings.cuda_graphs!r}: use 'auto' or 'never'")
+    if settings.cache not in ("readwrite", "readonly", "off"):
+        raise ValueError(f"cache={settings.cache!r}: use 'readwrite', 'readonly' or 'off'")
+    for op, impl in settings.impls.items():
+        find_impl(op, impl)
+    if settings.quantize is not None:
+        check_kind(settings.quantize, model)
+    check_rewrites(settings.rewrites)
 
 
 def check_call(model: Any, args: Any, kwargs: Any) -> None:

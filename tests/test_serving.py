@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import burnish
-from burnish import checks, prepare, schedule
+from burnish import checks, prepare, serving
 from burnish.capture import CaptureError, capture
 from burnish.checks import Checks
 from burnish.lower import op_of
@@ -57,7 +57,7 @@ def test_a_model_that_was_exported_before(model: nn.Module) -> None:
     assert_right(fast, model, x_of(seq=33))
 
 
-def impls_of(served: schedule.Served, op: str) -> list[tuple[str, str]]:
+def impls_of(served: serving.Served, op: str) -> list[tuple[str, str]]:
     found = ((slot.rpartition("_")[0], choice) for slot, choice in served.choices.items())
     return [(choice.impl, choice.source) for name, choice in found if name == op]
 
@@ -223,7 +223,7 @@ def test_a_wrong_capture_is_not_used(model: nn.Module, monkeypatch: pytest.Monke
             module.recompile()
         return program
 
-    monkeypatch.setattr(schedule, "capture", wrong)
+    monkeypatch.setattr(serving, "capture", wrong)
     fast = burnish.optimize(model, (x_of(),), cache="off")
     (served,) = fast.schedule.served
     assert str(served.kept_original).startswith("the captured graph computes something else: the largest error")
@@ -247,7 +247,7 @@ def test_a_capture_that_is_wrong_for_sizes_of_one_is_not_used_for_them(
             module.recompile()
         return program
 
-    monkeypatch.setattr(schedule, "capture", wrong)
+    monkeypatch.setattr(serving, "capture", wrong)
     fast = burnish.optimize(model, (x_of(),), cache="off")
     assert fast.schedule.served[0].kept_original is None
     assert_right(fast, model, x_of(1, 16))
@@ -281,7 +281,7 @@ def test_what_cannot_be_captured_is_tried_once(model: nn.Module, monkeypatch: py
         tried.append(args)
         raise CaptureError("no way (model.py:3 in forward)")
 
-    monkeypatch.setattr(schedule, "capture", fail)
+    monkeypatch.setattr(serving, "capture", fail)
     fast = burnish.optimize(model, cache="off")
     with torch.no_grad():
         for x in (x_of(), x_of(), x_of(3, 9)):
@@ -377,7 +377,8 @@ def test_an_impl_that_cannot_raises_with_every_reason(model: nn.Module, monkeypa
 
 def test_nothing_is_told_before_the_first_call(model: nn.Module) -> None:
     fast = burnish.optimize(model, cache="off")
-    assert (fast.schedule.history, fast.schedule.served, fast.schedule.programs) == ([], [], [])
+    assert (fast.serving.history, fast.schedule.served, fast.schedule.programs) == ([], [], [])
+    assert [step.name for step in fast.schedule.history] == ["optimize"]
     with pytest.raises(ValueError, match="call the optimized model once, or give optimize"):
         _ = fast.schedule.program
 
