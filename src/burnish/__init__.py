@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from burnish.report import Report
     from burnish.report.explain import explain
     from burnish.rewrites import Rewrite
-    from burnish.scheduling import Schedule, create_schedule
+    from burnish.scheduling import Schedule, create_schedule, search_schedules
     from burnish.serving import optimize
 
 __version__ = "0.1.0"
@@ -51,6 +51,7 @@ _HOME = {
     "perplexity": "likelihood",
     "perplexity_change": "likelihood",
     "replace_pattern": "graph.rewriter",
+    "search_schedules": "scheduling",
     "to_onnx": "onnx",
     "use": "op",
     "why_not": "op",
@@ -81,6 +82,7 @@ __all__ = [
     "perplexity",
     "perplexity_change",
     "replace_pattern",
+    "search_schedules",
     "to_onnx",
     "use",
     "why_not",

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from burnish.sweep import Sweep
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart; ours is the one that stands out.
-_OUR_COLOUR, _FIRST = "#d55e00", "#595959"
-_OTHERS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c6d1f", "#7b5ea7")
-_INK, _QUIET, _GRID = "#1f2933", "#66727f", "#e4e8ec"
-_INCHES, _DOTS = (7.6, 6.0), 160
+OUR_COLOUR, FIRST = "#d55e00", "#595959"
+OTHERS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c6d1f", "#7b5ea7")
+INK, QUIET, GRID = "#1f2933", "#66727f", "#e4e8ec"
+_INCHES, DOTS = (7.6, 6.0), 160
 # Of the figure: left, bottom, width, height. Beside the lines are their labels, above the title, below the source.
 _TIMES, _RATIOS = (0.085, 0.40, 0.665, 0.49), (0.085, 0.145, 0.665, 0.17)
 _LABEL_GAP = 0.055  # of the height of the upper part: two labels closer than that would touch
@@ -52,18 +52,18 @@ def plot_sweep(sweep: Sweep, path: str | Path) -> Path:
     for name, colour in colours.items():
         _draw_variant(sweep, name, colour, times, ratios)
     if sweep.floors:
-        times.plot(list(sweep.floors), list(sweep.floors.values()), color=_QUIET, linewidth=1.2, linestyle=(0, (2, 2)))
+        times.plot(list(sweep.floors), list(sweep.floors.values()), color=QUIET, linewidth=1.2, linestyle=(0, (2, 2)))
     _style(sweep, times, ratios)
     _label_lines(sweep, colours, times)
-    figure.text(0.015, 0.015, _source(sweep), ha="left", va="bottom", fontsize=7, color=_QUIET, linespacing=1.4)
+    figure.text(0.015, 0.015, _source(sweep), ha="left", va="bottom", fontsize=7, color=QUIET, linespacing=1.4)
     # Tight: labels are as long as the variants' names.
-    figure.savefig(path, dpi=_DOTS, facecolor="white", bbox_inches="tight", pad_inches=0.15)
+    figure.savefig(path, dpi=DOTS, facecolor="white", bbox_inches="tight", pad_inches=0.15)
     return path
 
 
 def _colours(variants: Sequence[str]) -> dict[str, str]:
-    others = iter(_OTHERS * (1 + len(variants) // len(_OTHERS)))
-    return {name: {variants[0]: _FIRST, OURS: _OUR_COLOUR}.get(name) or next(others) for name in variants}
+    others = iter(OTHERS * (1 + len(variants) // len(OTHERS)))
+    return {name: {variants[0]: FIRST, OURS: OUR_COLOUR}.get(name) or next(others) for name in variants}
 
 
 def _draw_variant(sweep: Sweep, name: str, colour: str, times: Any, ratios: Any) -> None:
@@ -92,22 +92,27 @@ def _style(sweep: Sweep, times: Any, ratios: Any) -> None:
     for axes in (times, ratios):
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.grid(axis="y", color=_GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
-        axes.spines["bottom"].set_color(_QUIET)
-        axes.tick_params(colors=_QUIET, labelsize=9, length=3)
-        axes.tick_params(axis="y", length=0)
+        style_axes(axes)
     times.tick_params(labelbottom=False)
-    ratios.set_xlabel(sweep.axis, color=_QUIET, fontsize=9.5)
+    ratios.set_xlabel(sweep.axis, color=QUIET, fontsize=9.5)
     for axes, height, text in (
         (times, 1.04, sweep.about),
         (ratios, 1.12, f"times as fast as {sweep.variants[0]}"),
     ):
-        axes.text(0, height, text, transform=axes.transAxes, fontsize=9, color=_QUIET, va="bottom")
-    title = {"fontsize": 13, "fontweight": "bold", "color": _INK, "va": "bottom"}
+        axes.text(0, height, text, transform=axes.transAxes, fontsize=9, color=QUIET, va="bottom")
+    title = {"fontsize": 13, "fontweight": "bold", "color": INK, "va": "bottom"}
     times.text(0, 1.11, f"{sweep.name}: time of a call", transform=times.transAxes, **title)
+
+
+def style_axes(axes: Any) -> None:
+    """Horizontal lines behind what is drawn, a line below it, quiet numbers."""
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(QUIET)
+    axes.tick_params(colors=QUIET, labelsize=9, length=3)
+    axes.tick_params(axis="y", length=0)
 
 
 def _label_lines(sweep: Sweep, colours: Mapping[str, str], times: Any) -> None:
@@ -123,7 +128,7 @@ def _label_lines(sweep: Sweep, colours: Mapping[str, str], times: Any) -> None:
             f"{name}  {human_us(us)}",
             (1.015, heights[name]),
             xycoords="axes fraction",
-            color=colours.get(name, _QUIET),
+            color=colours.get(name, QUIET),
             fontsize=9.5,
             fontweight="bold" if name == OURS else "normal",
             va="center",

@@ -93,6 +93,20 @@ def wrong_on_one_rank(rank: int, folder: Path) -> None:
         sch.verify()
 
 
+def dropout_of_divided_features(rank: int, folder: Path) -> None:
+    """Each rank drops others of its own: nothing to compare with in train mode, and all ranks see that alike."""
+    model = nn.Sequential(*mlp(), nn.Dropout(0.5))
+    model[1] = nn.Dropout(0.5)
+    sch = burnish.create_schedule(model.train(), (hidden(2, 4, 16, torch.float32),))
+    for name, axis in (("0.weight", 0), ("0.bias", 0), ("2.weight", 1)):
+        sch.shard(name, axis)
+    sch["0"].sync("bwd_post", "all_reduce")
+    sch["2"].sync("fwd_post", "all_reduce")
+    found = sch.verify()
+    assert found.gradients == 4
+    assert found.notes == ["compared in eval mode: its dropout draws other random numbers than the model's"]
+
+
 class Last(nn.Module):
     """What a rank does alone, behind everything."""
 
@@ -149,9 +163,9 @@ def scheduled_llama(rank: int, folder: Path) -> None:
     whole = Whole(MODELS["llama_tied"])
     model = MODELS["llama_tied"]().train()
     before = fingerprint(model)
-    sch = burnish.create_schedule(model, {"input_ids": IDS, "labels": IDS})
+    sch = burnish.create_schedule(model)
     scheduled = fingerprint(sch.mod)
-    with sch.verified():
+    with sch.verified({"input_ids": IDS, "labels": IDS}):
         sch.tensor_parallel()
     assert sch.history[0].matches > 10
     assert len(list(model.parameters())) == int(sch.history[0].numerics[0].split(" and ")[1].split()[0])
@@ -171,6 +185,8 @@ def stages_of_a_pipeline(rank: int, folder: Path) -> None:
     sch["1"].cut_pipeline_stage()
     pipe = sch.build_pipeline()
     assert pipe.num_stages == 2
+    stages = [[name for name, _ in pipe.get_stage_module(i).named_children()] for i in range(2)]
+    assert stages == [["0", "1"], ["2"]]
     stage = pipe.build_stage(rank, torch.device("cpu"))
     runner: Any = ScheduleGPipe(stage, 2)
     with torch.no_grad():

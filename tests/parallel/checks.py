@@ -24,6 +24,7 @@ from tests.parallel.check_models import (
 from tests.parallel.check_schedules import (
     a_missing_sync_is_named,
     divided_step_by_step,
+    dropout_of_divided_features,
     refused_before_anything_changes,
     scheduled_llama,
     stages_of_a_pipeline,
@@ -56,6 +57,7 @@ CHECKS: dict[str, Check] = {
         "loaded_slice_by_slice": loaded_slice_by_slice,
         "divided_step_by_step": divided_step_by_step,
         "a_missing_sync_is_named": a_missing_sync_is_named,
+        "dropout_of_divided_features": dropout_of_divided_features,
         "wrong_on_one_rank": wrong_on_one_rank,
         "refused_before_anything_changes": refused_before_anything_changes,
         "tied_weights_stay_tied": tied_weights_stay_tied,

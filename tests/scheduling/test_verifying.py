@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import burnish
 from burnish.scheduling import FusedLinears, VerificationError
@@ -60,6 +61,9 @@ def test_gradients_in_train_mode_with_dropout_by_the_names_of_merged_weights():
     assert (found.inputs, found.outputs, found.gradients, found.training) == (3, 1, 10, True)
     assert found.notes == []
     assert 0 < found.error < found.allowed
+    torch.manual_seed(7)
+    assert sch.verify() == found, "its random numbers are its own"
+    assert sch.verify(seed=3) != found
 
 
 def test_nothing_changes():
@@ -102,7 +106,7 @@ def test_it_is_looked_for_from_the_last_verified_state_on(monkeypatch):
 
     compared = []
     compare = Reference.compare
-    monkeypatch.setattr(Reference, "compare", lambda self, model: compared.append(1) or compare(self, model))
+    monkeypatch.setattr(Reference, "compare", lambda *args: compared.append(1) or compare(*args))
     sch = schedule(Stack(2))
     for name in ("layers.0.proj.dense", "layers.1.proj.dense", "layers.0.self_attn.q_proj"):
         sch[name].decompose()
@@ -174,10 +178,6 @@ def test_another_structure_of_outputs():
         sch.verify()
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=0.0)
-
-
 class ManyDraws(nn.Dropout):
     """Right in eval mode; dropout of another layout in train mode."""
 
@@ -194,6 +194,20 @@ def test_a_dropout_that_draws_other_numbers_is_compared_in_eval_mode_with_its_gr
     sch["proj.dense"].replace(Wrong(sch["proj.dense"].mod))
     with pytest.raises(VerificationError, match=r"^step 2, replace in proj\.dense"):
         sch.verify()
+
+
+class Compiled(nn.Dropout):
+    """As torch.compile's: it draws as much, but others, and under a dispatch mode as it is written."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = F.dropout(torch.ones_like(x), self.p, self.training)
+        return x * (dropped if is_in_torch_dispatch_mode() else dropped.flip(0))
+
+
+def test_a_compiled_dropout_is_compared_in_eval_mode():
+    sch = schedule(Attention(), training=True)
+    sch["proj.dropout"].replace(Compiled(0.1))
+    assert sch.verify().notes == ["compared in eval mode: its dropout draws other random numbers than the model's"]
 
 
 def test_a_dropout_that_draws_the_same_numbers_and_is_wrong_is_wrong():
@@ -214,6 +228,9 @@ def test_within_verified_the_step_that_failed_is_undone():
     assert [step.primitive for step in sch.history] == ["decompose"]
     sch["proj.layer_norm"].replace(Wrong(sch["proj.layer_norm"].mod))
     assert len(sch.history) == 2, "outside of the block nothing is verified"
+    with pytest.raises(VerificationError, match=r"^step 2, replace"), sch.verified():
+        pytest.fail("it was wrong before")
+    assert len(sch.history) == 2
 
 
 def test_inputs_that_are_given_are_used_as_they_are():

@@ -6,7 +6,7 @@ Results go to stdout (as JSON with `--json`), progress and errors to stderr; an 
 from __future__ import annotations
 
 # Importing them registers their commands.
-from burnish.cli import bench, device, explain, generate, graph, info, isolate, model, onnx  # noqa: F401
+from burnish.cli import bench, device, explain, generate, graph, info, isolate, model, onnx, schedule  # noqa: F401
 from burnish.cli.app import app, main
 
 __all__ = ["app", "main"]

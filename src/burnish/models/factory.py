@@ -22,7 +22,7 @@ def from_factory(name: str, wanted: Wanted) -> Loaded:
     if wanted.text:
         raise ModelError("--text: there is no tokenizer for a factory's model; tokenize in the factory")
     module_name, _, attribute = name.partition(":")
-    with _current_folder_importable():
+    with current_folder_importable():
         factory = _find_factory(name, module_name, attribute)
         asked = {key: value for key in ("batch", "seq") if (value := getattr(wanted, key)) is not None}
         takes = inspect.signature(factory).parameters
@@ -68,7 +68,7 @@ def _find_factory(name: str, module_name: str, attribute: str) -> Callable[..., 
 
 
 @contextlib.contextmanager
-def _current_folder_importable() -> Iterator[None]:
+def current_folder_importable() -> Iterator[None]:
     """An installed command has its own folder first on the path, not the user's."""
     folder = os.getcwd()
     sys.path.insert(0, folder)

@@ -6,7 +6,9 @@ leaves a Step in the history. Every step can be undone, and `build` gives the mo
 
 from burnish.scheduling.fused_linears import FusedLinears
 from burnish.scheduling.primitives import PRIMITIVES, Primitive, register
+from burnish.scheduling.saved import load
 from burnish.scheduling.schedule import Group, Schedule, create_schedule
+from burnish.scheduling.search import SearchResult, Trial, search_schedules
 from burnish.scheduling.step import History, Step
 from burnish.scheduling.verifying import VerificationError, Verified
 
@@ -17,9 +19,13 @@ __all__ = [
     "History",
     "Primitive",
     "Schedule",
+    "SearchResult",
     "Step",
+    "Trial",
     "VerificationError",
     "Verified",
     "create_schedule",
+    "load",
     "register",
+    "search_schedules",
 ]

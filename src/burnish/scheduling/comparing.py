@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from burnish._unchanged import nothing_changed
 from burnish.numerics import Verdict, check
+from burnish.parallel.agreement import Agreement
 from burnish.scheduling.calls import ExampleInputs
 from burnish.scheduling.clone import structural_clone
 from burnish.scheduling.fresh_inputs import same_inputs_again
@@ -104,18 +105,23 @@ class Reference:
             self.note = "little is verified: the model's own rounding errors are large on these inputs"
             self.unsteady = next((name for name in again if not _same(again[name], self.eager.outputs[name])), None)
 
-    def compare(self, model: nn.Module) -> Comparison:
-        """Compares a scheduled model, which is left as it is. What it raises is what is wrong."""
-        if self.draws and not self.aligned:
-            return self._in_eval_mode(model, "the random numbers of this dtype cannot be drawn in float64")
-        found = self._compared(model)
-        if found.ok or not self.draws or self._draws_alike(model):
-            return found
-        return self._in_eval_mode(model, "its dropout draws other random numbers than the model's")
+    def compare(self, model: nn.Module, agreement: Agreement) -> Comparison:
+        """Compares a scheduled model, which is left as it is. What it raises is what is wrong.
 
-    def _in_eval_mode(self, model: nn.Module, reason: str) -> Comparison:
+        Args:
+            agreement: with the ranks among which it is divided: it is right where it is so on all of them.
+        """
+        if self.draws and not self.aligned:
+            return self._in_eval_mode(model, agreement, "the random numbers of this dtype cannot be drawn in float64")
+        found = self._compared(model)
+        ok = agreement.all(found.ok)
+        if not ok and self.draws and not agreement.all(self._draws_alike(model)):
+            return self._in_eval_mode(model, agreement, "its dropout draws other random numbers than the model's")
+        return _wrong("the model", "it is wrong on another rank") if found.ok and not ok else found
+
+    def _in_eval_mode(self, model: nn.Module, agreement: Agreement, reason: str) -> Comparison:
         setting = Setting(False, self.setting.gradients, self.setting.seed)
-        found = Reference(self.original, self.names, self.inputs, setting).compare(model)
+        found = Reference(self.original, self.names, self.inputs, setting).compare(model, agreement)
         found.notes.append(f"compared in eval mode: {reason}")
         return found
 
@@ -154,9 +160,8 @@ class Reference:
         shown = wrong_outputs or wrong or verdicts
         name, verdict = max(shown, key=lambda pair: _share(pair[1]), default=("nothing", _NOTHING))
         notes = [self.note] if self.note else []
-        notes += (
-            [f"no gradient was compared of {', '.join(lost)}: no parameter has its values any more"] if lost else []
-        )
+        if lost:
+            notes.append(f"no gradient was compared of {', '.join(lost)}: no parameter has its values any more")
         counts = len(mine.outputs), len(mine.gradients)
         return Comparison(not wrong, *counts, _called(name, mine.outputs), verdict, notes)
 
@@ -167,8 +172,10 @@ class Reference:
             plain = self._run(model)[0].generators
         except Exception:
             return True  # it does not run: its random numbers are not what is wrong
+        with Draws():  # what torch.compile has made runs as it was written here, with PyTorch's random numbers
+            right_as_written = self._compared(model).ok
         same = all(torch.equal(a, b) for a, b in zip(plain, self.eager.generators, strict=True))
-        return same and recorded.draws == self.draws
+        return same and recorded.draws == self.draws and not right_as_written
 
 
 def run(model: nn.Module, inputs: ExampleInputs, parameters: Mapping[str, Tensor], seed: int) -> Results:

@@ -22,7 +22,7 @@ from burnish.scheduling.tracer import PARENT, Known
 from burnish.scheduling.tracing import TracedModule, trace_variants
 from burnish.scheduling.tree import Tree, common_path, join
 
-# Whose forward makes the call, node.op, the target with its whole path; for an element also of what it is one, and which.
+# Whose forward makes the call, node.op, the target with its whole path; of an element also the container's, and which.
 _Key = tuple[Any, ...]
 
 
@@ -187,7 +187,9 @@ class _Numbered:
             target = join(root, str(node.target)) if node.op in ("call_module", "get_attr") else node.target
             keys[node] = (join(root, node.meta[PARENT]), node.op, target)
             if target is operator.getitem:  # a submodule kept whole has its results unpacked, an inlined one has not
-                keys[node] += (keys.get(node.args[0]), str(node.args[1]))
+                container, index = node.args
+                key = keys.get(container) if isinstance(container, fx.Node) else None
+                keys[node] += (key, str(map_arg(index, lambda _: None)))
             by_key.setdefault(keys[node], []).append(node)
         return cls(keys, by_key)
 

@@ -55,6 +55,8 @@ class Float64(Draws):
 
     def _drawn(self, func: Any, args: Any, kwargs: Any) -> Any:
         narrow = pytree.tree_map_only(Tensor, self._narrowed, args)
+        # Of the model's own dtype, where the model asked for that of a tensor.
+        kwargs = pytree.tree_map_only(torch.dtype, lambda d: self._dtype if d is torch.float64 else d, kwargs)
         drawn = func(*narrow, **kwargs)
         if func is aten.native_dropout.default:
             x, p, train = args

@@ -119,11 +119,11 @@ def _written(value: Any, notes: list[str]) -> str:
         return f"[{inside}]" if isinstance(value, list) else f"({inside}{',' if len(value) == 1 else ''})"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_written(k, notes)}: {_written(v, notes)}" for k, v in value.items()) + "}"
-    if (name := _qualified_name(value)) is not None:
+    if (name := qualified_name(value)) is not None:
         return name
     if dataclasses.is_dataclass(value) and hasattr(value, "written"):
         return str(value.written(lambda part: _written(part, notes)))
-    notes.append(_description(value))
+    notes.append(description_of(value))
     return "..."
 
 
@@ -148,7 +148,7 @@ def _found(origins: Sequence[Origin], notes: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"[{', '.join(parts)}]"
 
 
-def _qualified_name(value: Any) -> str | None:
+def qualified_name(value: Any) -> str | None:
     """How a class or function is reached, from the outermost package that has it; None where it cannot be."""
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
     if not isinstance(module, str) or not isinstance(name, str) or isinstance(value, nn.Module):
@@ -175,14 +175,14 @@ def _modules_in(values: Any) -> set[str]:
             names |= _modules_in(value)
         elif origins := _origins(value):
             names |= _modules_in(origin.query for origin in origins)
-        elif (name := _qualified_name(value)) is not None and "." in name:
+        elif (name := qualified_name(value)) is not None and "." in name:
             names.add(name.removesuffix(f".{value.__qualname__}"))
         elif dataclasses.is_dataclass(value) and hasattr(value, "written"):
             names |= {"burnish.scheduling"} | _modules_in(getattr(value, f.name) for f in dataclasses.fields(value))
     return names
 
 
-def _description(value: Any) -> str:
+def description_of(value: Any) -> str:
     code = getattr(value, "__code__", None)
     if code is not None:
         return f"{getattr(value, '__name__', 'a function')} at {code.co_filename}:{code.co_firstlineno}"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from burnish.numerics import Verdict
 from burnish.parallel.agreement import Agreement
 from burnish.scheduling.calls import ExampleInputs
 from burnish.scheduling.comparing import Comparison, Reference, Setting, relative_error
@@ -86,13 +85,15 @@ def verify(work: Work, inputs: Any = None, seed: int = 0) -> Verified:
 def verified(work: Work, undo: Callable[[int], Any], inputs: Any = None, seed: int = 0) -> Iterator[None]:
     """See `Schedule.verified`. `undo` takes back so many of the last steps."""
     _Verification(work, inputs, seed)  # what cannot be verified is said now
-    before, waiting = work.after_step, False
+    if work.history and not work.history[-1].verified:
+        verify(work, inputs, seed)  # what was wrong before is no step's fault
+    first, before, waiting = len(work.history), work.after_step, False
 
     def check() -> None:
         try:
             verify(work, inputs, seed)
         except VerificationError as error:
-            undo(len(work.history) - error.right)
+            undo(len(work.history) - max(error.right, first))
             raise
 
     def after_step(step: Step) -> None:
@@ -126,15 +127,21 @@ class _Verification:
 
     def run(self) -> Verified:
         self._check_syncs()
-        found = []
+        found, changed = [], []
         for seed, inputs in self.cases.items():
             references = _References(self.work, inputs, Setting(self.training, self.training, seed))
-            comparison = self._compare(references)
+            comparison = references.compare(self.agreement)
             if not comparison.ok:
                 raise self._error(references, comparison)
             found.append(comparison)
+            changed.append(references.change)
         closest = max(found, key=lambda comparison: comparison.share)
         notes = list(dict.fromkeys(note for comparison in found for note in comparison.notes))
+        if quantized := quantized_in(self.work.tree.model):
+            kinds = " and ".join(sorted({each.kind for each in quantized}))
+            weights = _count(len(quantized), "weight")
+            said = f"quantized ({kinds}, {weights}): by itself this makes outputs differ by up to"
+            notes.append(f"{said} {max(changed):.2%} (rms)")
         if self.work.settings is not None:
             notes.append("what optimize does with it is verified by itself, at the first call of the built model")
         result = Verified(
@@ -151,14 +158,6 @@ class _Verification:
             last = self.work.history[-1]
             last.verified, last.numerics = True, result.lines
         return result
-
-    def _compare(self, references: _References) -> Comparison:
-        """Of the model as it is in the tree now; alike on all ranks."""
-        comparison = references.compare()
-        if self.agreement.all(comparison.ok) or not comparison.ok:
-            return comparison
-        elsewhere = Verdict(False, float("inf"), 0.0, 0.0, "it is wrong on another rank")
-        return replace(comparison, ok=False, closest="the model", verdict=elsewhere)
 
     # --- who is to blame ------------------------------------------------------------------------------------------
 
@@ -204,7 +203,7 @@ class _Verification:
         before = next((step.before for step in self.work.history[steps:] if step.before is not None), None)
         if before is not None:
             before.restore()
-        return self._compare(references)
+        return references.compare(self.agreement)
 
     # --- several ranks --------------------------------------------------------------------------------------------
 
@@ -233,13 +232,20 @@ class _References:
         self.work, self.inputs, self.setting = work, inputs, setting
         self._made: dict[tuple[int, ...], Reference] = {}
 
-    def compare(self) -> Comparison:
+    def compare(self, agreement: Agreement) -> Comparison:
+        """Of the model as it is in the tree now."""
         model = self.work.tree.model
-        quantized = quantized_in(model)
-        comparison = self._reference(quantized).compare(model)
-        if quantized:
-            comparison.notes.append(self._difference(quantized))
-        return comparison
+        return self._reference(quantized_in(model)).compare(model, agreement)
+
+    @property
+    def change(self) -> float:
+        """How far quantized weights alone put outputs from the model's: of that in which it is most."""
+        quantized = quantized_in(self.work.tree.model)
+        if not quantized:
+            return 0.0
+        before, after = self._reference([]).exact.outputs, self._reference(quantized).exact.outputs
+        floats = [name for name, value in before.items() if isinstance(value, Tensor) and value.is_floating_point()]
+        return max((relative_error(after[name], before[name]) for name in floats), default=0.0)
 
     def _reference(self, quantized: list[QuantizedLinear]) -> Reference:
         key = tuple(map(id, quantized))
@@ -250,14 +256,6 @@ class _References:
                 said = f"output{made.unsteady} of the model as it was is another at a second call"
                 raise VerificationError(f"nothing can be verified: {said}", None, len(self.work.history))
         return self._made[key]
-
-    def _difference(self, quantized: list[QuantizedLinear]) -> str:
-        kinds = " and ".join(sorted({each.kind for each in quantized}))
-        before, after = self._reference([]).exact.outputs, self._reference(quantized).exact.outputs
-        floats = [name for name, value in before.items() if isinstance(value, Tensor) and value.is_floating_point()]
-        furthest = max((relative_error(after[name], before[name]) for name in floats), default=0.0)
-        weights = _count(len(quantized), "weight")
-        return f"quantized ({kinds}, {weights}): by itself this makes outputs differ by {furthest:.2%} (rms)"
 
 
 def _ends(history: list[Step]) -> list[int]:

@@ -98,3 +98,16 @@ def test_a_copy_recomputes_its_own_forward(model):
     sch["0"].checkpoint()
     built = sch.build()
     assert built[0].__dict__["forward"].__self__ is built[0]
+
+
+def test_a_cache_is_refused():
+    transformers = pytest.importorskip("transformers", reason="the cache is Hugging Face's")
+    config = transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=16, n_positions=16)
+    sch = burnish.create_schedule(transformers.GPT2LMHeadModel(config).train())
+    sch.find_all("transformer.h.*").checkpoint()
+    built, ids = sch.build(), torch.arange(8)[None]
+    built(ids, use_cache=False).logits.sum().backward()
+    with pytest.raises(ValueError, match="GPT2Block is checkpointed.* use_cache=False"):
+        built(ids)
+    with torch.no_grad():
+        built(ids)

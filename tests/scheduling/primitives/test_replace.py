@@ -494,3 +494,27 @@ def test_replaced_in_train_mode_the_rest_keeps_its_modes():
     assert modes["self_attn.FusedLinears_0"]
     assert modes["proj.dense"]
     assert not modes["proj.Fused_0.body.dropout"]
+
+
+class ScaledBySize(nn.Module):
+    """An element of a shape (head_dim) is part of what is replaced behind merged projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.q(x), self.k(x)
+        return torch.softmax(q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5, dim=-1)
+
+
+def test_elements_are_told_by_what_they_are_of():
+    model = nn.Sequential(ScaledBySize()).eval()
+    sch = burnish.create_schedule(model)
+    sch.replace(FusedLinears, lambda x: call_module("q|k", x))
+
+    def weights(q, k):
+        return torch.softmax(q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5, dim=-1)
+
+    assert sch.replace(lambda q, k: (q @ k.transpose(-2, -1) * 8**-0.5).softmax(-1), weights).matches == 1
+    assert_same_outputs(sch.build(), model, torch.randn(2, 5, 8))

@@ -23,6 +23,8 @@ class Checkpoint(Primitive):
     """Recomputes the module's activations in the backward pass instead of keeping them, with the same random numbers.
 
     In eval mode and without gradients nothing changes. The module, its weights and their names stay what they are.
+    A call with a KV cache is refused, which the module would write to twice: give Hugging Face's models
+    `use_cache=False`.
     Source: Chen et al. 2016, "Training deep nets with sublinear memory cost"; `torch.utils.checkpoint`.
     """
 
@@ -50,7 +52,16 @@ def is_checkpointed(module: nn.Module) -> bool:
 
 def _recomputed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     forward = MethodType(type(module).forward, module)
-    traced = any(isinstance(value, fx.Proxy) for value in pytree.tree_leaves((args, kwargs)))
+    leaves = pytree.tree_leaves((args, kwargs), is_leaf=_is_cache)
+    traced = any(isinstance(value, fx.Proxy) for value in leaves)
     if traced or not module.training or not torch.is_grad_enabled():
         return forward(*args, **kwargs)
+    if any(map(_is_cache, leaves)):
+        name = type(module).__name__
+        raise ValueError(f"{name} is checkpointed, and would write to its KV cache twice: call with use_cache=False")
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
+
+
+def _is_cache(value: Any) -> bool:
+    """Whether it is a KV cache, Hugging Face's or ours."""
+    return hasattr(value, "get_seq_length")

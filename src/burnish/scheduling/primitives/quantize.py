@@ -24,19 +24,23 @@ class Quantize(Primitive):
 
     It changes what the model computes: `verify` compares with the dequantized weights, and says how far the outputs are
     from the model's. For inference: quantized weights cannot be trained.
+
+    Hugging Face's Conv1D is quantized too; what cannot be, and Linears that were merged before, stay as they are.
     """
 
     verb: ClassVar[str] = "quantize"
     kind: Kind = "int8"
 
-    def check(self, schedule: Schedule) -> list[tuple[nn.Linear, QuantizedLinear]]:
+    def check(self, schedule: Schedule) -> list[tuple[nn.Module, QuantizedLinear]]:
+        from burnish.parallel.layers import is_linear
+
         module, label = schedule.mod, schedule.label
         check_kind(self.kind, module)
         if module.training:
             raise ValueError(
                 f"quantize: {label} is in train mode, and quantized weights cannot be trained; call eval()"
             )
-        linears = {path: part for path, part in module.named_modules() if type(part) is nn.Linear}
+        linears = {path: part for path, part in module.named_modules() if is_linear(part)}
         if not linears:
             raise ValueError(f"quantize: {label} has no Linear")
         plan, refused = [], ""
@@ -55,7 +59,7 @@ class Quantize(Primitive):
             raise ValueError(f"quantize: no Linear of {label} can be quantized: {refused}")
         return plan
 
-    def apply(self, schedule: Schedule, plan: list[tuple[nn.Linear, QuantizedLinear]]) -> int:
+    def apply(self, schedule: Schedule, plan: list[tuple[nn.Module, QuantizedLinear]]) -> int:
         for old, new in plan:
             schedule.tree.put(old, new)
         return len(plan)
