@@ -392,7 +392,7 @@ def optimize(
     if isinstance(model, OptimizedModule):
         raise TypeError("model: this one is optimized already; give the module it was made from")
     check_rewrites(rewrites)
-    settings = Settings(verify, dict(impls or {}), cache, cuda_graphs, static_outputs, quantize, tuple(rewrites))
+    settings = Settings(verify, impls or {}, cache, cuda_graphs, static_outputs, quantize, tuple(rewrites))
     fast = Serving(model, settings).build()
     if args or kwargs:
         with torch.no_grad():
@@ -406,6 +406,10 @@ def check_settings(settings: Settings, model: nn.Module) -> None:
         raise ValueError(f"cuda_graphs={settings.cuda_graphs!r}: use 'auto' or 'never'")
     if settings.cache not in ("readwrite", "readonly", "off"):
         raise ValueError(f"cache={settings.cache!r}: use 'readwrite', 'readonly' or 'off'")
+    if not isinstance(settings.impls, Mapping):
+        raise TypeError(
+            f"impls: Impl names by Op name are needed, such as {{'attention': 'triton'}}, got {settings.impls!r}"
+        )
     for op, impl in settings.impls.items():
         find_impl(op, impl)
     if settings.quantize is not None:

@@ -181,3 +181,8 @@ def test_the_model_is_not_changed():
 def test_what_is_no_query(query, error, message):
     with pytest.raises(error, match=message):
         burnish.create_schedule(Attention()).find(query)
+
+
+def test_a_class_is_no_query():
+    with pytest.raises(TypeError, match="Linear is a class; give a module of it"):
+        burnish.create_schedule(nn.Sequential(nn.Linear(4, 4))).find(nn.Linear)

@@ -204,3 +204,12 @@ def test_a_part_that_is_gone(model):
     sch.replace(FusedLinears.with_tail(heads), projection)
     with pytest.raises(KeyError, match="self_attn has no 'q_proj'"):
         part.decompose()
+
+
+def test_undo_leaves_the_mode_as_it_is():
+    sch = burnish.create_schedule(nn.Sequential(nn.Linear(4, 4), nn.Dropout()).eval())
+    sch["0"].decompose()
+    sch.mod.train()
+    sch.undo()
+    assert sch.mod.training
+    assert all(module.training for module in sch.mod)

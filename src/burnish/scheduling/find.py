@@ -112,6 +112,11 @@ def find(tree: Tree, base: str, query: Query, known: Knowledge) -> list[Any]:
             "find: give a regular expression, a pattern (a function or a module) or a function of a node, "
             f"got {type(query).__name__}"
         )
+    if inspect.isclass(query):
+        raise TypeError(
+            f"find: {query.__name__} is a class; give a module of it as a pattern, or a function of a node that says "
+            "yes to what you look for"
+        )
     if _is_torchs(query):
         name = getattr(query, "__name__", "f")
         raise ValueError(f"find: write a pattern that calls torch's function, such as lambda x: {name}(x)")

@@ -102,7 +102,7 @@ class Methods(ABC):
             without: default steps ("raise", "fuse", "pack") and rewrites, by name, that are to be left out.
         """
         given = Optimize(
-            verify, dict(impls or {}), cache, cuda_graphs, static_outputs, quantize, tuple(rewrites), tuple(without)
+            verify, impls or {}, cache, cuda_graphs, static_outputs, quantize, tuple(rewrites), tuple(without)
         )
         return self.apply(given)
 

@@ -254,7 +254,10 @@ class Schedule(Methods, WholeModel):
         if undone:
             before = next((step.before for step in undone if step.before is not None), None)
             if before is not None:  # the step of a model that was optimized changed no module
+                training = self.tree.model.training
                 before.restore()
+                if self.tree.model.training != training:  # train() and eval() since are no steps
+                    self.tree.model.train(training)
             del history[len(history) - n :]
             self._work._calls = None
             self._work.serving = None if self.settings is None else self._work.serving

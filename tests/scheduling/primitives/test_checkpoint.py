@@ -107,7 +107,7 @@ def test_a_cache_is_refused():
     sch.find_all("transformer.h.*").checkpoint()
     built, ids = sch.build(), torch.arange(8)[None]
     built(ids, use_cache=False).logits.sum().backward()
-    with pytest.raises(ValueError, match="GPT2Block is checkpointed.* use_cache=False"):
+    with pytest.raises(ValueError, match=r"GPT2Block is checkpointed.* use_cache=False"):
         built(ids)
     with torch.no_grad():
         built(ids)

@@ -111,6 +111,7 @@ def test_as_a_step_like_others(model: nn.Module) -> None:
         ({"cache": "no"}, "cache='no'"),
         ({"quantize": "int2"}, "quantize='int2'"),
         ({"impls": {"linear": "none"}}, "none"),
+        ({"impls": "linear"}, "impls: Impl names by Op name are needed"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(arguments: dict[str, Any], error: str, model: nn.Module) -> None:

@@ -110,18 +110,22 @@ def test_where_the_baseline_does_not_fit_beside_it_a_trial_is_measured_alone(fak
 
 
 def test_nothing_of_a_trial_stays(fake: Fake) -> None:
-    modules: list[weakref.ref[nn.Module]] = []
+    weights: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []  # when the next is made
 
     def make() -> nn.Module:
+        alive.append(sum(known() is not None for known in weights))
         model = Tiny()
-        model.own = model  # a cycle, which only the collector frees
-        modules.append(weakref.ref(model.fc))
+        model.cycle = [model]  # a cycle, which only the collector frees
+        weights.append(weakref.ref(model.fc.weight))
         return model
 
-    result = burnish.search_schedules(make, {"match": ["a", "b", "nothing"]}, fake.apply, fake.step, seconds=0.01)
+    space = {"match": ["a", "b", "nothing", "c"]}
+    result = burnish.search_schedules(make, space, fake.apply, fake.step, seconds=0.01)
+    assert [trial.worked for trial in result.trials] == [True, True, False, True]
+    assert alive == [0, 1, 1, 1]  # the baseline, to run in turn
     gc.collect()
-    assert len(modules) == len(result.trials) == 3
-    assert [known() for known in modules] == [None] * 3
+    assert [known() for known in weights] == [None] * 4
 
 
 def test_a_model_that_is_given_is_copied(fake: Fake) -> None:

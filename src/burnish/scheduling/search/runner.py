@@ -50,7 +50,6 @@ class Runner:
         self._task, self._seconds = task, seconds
         self.baseline = baseline
         self._standing: _Built | None = None
-        self._clean_up()
 
     def run(self, choice: Choice) -> Trial:
         """What came of a choice; errors of the model or of a primitive are in the trial.
@@ -97,7 +96,7 @@ class Runner:
         if self._standing is None:
             return replace(trial, in_turn=False)
         assert self.baseline.seconds is not None
-        return trial
+        return replace(trial, seconds=self.baseline.seconds / result.speedups[_TRIAL])
 
     def _build(self, choice: Choice) -> _Built:
         """The module of a choice, called once, so that it is compiled, and an optimizer has its state."""

@@ -61,6 +61,4 @@ def local(space: Space, start: Choice, rating: Rating) -> Iterator[Choice]:
         for name, values in space.values.items():
             line = [{**best, name: value} for value in values]
             yield from line
-            leader = max(line, key=rating)
-            if rating(leader) > rating(best):
-                best = leader
+            best = max(line, key=rating)  # the earliest, of equal ones
