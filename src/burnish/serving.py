@@ -24,16 +24,16 @@ from burnish.capture import CaptureError, Program, capture
 from burnish.checks import Checks
 from burnish.choose import choose_by_measuring, choose_differentiable, choose_for_new_size
 from burnish.in_model import ModelContest, choose_in_model
-from burnish.op import find_impl
 from burnish.parallel.agreement import Agreement
 from burnish.prepare import DEFAULT_STEPS, GraphEntry, PlainEntry, Prepared, Preparer
 from burnish.program_cache import ProgramCache
 from burnish.quantize import Kind
-from burnish.quantized_weights import Quantization, check_kind
+from burnish.quantized_weights import Quantization
 from burnish.record import StepRecord
 from burnish.rewrites import FUSE, RAISE, Rewrite, check_rewrites, family
 from burnish.runtime.cuda_graph import GraphPool, why_not_captured
 from burnish.runtime.module import STALE, Call, Entry, OptimizedModule, original_entry
+from burnish.settings import Settings, check_call, check_settings
 from burnish.tuning import CacheMode, Choice, Tuner
 from burnish.verify import Verification, random_node
 
@@ -41,20 +41,6 @@ if TYPE_CHECKING:
     from burnish.report import Report
     from burnish.report.data import Explanation
     from burnish.scheduling import Schedule
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The arguments of `optimize`."""
-
-    verify: bool = True
-    impls: Mapping[str, str] = field(default_factory=dict)
-    cache: CacheMode = "readwrite"
-    cuda_graphs: str = "auto"
-    static_outputs: bool = False
-    quantize: Kind | None = None
-    rewrites: tuple[Rewrite, ...] = ()
-    without: tuple[str, ...] = ()  # of default steps and rewrites, by name: `Schedule.undo` of a name
 
 
 @dataclass
@@ -398,37 +384,6 @@ def optimize(
         with torch.no_grad():
             fast(*args, **(kwargs or {}))
     return fast
-
-
-def check_settings(settings: Settings, model: nn.Module) -> None:
-    """TypeError, ValueError: a bad argument of `optimize`."""
-    if settings.cuda_graphs not in ("auto", "never"):
-        raise ValueError(f"cuda_graphs={settings.cuda_graphs!r}: use 'auto' or 'never'")
-    if settings.cache not in ("readwrite", "readonly", "off"):
-        raise ValueError(f"cache={settings.cache!r}: use 'readwrite', 'readonly' or 'off'")
-    if not isinstance(settings.impls, Mapping):
-        raise TypeError(
-            f"impls: Impl names by Op name are needed, such as {{'attention': 'triton'}}, got {settings.impls!r}"
-        )
-    for op, impl in settings.impls.items():
-        find_impl(op, impl)
-    if settings.quantize is not None:
-        check_kind(settings.quantize, model)
-    check_rewrites(settings.rewrites)
-
-
-def check_call(model: Any, args: Any, kwargs: Any) -> None:
-    """TypeError for what is no model, or no inputs."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: an nn.Module is needed, not {type(model).__name__}")
-    if not isinstance(args, tuple):
-        raise TypeError(
-            f"args: a tuple of positional inputs is needed, not {type(args).__name__}; write (x,) for one input"
-        )
-    if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise TypeError(
-            f"kwargs: a mapping of keyword inputs is needed, not {type(kwargs).__name__}; write {{'mask': mask}}"
-        )
 
 
 def _shapes(call: Call) -> dict[str, tuple[int, ...]]:

@@ -31,7 +31,7 @@ from burnish.report.timing import Times
 from burnish.rewrites import Rewrite, check_rewrites
 from burnish.runtime.cuda_graph import why_not_captured
 from burnish.runtime.module import OptimizedModule
-from burnish.serving import check_call
+from burnish.settings import check_call
 from burnish.verify import random_node
 
 Progress = Callable[[str], None]

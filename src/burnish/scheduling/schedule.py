@@ -25,7 +25,8 @@ from burnish.scheduling.step import History, Step, arguments_of
 from burnish.scheduling.tracer import Known
 from burnish.scheduling.tree import Tree, join
 from burnish.scheduling.whole_model import WholeModel
-from burnish.serving import Served, Serving, Settings
+from burnish.serving import Served, Serving
+from burnish.settings import Settings
 from burnish.verify import Verification
 
 

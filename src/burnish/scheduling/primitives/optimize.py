@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from burnish.scheduling.primitives.primitive import Primitive, register
-from burnish.serving import Settings, check_settings
+from burnish.settings import Settings, check_settings
 
 if TYPE_CHECKING:
     from burnish.scheduling.schedule import Schedule
