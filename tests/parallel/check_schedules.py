@@ -68,6 +68,7 @@ def a_missing_sync_is_named(rank: int, folder: Path) -> None:
     with pytest.raises(VerificationError, match=r"^step 2, shard in 0: a sync is missing: 0: .*'bwd_post'"):
         sch.verify()
     sch.undo(5)
+    sch.mod.eval()
 
     def without_sync() -> None:
         with sch.verified():
