@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -17,14 +18,14 @@ if TYPE_CHECKING:
     from burnish.scheduling.schedule import Work
 
 
-class WholeModel:
+class WholeModel(ABC):
     """Verifies, saves and splits a scheduled model."""
 
     _work: Work
 
-    def undo(self, n: int = 1) -> list[Step]:
+    @abstractmethod
+    def undo(self, n: int | str = 1) -> list[Step]:
         """Takes back the last `n` steps."""
-        raise NotImplementedError
 
     def verify(self, inputs: Any = None, *, seed: int = 0) -> Verified:
         """Compares the scheduled model with the model as it was, by the one rule of `burnish.numerics`: outputs, and in
