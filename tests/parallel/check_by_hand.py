@@ -37,6 +37,8 @@ def divided_by_hand(rank: int, folder: Path) -> None:
         assert not numerics.check(model(x), whole(x), exact(x.double())).ok
     assert [line.partition(":")[0] for line in missing_syncs(model)] == ["0", "2"]
     assert [line.partition(":")[0] for line in missing_syncs(model, training=False)] == ["2"]
+    with pytest.raises(ValueError, match="it is divided among ranks"):  # each would run it as often as its clock says
+        burnish.explain(model, (x,))
     sync(model[0], "bwd_post", "all_reduce")
     sync(model[2], "fwd_post", "all_reduce")
     assert not list(missing_syncs(model))

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import burnish
 from burnish.capture import Program, capture
@@ -550,3 +551,15 @@ def test_a_gpu_without_float8(monkeypatch: pytest.MonkeyPatch) -> None:
         check_kind("fp8", model)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 9))
     check_kind("fp8", model)
+
+
+def test_the_memory_of_weights_that_were_copied_is_not_used_again() -> None:
+    """Else other weights could come to lie there, and seem to be the same."""
+    model = nn.Linear(256, 256, bias=False)
+    weights = QuantizedWeights(model)
+    weights.of([Part("weight", False)], "int8")
+    memory = StorageWeakRef(model.weight.untyped_storage())
+    model.weight.data = torch.randn(256, 256)
+    assert not memory.expired()
+    weights.forget()
+    assert memory.expired()
