@@ -165,16 +165,17 @@ def test_files_that_are_wrong(data, said, tmp_path):
 
 def test_all_of_a_file_is_checked_before_its_first_step(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "own_steps.py").write_text("calls = []\ndef make(old):\n    calls.append(old)\n    return old\n")
-    arguments = {"kind": {"import": "torch.nn:Linear"}, "make": {"import": "own_steps:make"}}
+    monkeypatch.delitem(sys.modules, "steps_of_this_test", raising=False)
+    (tmp_path / "steps_of_this_test.py").write_text("calls = []\ndef make(old):\n    calls.append(old)\n    return old\n")
+    arguments = {"kind": {"import": "torch.nn:Linear"}, "make": {"import": "steps_of_this_test:make"}}
     steps = [
         {"primitive": "replace_all", "path": "", "arguments": arguments},
-        {"primitive": "trace", "path": "", "arguments": {"flatten": {"import": "own_steps:absent"}}},
+        {"primitive": "trace", "path": "", "arguments": {"flatten": {"import": "steps_of_this_test:absent"}}},
     ]
     path = tmp_path / "s.json"
     path.write_text(json.dumps({"format": "burnish schedule", "version": 1, "steps": steps}))
-    with pytest.raises(ValueError, match="step 2: flatten: own_steps has no absent"):
+    with pytest.raises(ValueError, match="step 2: flatten: steps_of_this_test has no absent"):
         load(path, Stack(1))
-    assert sys.modules["own_steps"].calls == []
+    assert sys.modules["steps_of_this_test"].calls == []
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "absent.json", Stack(1))
