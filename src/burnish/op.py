@@ -11,14 +11,16 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from burnish.autograd import Backward, Forward, by_passes, by_recomputing
+from burnish.selection import choosing, chosen_impls, without_autocast
 
 Result: TypeAlias = Any  # a Tensor, or a tuple of Tensors for an Op with several results
 
@@ -27,8 +29,6 @@ _LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 OPS: dict[str, Op] = {}
 """Every registered Op by name."""
-
-_chosen: ContextVar[Mapping[str, str] | None] = ContextVar("burnish_use", default=None)
 
 
 class ImplUnavailable(ValueError):
@@ -99,6 +99,7 @@ class Op:
         check: Callable[..., None] | None = None,
         shape: Callable[..., Result] | None = None,
         donates: Mapping[str, int] | None = None,
+        follows: str | None = None,
     ) -> None:
         functools.update_wrapper(self, reference)
         self.name = reference.__name__
@@ -114,6 +115,9 @@ class Op:
         # By position the arguments whose memory an Impl's `in_place` reuses, each with its result's position.
         self.donates = {self._names.index(name): result for name, result in (donates or {}).items()}
         self._required = sum(default is inspect.Parameter.empty for default in self._defaults)
+        self.follows = follows
+        self._training: Callable[..., Result] | None = None  # where gradients are wanted; see `burnish.autograd`
+        self._parts: Callable[..., Result] | None = None
         self._with_backward: dict[str, Callable[..., Result]] = {}
         self.impls: dict[str, Impl] = {}
         self.impl("reference", differentiable=True)(reference)
@@ -131,7 +135,7 @@ class Op:
                 raise TypeError(f"{self.name} takes no nested tensors; pad them (attention takes a key_padding_mask)")
             return self.overload(*bound)
         self._check(*bound)
-        with _no_autocast(bound):
+        with without_autocast(bound):
             if _is_transformed():  # vmap, jvp and their like know the reference's operators
                 return self.reference(*bound)
             if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in bound):
@@ -206,14 +210,48 @@ class Op:
                 return impl
         raise AssertionError(f"{self.name}: the reference takes everything")  # it has no why_not
 
+    def named(self, impl: str, args: tuple[Any, ...]) -> Callable[..., Result]:
+        """The function of an Impl, by "name" or "name config", for bound arguments that it takes; ImplUnavailable for
+        others."""
+        name, _, config = impl.partition(" ")
+        found = find_impl(self, name)
+        if reasons := found.reasons(*args):
+            raise ImplUnavailable(self.name, name, reasons)
+        if not config or found.configs is None:
+            return found.fn
+        known = next((c for c in found.configs(*args) if str(c) == config), None)
+        return found.fn if known is None else functools.partial(found.fn, config=known)
+
+    def differentiate(self, forward: Forward, backward: Backward) -> None:
+        """Give the Op a forward pass for training and a backward pass; see `burnish.autograd`.
+
+        Both are made of Ops and PyTorch's operators, so that who traces them sees those.
+        """
+        self._training = by_passes(self.name, forward, backward, self.reference)
+
+    def compose(self, parts: Callable[..., Result]) -> None:
+        """Have the Op differentiated as `parts`, which takes its arguments and gives its result by smaller Ops."""
+        self._training = self._parts = parts
+
     def with_backward(self, impl: Impl | str) -> Callable[..., Result]:
-        """The Impl as a differentiable callable: `impl.fn` itself where it is, else with the reference's backward."""
+        """The Impl as a differentiable callable: `impl.fn` itself where it is, else with the Op's backward pass."""
         impl = self.impls[impl] if isinstance(impl, str) else impl
         if impl.differentiable:
             return impl.fn
         if impl.name not in self._with_backward:
-            self._with_backward[impl.name] = _add_backward(impl.fn, self.reference)
+            self._with_backward[impl.name] = self._add_backward(impl)
         return self._with_backward[impl.name]
+
+    def _add_backward(self, impl: Impl) -> Callable[..., Result]:
+        training = self._training
+        if training is None or self._parts is not None:
+            return by_recomputing(impl.fn, self._parts or self.reference)
+
+        def run(*args: Any) -> Result:
+            with choosing({**chosen_impls(), self.name: impl.name}):
+                return training(*args)
+
+        return run
 
     def _explain_wrong_call(self, args: tuple[Any, ...], values: tuple[Any, ...], unused: dict[str, Any]) -> NoReturn:
         if len(args) > len(self._names):
@@ -227,8 +265,14 @@ class Op:
         raise TypeError(f"{self.name}: {fault}; it takes ({', '.join(self._names)})")
 
     def _explicit(self, args: tuple[Any, ...]) -> Impl | None:
-        chosen = _chosen.get()
-        name = chosen.get(self.name) if chosen else None
+        chosen = chosen_impls()
+        name = chosen.get(self.name)
+        if name is None and self.follows is not None:
+            name = chosen.get(self.follows)
+            if name is not None and name not in self.impls:
+                raise ImplUnavailable(
+                    self.follows, name, [f"{self.name} has no such Impl; it has {', '.join(self.impls)}"]
+                )
         if name is None:
             return None
         impl = self.impls[name]
@@ -237,38 +281,49 @@ class Op:
         return impl
 
     def _select_differentiable(self, args: tuple[Any, ...]) -> Callable[..., Result]:
-        # An Impl with its own backward comes first: the reference's backward would run the reference's forward again.
         explicit = self._explicit(args)
         if explicit is not None:
             return self.with_backward(explicit)
+        if self._training is not None:
+            return self._training
+        # An Impl with its own backward comes first: the reference's backward would run the reference's forward again.
         return next(i.fn for i in self.impls.values() if i.differentiable and not i.reasons(*args))
 
     def _register(self) -> None:
         schema = torch.library.infer_schema(self.reference, mutates_args=())
-        _LIBRARY.define(self.name + schema)
+        arguments, _, returns = schema.rpartition(") -> ")
+        _LIBRARY.define(f"{self.name}{arguments}, *, str impl='') -> {returns}")
         qualified = f"{_NAMESPACE}::{self.name}"
 
-        def eager(*args: Any) -> Result:
+        def eager(*args: Any, impl: str = "") -> Result:
             args = self.bind(*args)  # the dispatcher drops trailing arguments that equal their defaults
             self._check(*args)
-            with _no_autocast(args):
-                return self.select(*args).fn(*args)
+            with without_autocast(args):
+                return self.named(impl, args)(*args) if impl else self.select(*args).fn(*args)
 
-        def fake(*args: Any) -> Result:
+        def fake(*args: Any, impl: str = "") -> Result:
             args = self.bind(*args)
             self._check(*args)
-            with _no_autocast(args):
+            with without_autocast(args):
                 return self.shape(*args)
+
+        def differentiable(keyset: Any, *args: Any, impl: str = "") -> Result:
+            def below(*args: Any) -> Result:
+                with torch._C._AutoDispatchBelowAutograd():
+                    return self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, impl=impl)
+
+            args = self.bind(*args)
+            if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
+                return below(*args)
+            if self._training is None or (self._parts is not None and (impl or self.name in chosen_impls())):
+                return by_recomputing(below, self._parts or self.reference)(*args)
+            with without_autocast(args):
+                return self._training(*args)
 
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl(self.name, eager, key)
+        _LIBRARY.impl(self.name, differentiable, "Autograd", with_keyset=True)
         torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-        torch.library.register_autograd(
-            qualified,
-            functools.partial(_reference_backward, self.reference),
-            setup_context=lambda ctx, inputs, output: _save_inputs(ctx, self.bind(*inputs)),
-            lib=_LIBRARY,
-        )
         self.overload: torch._ops.OpOverload = getattr(torch.ops.burnish, self.name).default
 
 
@@ -279,6 +334,7 @@ def op(
     check: Callable[..., None] | None = None,
     shape: Callable[..., Result] | None = None,
     donates: Mapping[str, int] | None = None,
+    follows: str | None = None,
 ) -> Callable[[Callable[..., Result]], Op]:
     """Turn the decorated reference into an Op of the same name and register it. ValueError for a name that is taken.
 
@@ -286,7 +342,8 @@ def op(
     `shape` gives empty results like the reference's, where running that on symbolic sizes takes long (attention's 90
     ms, in each layer of a model). `donates` names arguments of which a result is a changed copy, each with that
     result's position: who has no further use for such an argument may have it changed in place (`Impl.in_place`); the
-    Op itself writes to none. The reference is fully annotated; it returns fresh memory, contiguous unless its docstring
+    Op itself writes to none. `follows` names an Op of which this one is a part in training: `use()` of an Impl of that
+    one chooses this one's of the same name. The reference is fully annotated; it returns fresh memory, contiguous unless its docstring
     says otherwise.
     """
 
@@ -294,7 +351,7 @@ def op(
         name = reference.__name__
         if name in OPS:
             raise ValueError(f"an Op named {name!r} is registered already; choose another name")
-        OPS[name] = Op(reference, cost, samples, check, shape, donates)
+        OPS[name] = Op(reference, cost, samples, check, shape, donates, follows)
         return OPS[name]
 
     return register
@@ -308,11 +365,8 @@ def use(**impls: str) -> Iterator[None]:
     """
     for op_name, impl_name in impls.items():
         find_impl(op_name, impl_name)
-    token = _chosen.set({**(_chosen.get() or {}), **impls})
-    try:
+    with choosing({**chosen_impls(), **impls}):
         yield
-    finally:
-        _chosen.reset(token)
 
 
 def why_not(op: str | Op, impl: str, *args: Any, **kwargs: Any) -> list[str]:
@@ -337,7 +391,6 @@ def find_impl(op: str | Op, name: str) -> Impl:
 
 
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
-_OFF: AbstractContextManager[None] = nullcontext()
 
 
 def _is_traced(args: tuple[Any, ...]) -> bool:
@@ -353,60 +406,9 @@ def _is_transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
-def _no_autocast(args: tuple[Any, ...]) -> AbstractContextManager[Any]:
-    if not torch._C._is_any_autocast_enabled():
-        return _OFF
-    return torch.autocast(next(a.device.type for a in args if isinstance(a, Tensor)), enabled=False)
-
-
 def _always_available(*args: Any) -> list[str]:
     return []
 
 
 def _nothing_to_check(*args: Any) -> None:
     return None
-
-
-def _save_inputs(ctx: Any, args: tuple[Any, ...]) -> None:
-    ctx.save_for_backward(*(a for a in args if isinstance(a, Tensor)))
-    ctx.others = [None if isinstance(a, Tensor) else (a,) for a in args]
-
-
-def _reference_backward(reference: Callable[..., Result], ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of the reference, recomputed from the saved inputs; differentiable again under create_graph."""
-    tensors = iter(ctx.saved_tensors)
-    create_graph = torch.is_grad_enabled()
-    args: list[Any] = []
-    wanted: list[int] = []
-    with torch.enable_grad():
-        for i, other in enumerate(ctx.others):
-            arg = next(tensors) if other is None else other[0]
-            if other is None and ctx.needs_input_grad[i]:
-                wanted.append(i)
-                arg = arg.view_as(arg)  # the gradient stops here, and a second one still reaches the input
-            args.append(arg)
-        results = reference(*args)
-        pairs = zip((results,) if isinstance(results, Tensor) else results, grads, strict=True)
-        outputs, weights = zip(*((r, g) for r, g in pairs if g is not None and r.requires_grad), strict=True)
-        found = torch.autograd.grad(
-            outputs, [args[i] for i in wanted], weights, create_graph=create_graph, allow_unused=True
-        )
-    by_index = dict(zip(wanted, found, strict=True))
-    return tuple(by_index.get(i) for i in range(len(args)))
-
-
-def _add_backward(fn: Callable[..., Result], reference: Callable[..., Result]) -> Callable[..., Result]:
-    class WithReferenceBackward(torch.autograd.Function):
-        @staticmethod
-        def forward(*args: Any) -> Result:
-            return fn(*args)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
-            _save_inputs(ctx, inputs)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            return _reference_backward(reference, ctx, *grads)
-
-    return WithReferenceBackward.apply
