@@ -1,7 +1,7 @@
-"""How an Op is differentiated: by a backward pass of its own, as a composition of smaller Ops, or through its reference.
+"""How an Op is differentiated: by passes of its own, as a composition of smaller Ops, or through its reference.
 
-`Op.differentiate(forward, backward)` gives an Op passes of its own, `Op.compose(parts)` a composition. An Op with neither
-runs its reference again in the backward pass and differentiates that.
+`Op.differentiate(forward, backward)` gives an Op passes of its own, `Op.compose(parts)` a composition. An Op with
+neither runs its reference again in the backward pass and differentiates that.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from burnish.selection import chosen_impls, choosing, without_autocast
+from burnish.selection import choosing, chosen_impls, without_autocast
 
 Result: TypeAlias = Any  # a Tensor, or a tuple of Tensors
 Gradients: TypeAlias = tuple[Tensor | None, ...]

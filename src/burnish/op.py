@@ -343,8 +343,8 @@ def op(
     ms, in each layer of a model). `donates` names arguments of which a result is a changed copy, each with that
     result's position: who has no further use for such an argument may have it changed in place (`Impl.in_place`); the
     Op itself writes to none. `follows` names an Op of which this one is a part in training: `use()` of an Impl of that
-    one chooses this one's of the same name. The reference is fully annotated; it returns fresh memory, contiguous unless its docstring
-    says otherwise.
+    one chooses this one's of the same name. The reference is fully annotated; it returns fresh memory, contiguous
+    unless its docstring says otherwise.
     """
 
     def register(reference: Callable[..., Result]) -> Op:

@@ -166,7 +166,8 @@ def test_files_that_are_wrong(data, said, tmp_path):
 def test_all_of_a_file_is_checked_before_its_first_step(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "steps_of_this_test", raising=False)
-    (tmp_path / "steps_of_this_test.py").write_text("calls = []\ndef make(old):\n    calls.append(old)\n    return old\n")
+    code = "calls = []\ndef make(old):\n    calls.append(old)\n    return old\n"
+    (tmp_path / "steps_of_this_test.py").write_text(code)
     arguments = {"kind": {"import": "torch.nn:Linear"}, "make": {"import": "steps_of_this_test:make"}}
     steps = [
         {"primitive": "replace_all", "path": "", "arguments": arguments},
