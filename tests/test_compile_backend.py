@@ -138,7 +138,9 @@ def test_settings_reach_inductor(
 ) -> None:
     given: list[Any] = []
 
-    def compile_fx(graph_module: fx.GraphModule, inputs: list[Any], config_patches: Any = None) -> fx.GraphModule:
+    def compile_fx(
+        graph_module: fx.GraphModule, inputs: list[Any], inner_compile: Any, config_patches: Any = None
+    ) -> fx.GraphModule:
         given.append((ops_in(graph_module), config_patches))
         return graph_module
 

@@ -25,6 +25,7 @@ from burnish.selection import choosing, chosen_impls, without_autocast
 Result: TypeAlias = Any  # a Tensor, or a tuple of Tensors for an Op with several results
 
 _NAMESPACE = "burnish"
+_MOST_PREFERRED = 1024
 _LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 OPS: dict[str, Op] = {}
@@ -119,6 +120,7 @@ class Op:
         self._training: Callable[..., Result] | None = None  # where gradients are wanted; see `burnish.autograd`
         self._parts: Callable[..., Result] | None = None
         self._with_backward: dict[str, Callable[..., Result]] = {}
+        self._preferred: dict[Any, Callable[..., Result]] = {}  # by Impl and signature, for `preferring`
         self.impls: dict[str, Impl] = {}
         self.impl("reference", differentiable=True)(reference)
         self._register()
@@ -210,17 +212,23 @@ class Op:
                 return impl
         raise AssertionError(f"{self.name}: the reference takes everything")  # it has no why_not
 
-    def named(self, impl: str, args: tuple[Any, ...]) -> Callable[..., Result]:
-        """The function of an Impl, by "name" or "name config", for bound arguments that it takes; ImplUnavailable for
-        others."""
-        name, _, config = impl.partition(" ")
-        found = find_impl(self, name)
-        if reasons := found.reasons(*args):
-            raise ImplUnavailable(self.name, name, reasons)
-        if not config or found.configs is None:
-            return found.fn
-        known = next((c for c in found.configs(*args) if str(c) == config), None)
-        return found.fn if known is None else functools.partial(found.fn, config=known)
+    def preferring(self, impl: str, args: tuple[Any, ...]) -> Callable[..., Result]:
+        """The function of the Impl "name" or "name config" for bound arguments, or, where it cannot take these, of the
+        one that `select` gives. `use()` goes before."""
+        key = (impl, *(_signature(a) for a in args))
+        known = self._preferred.get(key)
+        if known is None or chosen_impls():
+            name, _, config = impl.partition(" ")
+            found = find_impl(self, name)
+            if found.reasons(*args) or self._explicit(args) is not None:
+                return self.select(*args).fn
+            configs = found.configs(*args) if config and found.configs is not None else ()
+            given = next((c for c in configs if str(c) == config), None)
+            known = found.fn if given is None else functools.partial(found.fn, config=given)
+            if len(self._preferred) >= _MOST_PREFERRED:
+                self._preferred.clear()
+            self._preferred[key] = known
+        return known
 
     def differentiate(self, forward: Forward, backward: Backward) -> None:
         """Give the Op a forward pass for training and a backward pass; see `burnish.autograd`.
@@ -299,7 +307,7 @@ class Op:
             args = self.bind(*args)  # the dispatcher drops trailing arguments that equal their defaults
             self._check(*args)
             with without_autocast(args):
-                return self.named(impl, args)(*args) if impl else self.select(*args).fn(*args)
+                return (self.preferring(impl, args) if impl else self.select(*args).fn)(*args)
 
         def fake(*args: Any, impl: str = "") -> Result:
             args = self.bind(*args)
@@ -400,6 +408,10 @@ def _is_traced(args: tuple[Any, ...]) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
     )
+
+
+def _signature(arg: Any) -> Any:
+    return (arg.dtype, arg.device, arg.shape, arg.stride()) if isinstance(arg, Tensor) else arg
 
 
 def _is_transformed() -> bool:

@@ -1,0 +1,63 @@
+"""Which Impl each Op of a graph for Inductor runs by: measured on inputs like those that the graph will get."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from burnish.lower import op_of
+from burnish.op import Op
+from burnish.tuning import Tuner
+
+_ENDS = "cu_seqlens"
+
+
+def choose_impls(graph_module: fx.GraphModule, tuner: Tuner) -> None:
+    """Tells every Op node which Impl to prefer, in place; measures what is not known yet, each signature once."""
+    for node in graph_module.graph.nodes:
+        op = op_of(node.target) if node.op == "call_function" else None
+        if op is None or len(op.impls) == 1:
+            continue
+        args = _like(op, op.bind(*node.args, **node.kwargs))
+        if args is not None:
+            with torch.no_grad():
+                _, choice = tuner.choose(op, args, budget_us=tuner.FIRST_BUDGET_US)
+            node.kwargs = {"impl": choice.candidate}
+            node.args = op.bind(*node.args)
+    tuner.save()
+    graph_module.recompile()
+
+
+def _like(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Random inputs of these sizes, dtypes and strides; None where a size is not known before the call."""
+    found: list[Any] = []
+    for name, arg in zip(op.signature.parameters, args, strict=True):
+        value = arg.meta["val"] if isinstance(arg, fx.Node) else arg
+        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+            value = value.node.hint
+        elif isinstance(value, Tensor):
+            value = _tensor_like(value, evenly=name.startswith(_ENDS), rows=_rows(found))
+        if value is None and isinstance(arg, fx.Node):
+            return None
+        found.append(value)
+    return tuple(found)
+
+
+def _tensor_like(fake: Tensor, evenly: bool, rows: int) -> Tensor | None:
+    sizes, strides = ([_known(size) for size in numbers] for numbers in (fake.shape, fake.stride()))
+    if None in sizes or None in strides:
+        return None
+    real = torch.empty_strided(sizes, strides, dtype=fake.dtype, device=fake.device)  # type: ignore[arg-type]
+    if evenly:
+        return real.copy_(torch.linspace(0, rows, real.numel()))
+    return real.normal_() if fake.is_floating_point() else real.fill_(1)
+
+
+def _known(size: int | torch.SymInt) -> int | None:
+    return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
+def _rows(found: list[Any]) -> int:
+    return next((value.shape[0] for value in found if isinstance(value, Tensor)), 0)
