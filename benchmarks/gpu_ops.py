@@ -6,6 +6,7 @@ Each is timed as a CUDA graph on an L2 cache that holds other data.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu import captured, kernels_of, peers
+from benchmarks.gpu import COMPILED, captured, kernels_of, peers
 from benchmarks.runner import Case, CheckError, Record, Session, verdicts
 from burnish import numerics
 from burnish.hardware import device
@@ -98,6 +99,8 @@ def cases() -> Iterator[Case]:
         for tokens in lengths:
             name = f"gated-mlp-{size}-t{tokens}"
             yield Case(name, partial(_gated_mlp, name=name, width=width, inner=inner, tokens=tokens))
+    name = "gated-mlp-training-d2048-i8192-t4096"
+    yield Case(name, partial(_gated_mlp_training, name=name, width=2048, inner=8192, tokens=4096))
     name = "rms-norm-linear-k4096-n6144-t1"
     yield Case(name, partial(_rms_norm_linear, name=name, width=4096, columns=6144, tokens=1))
     name = "rms-norm-gated-mlp-d4096-i14336-t1"
@@ -144,7 +147,63 @@ def _gated_mlp(session: Session, *, name: str, width: int, inner: int, tokens: i
     model = GatedMLP(width, inner).to("cuda", torch.bfloat16).requires_grad_(False)
     x = randn(1, tokens, width, dtype=torch.bfloat16, device="cuda", seed=1)
     weights = torch.cat([model.gate_proj.weight, model.up_proj.weight]), model.down_proj.weight
-    return _run(session, name, "gated_mlp", (x, *weights), model, {"x": x}, _liger_mlp(model, x))
+    liger = _liger_mlp(model, x)
+    more = {} if liger is None else {"liger": captured(liger)}
+    return _run(session, name, "gated_mlp", (x, *weights), model, {"x": x}, more)
+
+
+def _gated_mlp_training(session: Session, *, name: str, width: int, inner: int, tokens: int) -> list[Record]:
+    """Forward and backward, for the gradients of x and of all weights."""
+    torch.manual_seed(0)
+    model = GatedMLP(width, inner).to("cuda", torch.bfloat16)
+    x, grad = (randn(1, tokens, width, dtype=torch.bfloat16, device="cuda", seed=seed) for seed in (1, 2))
+    weights = model.gate_proj.weight, model.up_proj.weight, model.down_proj.weight
+    packed = torch.cat(weights[:2]).detach().requires_grad_()
+    op = OPS["gated_mlp"]
+
+    def gradients(run: Callable[[], Any], *wanted: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        return lambda: torch.autograd.grad(run(), [x, *wanted], grad.to(wanted[0].dtype))
+
+    x.requires_grad_()
+    variants = {
+        "burnish": gradients(lambda: op(x, packed, weights[2]), packed, weights[2]),
+        "eager": gradients(lambda: model(x), *weights),
+    }
+    for variant, mode in COMPILED.items():
+        if session.wants(variant):
+            torch.compiler.reset()
+            compiled = torch.compile(model, mode=mode)
+            variants[variant] = gradients(partial(compiled, x), *weights)
+            variants[variant]()
+    if session.wants("liger") and (liger := _liger_mlp(model, x)):
+        variants["liger"] = gradients(liger, *weights)
+    wide = copy.deepcopy(model).double()
+    truth = torch.autograd.grad(wide(x.double()), [x, *wide.parameters()], grad.double())
+    eager = variants["eager"]()
+    (dx, *of_weights), (d_x, d_packed, d_down) = eager, variants["burnish"]()
+    verdict = numerics.check((d_x, *d_packed.chunk(2), d_down), (dx, *of_weights), truth)
+    if not verdict.ok:
+        raise CheckError(str(verdict.reason))
+    del wide, truth
+    memory = {variant: _peak_bytes(run) for variant, run in variants.items()}
+    timed = {variant: captured(run) for variant, run in variants.items()}
+    kernels = {variant: len(kernels_of(run)) for variant, run in timed.items()}
+    result = session.time(timed, cold_l2=True)
+    cost = op.cost(x, packed, weights[2])
+    floor = 3 * device().floor_us(cost.flops, cost.bytes, x.dtype)
+    session.console.print(result)
+    session.console.print(f"  floor {floor:.1f} us; peak MiB: { {v: m >> 20 for v, m in memory.items()} }")
+    return result.records(name, session.command(name), kernels=kernels, floor_us=floor)
+
+
+def _peak_bytes(run: Callable[[], object]) -> int:
+    """What a call takes beyond what lives before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _rms_norm_linear(session: Session, *, name: str, width: int, columns: int, tokens: int) -> list[Record]:
@@ -307,16 +366,13 @@ def _run(
     return records
 
 
-def _liger_mlp(model: GatedMLP, x: Tensor) -> dict[str, Callable[[], object]]:
+def _liger_mlp(model: GatedMLP, x: Tensor) -> Callable[[], object] | None:
+    """With SiLU; None where Liger is not installed."""
     try:
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
     except ImportError:
-        return {}
-
-    def run() -> object:
-        return model.down_proj(LigerSiLUMulFunction.apply(model.gate_proj(x), model.up_proj(x)))
-
-    return {"liger": captured(run)}
+        return None
+    return lambda: model.down_proj(LigerSiLUMulFunction.apply(model.gate_proj(x), model.up_proj(x)))
 
 
 def _liger_norm(model: AddRMSNorm, x: Tensor) -> dict[str, Callable[[], object]]:

@@ -114,6 +114,8 @@ BENCHED: dict[str, tuple[Callable[..., object], dict[str, inputs.Maker]]] = {
             "t128 d1024 i2816": inputs.gated_mlp_arguments(128, 1024, 2816),
         },
     ),
+    "gate": (eager.gate, {"t256 i1408": inputs.tensors((256, 2816))}),
+    "gate_backward": (eager.gate_backward, {"t256 i1408": inputs.tensors((256, 1408), (256, 2816))}),
     "rope": (eager.rope, {"h16 s128 d64": inputs.rope_arguments(16, 128, 64)}),
     "rope_qk": (eager.rope_qk, {"h16/4 s128 d64": inputs.rope_qk_arguments(16, 4, 128, 64)}),
     "rope_tables": (

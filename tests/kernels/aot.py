@@ -165,6 +165,8 @@ def kernels_for_rows(rows: list[int]) -> list[list[str]]:
         ("linear", "gluon"): lambda n: (tensor(1, n, 64), weight, vector, "gelu", tensor(1, n, 192)),
         ("linear_add_layer_norm", "gluon"): lambda n: (tensor(1, n, 64), weight, vector, tensor(1, n, 192), vector),
         ("gated_mlp", "triton_tma_gate"): lambda n: (tensor(1, n, 64), weight, tensor(64, 96)),
+        ("gate", "triton"): lambda n: (tensor(1, n, 192),),
+        ("gate_backward", "triton"): lambda n: (tensor(1, n, 96), tensor(1, n, 192)),
         ("linear_add_layer_norm", "triton"): lambda n: (tensor(1, n, 64), weight, vector, tensor(1, n, 192), vector),
         ("add_rms_norm", "triton"): lambda n: (tensor(1, n, 64), tensor(1, n, 64), None),
         ("attention", "triton"): lambda n: (*[tensor(1, 4, n, 64)] * 3, None, torch.ones(1, n, dtype=torch.int64)),

@@ -9,6 +9,8 @@ from burnish.ops.attention import attention
 from burnish.ops.cached_attention import cached_attention
 from burnish.ops.embedding import embedding
 from burnish.ops.embedding_layer_norm import embedding_layer_norm
+from burnish.ops.gate import gate
+from burnish.ops.gate_backward import gate_backward
 from burnish.ops.gated_mlp import gated_mlp
 from burnish.ops.layer_norm import layer_norm
 from burnish.ops.linear import linear
@@ -37,6 +39,8 @@ __all__ = [
     "cached_attention",
     "embedding",
     "embedding_layer_norm",
+    "gate",
+    "gate_backward",
     "gated_mlp",
     "layer_norm",
     "linear",

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from burnish.autograd import Gradients, Saved
 from burnish.kernels.layout import (
     gemv_mma_reasons,
     gemv_reasons,
@@ -23,6 +24,10 @@ from burnish.ops._activations import GATES, activate, check_activation
 from burnish.ops._common import check_floating, check_same_dtype, check_vector, nbytes
 from burnish.ops._onednn import onednn_float32_why_not, onednn_linear, onednn_why_not
 from burnish.ops._triton import hopper_why_not, triton_why_not
+from burnish.ops.gate import gate
+from burnish.ops.gate_backward import gate_backward
+from burnish.ops.linear import linear
+from burnish.selection import chosen_impls
 
 
 def _check(
@@ -312,3 +317,57 @@ def _torch_triton(
 
     hidden = gate(F.linear(x, gate_up_weight, gate_up_bias), activation, config=config)
     return F.linear(hidden, down_weight, down_bias).contiguous()
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _forward(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Keeps the first product, 2*I numbers a row, which is what Liger keeps. An Impl that was chosen has no such tensor
+    to give: its first product is computed again."""
+    kept = x, gate_up_weight, down_weight, gate_up_bias, down_bias
+    if gated_mlp.name in chosen_impls():
+        return gated_mlp(*kept, activation), (*kept, None)
+    gate_up = linear(x, gate_up_weight, gate_up_bias)
+    return linear(gate(gate_up, activation), down_weight, down_bias), (*kept, gate_up)
+
+
+def _backward(saved: Saved, grad: Tensor | None) -> Gradients:
+    if grad is None:
+        return (None,) * 6
+    x, gate_up_weight, down_weight, gate_up_bias, _, gate_up = saved.kept
+    activation: str = saved.args[5]
+    need_x, need_gate_up, need_down, need_gate_up_bias, need_down_bias, _ = saved.needed
+    if gate_up is None and (need_x or need_gate_up or need_down or need_gate_up_bias):
+        gate_up = linear(x, gate_up_weight, gate_up_bias)
+    hidden: Any = None
+    d_gate_up: Any = None
+    if need_x or need_gate_up or need_gate_up_bias:
+        grad_hidden = linear(grad, down_weight.t())
+        d_gate_up, hidden = gate_backward(grad_hidden, gate_up, activation, keep_hidden=need_down)
+        del grad_hidden
+    elif need_down:
+        hidden = gate(gate_up, activation)
+    return (
+        linear(d_gate_up, gate_up_weight.t()) if need_x else None,
+        linear(_rows(d_gate_up).t(), _rows(x).t()) if need_gate_up else None,
+        linear(_rows(grad).t(), _rows(hidden).t()) if need_down else None,
+        _rows(d_gate_up).sum(0) if need_gate_up_bias else None,
+        _rows(grad).sum(0) if need_down_bias else None,
+        None,
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """As a matrix, also where x is a single row."""
+    return x[None].flatten(0, -2)
+
+
+gated_mlp.differentiate(_forward, _backward)

@@ -93,6 +93,23 @@ def gated_mlp(
     return F.linear(hidden, down_weight, down_bias)
 
 
+def gate(gate_up: Tensor, activation: str) -> Tensor:
+    gates, up = gate_up.chunk(2, dim=-1)
+    return _ACTIVATIONS[activation](gates) * up
+
+
+def gate_backward(grad_hidden: Tensor, gate_up: Tensor, activation: str, keep_hidden: bool) -> tuple[Tensor, Tensor]:
+    """What autograd runs where the activated gate was not kept."""
+    gates, up = gate_up.chunk(2, dim=-1)
+    active, d_active = _ACTIVATIONS[activation](gates), grad_hidden * up
+    if activation == "silu":
+        d_gate = torch.ops.aten.silu_backward(d_active, gates)
+    else:
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        d_gate = torch.ops.aten.gelu_backward(d_active, gates, approximate=approximate)
+    return torch.cat((d_gate, grad_hidden * active), dim=-1), active * up if keep_hidden else gate_up.new_empty(0)
+
+
 def quantized_linear(
     x: Tensor,
     weight: Tensor,

@@ -65,6 +65,8 @@ SIZED: dict[str, Sized] = {
     ),
     "linear_add_rms_norm": _tokens(lambda a, n: lambda dtype: inputs.branch_end(n, a.width, a.width, dtype)),
     "gated_mlp": _tokens(lambda a, n: inputs.gated_mlp_arguments(n, a.width, a.inner)),
+    "gate": _tokens(lambda a, n: inputs.tensors((1, n, 2 * a.inner))),
+    "gate_backward": _tokens(lambda a, n: inputs.tensors((1, n, a.inner), (1, n, 2 * a.inner))),
     "rms_norm_linear": _tokens(lambda a, n: inputs.norm_linear_arguments(n, a.width, a.inner)),
     "rms_norm_gated_mlp": _tokens(lambda a, n: inputs.norm_gated_mlp_arguments(n, a.width, a.inner)),
     "quantized_linear": _tokens(lambda a, n: inputs.quantized_arguments(n, a.width, a.inner, "int8")),
