@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from burnish.autograd import Saved
 from burnish.op import OPS, Cost, ImplUnavailable, Op, Sample, find_impl, find_op, op, use, why_not
 
 _numbers = itertools.count()
@@ -281,3 +283,197 @@ def test_an_op_is_an_op(toy: Toy) -> None:
     assert isinstance(toy.op, Op)
     assert toy.op.cost(torch.ones(3)) == Cost(3, 24)
     assert [s.label for s in toy.op.samples("cpu", torch.float32)] == ["three"]
+
+
+# --- passes of an Op's own, compositions, and Impls that an overload is told ---
+
+
+class Scale:
+    """`x * w` as an Op with passes of its own: it keeps `w` and the result, and not `x` unless told to."""
+
+    def __init__(self, keep_x: bool = False, compose: bool = False) -> None:
+        self.seen: list[Saved] = []
+        self.backward_ran: list[str] = []
+        outer = self
+
+        def reference(x: Tensor, w: Tensor, bias: Tensor | None = None, label: str = "none") -> tuple[Tensor, Tensor]:
+            """Scales."""
+            return x * w, x + 1
+
+        reference.__name__ = f"toy_{next(_numbers)}"
+        self.op = op(cost=lambda *_: Cost(1, 1), samples=_samples)(reference)
+
+        @self.op.impl("fast")
+        def fast(x: Tensor, w: Tensor, bias: Tensor | None = None, label: str = "none") -> tuple[Tensor, Tensor]:
+            """Quick."""
+            outer.backward_ran.append("fast forward")
+            return x.detach() * w.detach(), x.detach() + 1
+
+        @self.op.impl("slow")
+        def slow(x: Tensor, w: Tensor, bias: Tensor | None = None, label: str = "none") -> tuple[Tensor, Tensor]:
+            """Not quick."""
+            outer.backward_ran.append("slow forward")
+            return x.detach() * w.detach(), x.detach() + 1
+
+        def scale_backward(grad: Tensor, w: Tensor) -> Tensor:
+            """The gradient of x."""
+            return grad * w
+
+        scale_backward.__name__ = f"{self.op.name}_backward"
+        self.part = op(cost=lambda *_: Cost(1, 1), samples=_samples, follows=self.op.name)(scale_backward)
+
+        @self.part.impl("fast")
+        def fast_backward(grad: Tensor, w: Tensor) -> Tensor:
+            """Quick."""
+            outer.backward_ran.append("fast")
+            return grad * w
+
+        @self.part.impl("slow")
+        def slow_backward(grad: Tensor, w: Tensor) -> Tensor:
+            """Not quick."""
+            outer.backward_ran.append("slow")
+            return grad * w
+
+        def forward(x: Tensor, w: Tensor, bias: Tensor | None = None, label: str = "none") -> tuple[Any, Any]:
+            out, more = self.op(x, w, bias, label)
+            return (out, more), (w, out, None, *((x,) if keep_x else ()))
+
+        def backward(saved: Saved, grad: Tensor | None, more: Tensor | None) -> tuple[Tensor | None, ...]:
+            self.seen.append(saved)
+            w, out = saved.kept[:2]
+            x = out / w
+            dx = None if grad is None else self.part(grad, w)
+            if more is not None:
+                dx = more if dx is None else dx + more
+            return dx, None if grad is None else (grad * x).sum_to_size(w.shape), None, None
+
+        if compose:
+            self.op.compose(lambda x, w, bias=None, label="none": (x * w, x + 1))
+        else:
+            self.op.differentiate(forward, backward)
+
+
+@pytest.fixture
+def scale() -> Iterator[Callable[..., Scale]]:
+    made: list[Scale] = []
+
+    def make(**options: bool) -> Scale:
+        made.append(Scale(**options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        del OPS[each.op.name], OPS[each.part.name]
+
+
+def _xw(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    return torch.rand(4, 3, dtype=dtype).add_(1).requires_grad_(), torch.rand(3, dtype=dtype).add_(1).requires_grad_()
+
+
+@pytest.mark.parametrize("compose", [False, True])
+@pytest.mark.parametrize("way", ["function", "overload", "with_backward"])
+def test_an_op_is_differentiated_as_it_says(scale: Callable[..., Scale], way: str, compose: bool) -> None:
+    toy = scale(compose=compose)
+    run = {"function": toy.op, "overload": toy.op.overload, "with_backward": toy.op.with_backward("fast")}[way]
+    x, w = _xw()
+    assert torch.autograd.gradcheck(lambda x, w: run(x, w), (x, w))
+    assert torch.autograd.gradcheck(lambda x, w: run(x, w)[1], (x, w))
+    assert bool(toy.seen) is not compose
+
+
+def test_the_backward_pass_is_told_what_it_must_know(scale: Callable[..., Scale]) -> None:
+    toy = scale()
+    x, w = _xw()
+    toy.op(x, w.detach(), label="a")[0].sum().backward()
+    (saved,) = toy.seen
+    assert saved.needed == (True, False, False, False)
+    assert saved.args == (None, None, None, "a")
+    assert len(saved.kept) == 3
+    assert saved.kept[2] is None
+
+
+def test_no_gradient_costs_nothing_to_keep(scale: Callable[..., Scale]) -> None:
+    toy = scale()
+    x, w = _xw()
+    assert toy.op(x.detach(), w.detach())[0].grad_fn is None
+    with torch.no_grad():
+        assert toy.op(x, w)[0].grad_fn is None
+
+
+@pytest.mark.parametrize("device_thread", [False, True])
+def test_use_holds_in_the_backward_pass_too(scale: Callable[..., Scale], device_thread: bool) -> None:
+    toy = scale()
+    x, w = _xw(torch.float32)
+    with use(**{toy.op.name: "slow"}):
+        out = toy.op(x, w)[0].sum()
+    if device_thread:  # as a backward pass on a GPU runs
+        thread = threading.Thread(target=out.backward)
+        thread.start()
+        thread.join()
+    else:
+        out.backward()
+    assert toy.backward_ran == ["slow forward", "slow"]
+    toy.backward_ran.clear()
+    toy.op(x, w)[0].sum().backward()
+    assert toy.backward_ran == ["fast forward", "fast"]
+
+
+def test_an_impl_that_a_part_lacks_is_refused(scale: Callable[..., Scale]) -> None:
+    toy = scale()
+    toy.op.impl("other")(lambda x, w, bias=None, label="none": (x * w, x + 1))
+    x, w = _xw()
+    with use(**{toy.op.name: "other"}):
+        out = toy.op(x, w)[0].sum()
+    with pytest.raises(ImplUnavailable, match=f"{toy.part.name} has no such Impl; it has fast, slow, reference"):
+        out.backward()
+
+
+def test_second_derivatives_need_every_argument(scale: Callable[..., Scale]) -> None:
+    assert torch.autograd.gradgradcheck(lambda x, w: scale(keep_x=True).op(x, w), _xw())
+    x, w = _xw()
+    toy = scale()
+    (grad,) = torch.autograd.grad(toy.op(x * 1, w)[0].sum(), w, retain_graph=True)
+    assert grad.shape == w.shape
+    with pytest.raises(RuntimeError, match=f"differentiated; for second derivatives .*{toy.op.name}='reference'"):
+        torch.autograd.grad(toy.op(x * 1, w)[0].sum(), w, create_graph=True)
+
+
+def test_an_explicit_impl_of_a_composition_runs_its_forward_pass(scale: Callable[..., Scale]) -> None:
+    toy = scale(compose=True)
+    x, w = _xw(torch.float32)
+    for run in (toy.op, toy.op.overload):
+        toy.backward_ran.clear()
+        with use(**{toy.op.name: "fast"}):
+            run(x, w)[0].sum().backward()
+        assert toy.backward_ran == ["fast forward"]
+    toy.backward_ran.clear()
+    toy.op(x, w)[0].sum().backward()
+    assert toy.backward_ran == []
+
+
+def test_an_overload_can_be_told_its_impl(toy: Toy) -> None:
+    three, two = torch.ones(3), torch.ones(2)
+    toy.op.overload(three, impl="reference")
+    toy.op.overload(three, impl="fast")
+    toy.op.overload(two, impl="fast")  # which it cannot take
+    with use(**{toy.op.name: "fast"}):
+        toy.op.overload(three, impl="reference")
+    assert toy.ran == ["reference", "fast", "reference", "fast"]
+    with pytest.raises(ValueError, match="has no Impl 'none'"):
+        toy.op.overload(three, impl="none")
+
+
+def test_an_overload_can_be_told_how_to_run_its_impl(toy: Toy) -> None:
+    ran: list[Any] = []
+
+    @toy.op.impl("tiled", configs=lambda x, *_: ["a", "b"] if x.shape[0] > 2 else ["c"])
+    def tiled(
+        x: Tensor, shift: Tensor | None = None, factor: float = 2.0, label: str = "none", *, config: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Tiles."""
+        ran.append(config)
+        return x * factor, x + 1
+
+    for size, impl in ((3, "tiled b"), (3, "tiled b"), (3, "tiled"), (2, "tiled b"), (2, "tiled c")):
+        toy.op.overload(torch.ones(size), impl=impl)
+    assert ran == ["b", "b", None, None, "c"]

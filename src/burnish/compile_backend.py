@@ -1,9 +1,9 @@
 """`torch.compile(model, backend="burnish")`: the same rewrites in front of Inductor. The way to train.
 
-Dynamo hands over the parts of a model that it can trace. Their autocast is spelled out, they are raised and fused as in
-`optimize`, and given to AOTAutograd and Inductor. Where gradients flow, an Op with passes of its own is one node of the
-forward and one of the backward graph, and one that is a composition is its parts, which Inductor fuses with what is
-around them (see `burnish.autograd`). Each Op's Impl is chosen for the sizes at hand (see `burnish.compile_choices`).
+Dynamo hands over the parts of a model that it can trace. They are raised and fused as in `optimize`, and given to
+AOTAutograd and Inductor. Where gradients flow, an Op with passes of its own is one node of the forward and one of the
+backward graph, and one that is a composition is its parts, which Inductor fuses with what is around them (see
+`burnish.autograd`). Each Op's Impl is chosen for the sizes at hand (see `burnish.compile_choices`).
 
 Weights are inputs of those parts, so what needs packed weights (merged projections) is left out.
 """
@@ -11,26 +11,25 @@ Weights are inputs of those parts, so what needs packed weights (merged projecti
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.amp import autocast_mode
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import fx
+from torch._functorch import config as functorch_config
 
 from burnish.compile_choices import choose_impls
-from burnish.graph.autocast import make_casts_explicit
+from burnish.compile_trace import regions, trace_for_compile
 from burnish.graph.trace import clean
+from burnish.op import find_impl
 from burnish.record import StepRecord
 from burnish.rewrites import FUSE, RAISE, apply
 from burnish.tuning import Tuner
 
 _NEEDS_PACKING = {"gated_mlp", "parallel linears"}
-_OPTIONS = {"burnish.impls", "burnish.cache"}
+_OPTIONS = ("burnish.cache", "burnish.impls")
 
 
 def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
@@ -47,9 +46,11 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **optio
 
     given = dict(options.get("options") or {})
     own = {name: given.pop(name) for name in list(given) if name.startswith("burnish.")}
-    if unknown := own.keys() - _OPTIONS:
-        raise ValueError(f"options: there is no {', '.join(sorted(unknown))}; there are {', '.join(sorted(_OPTIONS))}")
+    if unknown := own.keys() - set(_OPTIONS):
+        raise ValueError(f"options: there is no {', '.join(sorted(unknown))}; there are {', '.join(_OPTIONS)}")
     tuner = Tuner(own.get("burnish.cache", "readwrite"), own.get("burnish.impls"))
+    for op, impl in tuner.explicit.items():
+        find_impl(op, impl)
     if mode := options.get("mode"):
         given = torch._inductor.list_mode_options(mode) | given
 
@@ -57,41 +58,31 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **optio
         choose_impls(graph_module, tuner)
         return compile_fx_inner(graph_module, example_inputs, **rest)
 
-    rewritten, _ = rewrite(graph_module, example_inputs)
-    with _without_autocast():
-        compiled: Any = compile_fx(
-            rewritten,
-            list(example_inputs),
-            inner_compile=functools.wraps(compile_fx_inner)(compile_inner),
-            config_patches=given or None,
-        )
-    return compiled
+    def compile_with(graph_module: fx.GraphModule) -> Any:
+        inner = functools.wraps(compile_fx_inner)(compile_inner)
+        return compile_fx(graph_module, list(example_inputs), inner_compile=inner, config_patches=given or None)
+
+    # AOTAutograd's cache knows nothing of the Impls; Inductor's own finds their names in the graph.
+    with functorch_config.patch(enable_autograd_cache=False):
+        try:
+            rewritten, _ = rewrite(graph_module, example_inputs)
+        except ValueError as error:
+            warnings.warn(f"burnish: this part of the model goes to Inductor as it is: {error}", stacklevel=2)
+            return compile_with(graph_module)
+        with _without_autocast():
+            return compile_with(rewritten)
 
 
 def rewrite(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[StepRecord]]:
-    """Dynamo's graph in ATen dialect with Ops in it, and what was done. It knows no autocast any more."""
-    context = TracingContext.try_get()
-    mode = context.fake_mode if context is not None else None
-    if context is None or mode is None:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        fakes = [mode.from_tensor(given) if isinstance(given, Tensor) else given for given in example_inputs]
-        trace = make_fx(graph_module, pre_dispatch=True, _allow_non_fake_inputs=True)
-    else:
-        fakes = [_fake(given, mode, context) for given in example_inputs]
-        trace = make_fx(graph_module, pre_dispatch=True)
-    with mode:
-        traced = trace(*fakes)
-        if torch._C._is_any_autocast_enabled() or _enters_autocast(traced):
-            make_casts_explicit(traced, fakes)
+    """Dynamo's graph in ATen dialect with Ops in it, and what was done. It is right with autocast switched off."""
+    traced = trace_for_compile(graph_module, example_inputs)
+    records = []
+    fuse = [step for step in FUSE if step.name not in _NEEDS_PACKING]
     with _without_autocast():
-        clean(traced)
-        records = [apply("raise", RAISE, traced)]
-        records.append(apply("fuse", [step for step in FUSE if step.name not in _NEEDS_PACKING], traced))
+        for graph in regions(traced):
+            clean(graph)
+            records += [apply("raise", RAISE, graph), apply("fuse", fuse, graph)]
     return traced, records
-
-
-def _enters_autocast(graph_module: fx.GraphModule) -> bool:
-    return any(node.target is autocast_mode._enter_autocast for node in graph_module.graph.nodes)
 
 
 @contextmanager
@@ -101,12 +92,3 @@ def _without_autocast() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
-
-
-def _fake(given: Any, mode: FakeTensorMode, context: TracingContext) -> Any:
-    """The fake of an input with the symbolic sizes that Dynamo chose; AOTAutograd will ask `mode` for the same one."""
-    if not isinstance(given, Tensor):
-        return given
-    symbolic = context.tensor_to_context.get(given)
-    source = getattr(symbolic, "tensor_source", None)
-    return mode.from_tensor(given, symbolic_context=symbolic, source=source, static_shapes=None if symbolic else True)

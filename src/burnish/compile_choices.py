@@ -24,8 +24,7 @@ def choose_impls(graph_module: fx.GraphModule, tuner: Tuner) -> None:
         if args is not None:
             with torch.no_grad():
                 _, choice = tuner.choose(op, args, budget_us=tuner.FIRST_BUDGET_US)
-            node.kwargs = {"impl": choice.candidate}
-            node.args = op.bind(*node.args)
+            node.kwargs = {**node.kwargs, "impl": choice.candidate}
     tuner.save()
     graph_module.recompile()
 

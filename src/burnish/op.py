@@ -272,15 +272,20 @@ class Op:
             fault = f"missing {', '.join(missing)}"
         raise TypeError(f"{self.name}: {fault}; it takes ({', '.join(self._names)})")
 
+    def asked_for(self, impls: Mapping[str, str]) -> str | None:
+        """The Impl that these choices, Impl names by Op name, want for this Op: under its own name, or that of the Op
+        of which it is a part. ImplUnavailable where it has none of that name."""
+        name = impls.get(self.name)
+        if name is None and self.follows is not None:
+            name = impls.get(self.follows)
+            if name is not None and name not in self.impls:
+                reason = f"{self.name} has no such Impl; it has {', '.join(self.impls)}"
+                raise ImplUnavailable(self.follows, name, [reason])
+        return name
+
     def _explicit(self, args: tuple[Any, ...]) -> Impl | None:
         chosen = chosen_impls()
-        name = chosen.get(self.name)
-        if name is None and self.follows is not None:
-            name = chosen.get(self.follows)
-            if name is not None and name not in self.impls:
-                raise ImplUnavailable(
-                    self.follows, name, [f"{self.name} has no such Impl; it has {', '.join(self.impls)}"]
-                )
+        name = self.asked_for(chosen) if chosen else None
         if name is None:
             return None
         impl = self.impls[name]

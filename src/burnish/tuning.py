@@ -159,7 +159,7 @@ class Tuner:
         return _callable(op, args, known, in_place), known
 
     def _explicit(self, op: Op, args: Sequence[Any]) -> Choice | None:
-        name = self.explicit.get(op.name)
+        name = op.asked_for(self.explicit)
         if name is None:
             return None
         if reasons := find_impl(op, name).why_not(*args):

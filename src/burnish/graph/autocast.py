@@ -40,6 +40,8 @@ def make_casts_explicit(gm: fx.GraphModule, fakes: list[Any]) -> int:
             elif enter_or_leave(node):
                 continue
             elif node.op == "call_function":
+                for inner in _checkpointed(gm, node):
+                    make_casts_explicit(inner, [values[arg] for arg in node.args[1:]])
                 values[node] = _explicit(gm.graph, node, values, cast)
             if node.op != "output":
                 node.meta["val"] = values.get(node)
@@ -48,6 +50,13 @@ def make_casts_explicit(gm: fx.GraphModule, fakes: list[Any]) -> int:
             gm.graph.erase_node(node)
     gm.recompile()
     return len(cast)
+
+
+def _checkpointed(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
+    """The graph that a node runs under activation checkpointing."""
+    if node.target is not torch.ops.higher_order.tag_activation_checkpoint:
+        return []
+    return [_attribute(gm, str(node.args[0].target))]  # type: ignore[union-attr]
 
 
 @contextmanager
@@ -82,7 +91,10 @@ def _explicit(
     """Put casts in front of the node, and return its value."""
     target: Any = node.target
     args, kwargs = pytree.tree_map_only(fx.Node, values.__getitem__, (node.args, node.kwargs))
-    if not torch._C._is_any_autocast_enabled() or not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, torch._ops.OpOverload) or not torch._C._is_any_autocast_enabled():
+        known = target is torch.ops.higher_order.tag_activation_checkpoint
+        if isinstance(target, torch._ops.HigherOrderOperator) and not known:
+            raise ValueError(f"what autocast does within {target} is not known")
         return target(*args, **kwargs)
     with _Watching() as watching:
         result = target(*args, **kwargs)

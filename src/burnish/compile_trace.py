@@ -1,0 +1,81 @@
+"""Dynamo's graph in ATen dialect, composite operators kept, with its autocast spelled out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.amp import autocast_mode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from burnish._quiet import quiet
+from burnish.graph.autocast import make_casts_explicit
+
+_RECOMPUTED = "_checkpoint_context_fn"  # in the meta of a region's graph, where Dynamo leaves `context_fn`
+
+
+def trace_for_compile(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+    """Dynamo's graph as the rewrites want it. It is right with autocast switched off, whatever holds now.
+
+    Regions under activation checkpointing stay graphs of their own, which `regions` gives.
+    ValueError where it cannot be seen what autocast does.
+    """
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None else None
+    if context is None or mode is None:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        fakes = [mode.from_tensor(given) if isinstance(given, Tensor) else given for given in example_inputs]
+    else:
+        fakes = [_fake(given, mode, context) for given in example_inputs]
+    with mode:
+        with _regions_say_what_they_recompute(graph_module):
+            traced = make_fx(graph_module, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+        for region in regions(traced)[1:]:
+            if region.meta.get(_RECOMPUTED) is _ALL:
+                del region.meta[_RECOMPUTED]
+        enters = any(node.target is autocast_mode._enter_autocast for node in traced.graph.nodes)
+        if enters or torch._C._is_any_autocast_enabled():
+            make_casts_explicit(traced, fakes)
+    return traced
+
+
+def regions(graph_module: fx.GraphModule) -> list[fx.GraphModule]:
+    """The graph, and those that it runs under activation checkpointing."""
+    return [graph_module, *(m for m in graph_module.children() if isinstance(m, fx.GraphModule))]
+
+
+@contextmanager
+def _regions_say_what_they_recompute(graph_module: fx.GraphModule) -> Iterator[None]:
+    """make_fx takes no region that leaves it unsaid that all is recomputed."""
+    unsaid = [region for region in regions(graph_module)[1:] if _RECOMPUTED not in region.meta]
+    for region in unsaid:
+        region.meta[_RECOMPUTED] = _ALL
+    try:
+        with quiet("torch._higher_order_ops.wrap"):
+            yield
+    finally:
+        for region in unsaid:
+            del region.meta[_RECOMPUTED]
+
+
+def _recompute(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_ALL = functools.partial(create_selective_checkpoint_contexts, _recompute)
+
+
+def _fake(given: Any, mode: FakeTensorMode, context: TracingContext) -> Any:
+    """The fake of an input with the symbolic sizes that Dynamo chose; AOTAutograd will ask `mode` for the same one."""
+    if not isinstance(given, Tensor):
+        return given
+    symbolic = context.tensor_to_context.get(given)
+    source = getattr(symbolic, "tensor_source", None)
+    return mode.from_tensor(given, symbolic_context=symbolic, source=source, static_shapes=None if symbolic else True)

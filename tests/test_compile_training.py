@@ -1,0 +1,159 @@
+"""`torch.compile(model, backend="burnish")` where gradients flow: through AOTAutograd and Inductor, on the CPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from burnish import compile_backend
+from burnish.compile_choices import choose_impls
+from burnish.lower import op_of
+from burnish.numerics import assert_close
+from burnish.tuning import Tuner
+from tests import zoo
+from tests.e2e.float64 import gradients, gradients_in_float64, loss
+from tests.zoo.case import token_ids
+from tests.zoo.plain import NanoGPT
+
+pytestmark = pytest.mark.usefixtures("untimed")
+SIZES = ((2, 8), (3, 12), (4, 9))
+
+
+class Compiled:
+    """What Inductor is given: the forward and the backward graphs, and the Impls that their Ops are told."""
+
+    def __init__(self) -> None:
+        self.ops: list[Counter[str]] = []
+        self.impls: set[tuple[str, str]] = set()
+
+    def __call__(self, graph_module: fx.GraphModule, tuner: Tuner) -> None:
+        choose_impls(graph_module, tuner)
+        nodes = [(op_of(node.target), node) for node in graph_module.graph.nodes if node.op == "call_function"]
+        self.ops.append(Counter(op.name for op, _ in nodes if op is not None))
+        self.impls |= {(op.name, node.kwargs["impl"].split()[0]) for op, node in nodes if op and node.kwargs}
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
+    torch._dynamo.reset()
+    seen = Compiled()
+    monkeypatch.setattr(compile_backend, "choose_impls", seen)
+    return seen
+
+
+class Loss(nn.Module):
+    """A GPT in nanoGPT's manner with its loss. `recompute` runs each block under activation checkpointing."""
+
+    def __init__(self, recompute: Callable[..., Any] | None = None, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.gpt = NanoGPT(2, 32, 2, 16, 50, bias=True, sdpa=True, dropout=dropout)
+        self.recompute = recompute
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.gpt.wte(ids) + self.gpt.wpe(torch.arange(ids.shape[1]))
+        for block in self.gpt.h:
+            x = block(x) if self.recompute is None else self.recompute(block, x)
+        logits = self.gpt.lm_head(self.gpt.ln_f(x))
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def check_gradients(run: Callable[..., Any], model: nn.Module, ids: Tensor, autocast: bool = False) -> None:
+    found = []
+    for each in (run, model):
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value = loss(each(ids=ids))
+        value.backward()
+        found.append({name: grad.clone() for name, grad in gradients(model).items()})
+    assert_close(*found, gradients_in_float64(model, {"ids": ids}))
+
+
+def test_gradients_at_every_size(compiled: Compiled) -> None:
+    model = zoo.seeded(Loss())
+    run = torch.compile(model, backend="burnish", fullgraph=True)
+    for size in SIZES:
+        check_gradients(run, model, token_ids(*size, 50))
+    assert len(compiled.ops) == 4, "forward and backward, for the first size and for all others"
+
+
+@pytest.mark.parametrize("region", [False, True], ids=["around the call", "within the model"])
+def test_under_autocast(compiled: Compiled, region: bool) -> None:
+    model = zoo.seeded(Loss())
+
+    class Within(nn.Module):
+        def forward(self, ids: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                result: Tensor = model(ids=ids)
+            return result
+
+    inner: nn.Module = Within() if region else model
+    run = torch.compile(inner, backend="burnish", fullgraph=True)
+    found = []
+    for each in (run, model):
+        model.zero_grad(set_to_none=True)
+        ids = token_ids(2, 8, 50)
+        with torch.autocast("cpu", torch.bfloat16, enabled=each is model or not region):
+            each(ids=ids).backward()
+        found.append({name: grad.clone() for name, grad in gradients(model).items()})
+    assert_close(*found, gradients_in_float64(model, {"ids": ids}))
+    assert compiled.ops[0]["attention_with_logsumexp"] == 2
+
+
+def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if op in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_SELECTIVE = partial(create_selective_checkpoint_contexts, _keep_products)
+
+
+@pytest.mark.parametrize("context", [{}, {"context_fn": _SELECTIVE}], ids=["all", "selective"])
+def test_under_activation_checkpointing(compiled: Compiled, context: dict[str, Any]) -> None:
+    model = zoo.seeded(Loss(partial(checkpoint, use_reentrant=False, **context)))
+    run = torch.compile(model, backend="burnish", fullgraph=True)
+    check_gradients(run, model, token_ids(2, 8, 50))
+    forward, backward = compiled.ops
+    assert forward["attention_with_logsumexp"] == backward["attention_with_logsumexp"] == 2, "run again"
+
+
+def test_impls_that_are_asked_for(compiled: Compiled) -> None:
+    model = zoo.seeded(Loss())
+    options: dict[str, Any] = {"burnish.impls": {"layer_norm": "reference"}, "burnish.cache": "off"}
+    run = torch.compile(model, backend="burnish", options=options)
+    check_gradients(run, model, token_ids(2, 8, 50))
+    assert ("layer_norm", "reference") in compiled.impls
+    assert {impl for name, impl in compiled.impls if name == "layer_norm"} == {"reference"}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"burnish.imples": {}}, "there is no burnish.imples; there are burnish.cache, burnish.impls"),
+        ({"burnish.impls": {"attention": "flesh"}}, "attention has no Impl 'flesh'; it has"),
+        ({"burnish.cache": "on"}, "cache='on': use 'readwrite', 'readonly' or 'off'"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], says: str) -> None:
+    torch._dynamo.reset()
+    run = torch.compile(nn.Linear(4, 4), backend="burnish", options=options)
+    with pytest.raises(Exception, match=says):
+        run(torch.randn(2, 4))
+
+
+def test_what_cannot_be_rewritten_goes_to_inductor(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise ValueError("no")
+
+    monkeypatch.setattr("burnish.compile_trace.make_casts_explicit", refuse)
+    model, x = nn.Linear(4, 4), torch.randn(2, 4)
+    run = torch.compile(model, backend="burnish")
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="goes to Inductor as it is: no"):
+        assert torch.equal(run(x), model(x))
