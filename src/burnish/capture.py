@@ -14,7 +14,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from burnish import huggingface
 from burnish._quiet import quiet
 from burnish.capture_overhead import little_overhead
 from burnish.capture_repeats import repeats_looked_up
+from burnish.graph.autocast import autocast_dtypes, make_casts_explicit, without_autocast
 from burnish.graph.trace import clean
 from burnish.record import StepRecord
 from burnish.runtime.module import State
@@ -56,6 +57,7 @@ class Program:
             has `meta["origin"]`, the name of that node: this is what verification compares.
         in_spec, out_spec: the pytree structure of `(args, kwargs)` and of the result.
         attention_interface: whether Hugging Face's attention was taken over while capturing.
+        autocast: what autocast cast to, by type of device; the graph spells the casts out and runs without it.
         history: one `StepRecord` for each step applied so far.
     """
 
@@ -65,11 +67,23 @@ class Program:
     out_spec: pytree.TreeSpec
     inputs: tuple[InputSpec, ...]
     attention_interface: bool = False
+    autocast: tuple[tuple[str, torch.dtype], ...] = ()
     history: list[StepRecord] = field(default_factory=list)
 
     def rejects(self, leaves: Sequence[Any]) -> str | None:
         """Why these input leaves cannot be served by this graph (one line), or None if they can."""
         return reject(self.inputs, leaves)
+
+    def runnable(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """Code of this Program as it is to be run: with autocast off, where its casts are spelled out."""
+        if not self.autocast:
+            return run
+
+        def run_without_autocast(*args: Any) -> Any:
+            with without_autocast():
+                return run(*args)
+
+        return run_without_autocast
 
     def first_rows(self, leaves: Sequence[Any], tokens: int) -> list[Any]:
         """The leaves cut to as many samples of the batch as have about `tokens` tokens together; at least two, if there
@@ -170,19 +184,28 @@ def capture(
     inputs = _input_specs(whole, exported.range_constraints)
     assert exported.call_spec.out_spec is not None
     graph_module = _flat(whole)
+    notes = []
+    autocast = autocast_dtypes()
+    if autocast:
+        try:
+            casts = make_casts_explicit(graph_module)
+        except ValueError as error:
+            raise CaptureError(_one_line(error)) from error
+        dtypes = ", ".join(f"{kind} to {str(dtype).removeprefix('torch.')}" for kind, dtype in autocast)
+        notes.append(f"autocast of {dtypes}: {casts} casts")
     before = len(graph_module.graph.nodes)
     removed = clean(graph_module)
     for node in graph_module.graph.nodes:
         node.meta["origin"] = node.name
     captured = fx.GraphModule(graph_module, copy_graph(graph_module.graph))
-    program = Program(graph_module, captured, spec, exported.call_spec.out_spec, inputs, took_over)
+    program = Program(graph_module, captured, spec, exported.call_spec.out_spec, inputs, took_over, autocast)
     program.history.append(
         StepRecord(
             "capture",
             nodes_before=before,
             nodes_after=before - removed,
             seconds=time.perf_counter() - started,
-            notes=[f"free sizes: {', '.join(program_symbols(program)) or 'none'}"],
+            notes=[f"free sizes: {', '.join(program_symbols(program)) or 'none'}", *notes],
         )
     )
     return program

@@ -147,7 +147,8 @@ def choose_differentiable(prepared: Prepared, model: nn.Module, call: Call, tune
                 return slot.op.reference(*args)
             function, choice = tuner.choose(slot.op, args, budget_us=0)
             chosen.choices[slot.name] = choice
-            chosen.functions[slot.name] = slot.op.with_backward(choice.impl)
+            training = None if choice.source == "explicit" else slot.op.training
+            chosen.functions[slot.name] = training or slot.op.with_backward(choice.impl)
             return function(*args)
 
         return choose

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,10 +21,11 @@ from torch._functorch import config as functorch_config
 
 from burnish.compile_choices import choose_impls
 from burnish.compile_trace import regions, trace_for_compile
+from burnish.graph.autocast import without_autocast
 from burnish.graph.trace import clean
 from burnish.op import find_impl
 from burnish.record import StepRecord
-from burnish.rewrites import FUSE, RAISE, apply
+from burnish.rewrites import FUSE, RAISE, GraphPass, Rewrite, apply
 from burnish.tuning import Tuner
 
 _NEEDS_PACKING = {"gated_mlp", "parallel linears"}
@@ -69,7 +69,7 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **optio
         except ValueError as error:
             warnings.warn(f"burnish: this part of the model goes to Inductor as it is: {error}", stacklevel=2)
             return compile_with(graph_module)
-        with _without_autocast():
+        with without_autocast():
             return compile_with(rewritten)
 
 
@@ -77,18 +77,14 @@ def rewrite(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> tupl
     """Dynamo's graph in ATen dialect with Ops in it, and what was done. It is right with autocast switched off."""
     traced = trace_for_compile(graph_module, example_inputs)
     records = []
-    fuse = [step for step in FUSE if step.name not in _NEEDS_PACKING]
-    with _without_autocast():
+    fuse = without_packing(FUSE)
+    with without_autocast():
         for graph in regions(traced):
             clean(graph)
             records += [apply("raise", RAISE, graph), apply("fuse", fuse, graph)]
     return traced, records
 
 
-@contextmanager
-def _without_autocast() -> Iterator[None]:
-    with ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
+def without_packing(steps: Sequence[Rewrite | GraphPass]) -> list[Rewrite | GraphPass]:
+    """Those that can do without packed weights."""
+    return [step for step in steps if step.name not in _NEEDS_PACKING]

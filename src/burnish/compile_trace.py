@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from burnish._quiet import quiet
-from burnish.graph.autocast import make_casts_explicit
+from burnish.graph.autocast import autocast_dtypes, make_casts_explicit
 
 _RECOMPUTED = "_checkpoint_context_fn"  # in the meta of a region's graph, where Dynamo leaves `context_fn`
 
@@ -41,7 +40,7 @@ def trace_for_compile(graph_module: fx.GraphModule, example_inputs: Sequence[Any
             if region.meta.get(_RECOMPUTED) is _ALL:
                 del region.meta[_RECOMPUTED]
         enters = any(node.target is autocast_mode._enter_autocast for node in traced.graph.nodes)
-        if enters or torch._C._is_any_autocast_enabled():
+        if enters or autocast_dtypes():
             make_casts_explicit(traced, fakes)
     return traced
 

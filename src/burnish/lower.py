@@ -6,6 +6,7 @@ which slot, so that a new batch or sequence size costs a dictionary, not a compi
 
 from __future__ import annotations
 
+import builtins
 import operator
 import types
 from collections.abc import Callable, Mapping
@@ -64,7 +65,7 @@ class Executable:
     def bind(self, chosen: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
         """A function `(weights, leaves) -> output leaves` that calls `chosen[slot.name]` in each slot (the reference
         where absent)."""
-        namespace = dict(self._globals)
+        namespace = {"__builtins__": builtins, **self._globals}  # torch.compile looks for these
         for slot in self.slots:
             if slot.name in chosen:
                 namespace[self._global_names[id(slot)]] = chosen[slot.name]

@@ -117,7 +117,7 @@ class Op:
         self.donates = {self._names.index(name): result for name, result in (donates or {}).items()}
         self._required = sum(default is inspect.Parameter.empty for default in self._defaults)
         self.follows = follows
-        self._training: Callable[..., Result] | None = None  # where gradients are wanted; see `burnish.autograd`
+        self.training: Callable[..., Result] | None = None  # where gradients are wanted; see `burnish.autograd`
         self._parts: Callable[..., Result] | None = None
         self._with_backward: dict[str, Callable[..., Result]] = {}
         self._preferred: dict[Any, Callable[..., Result]] = {}  # by Impl and signature, for `preferring`
@@ -230,16 +230,28 @@ class Op:
             self._preferred[key] = known
         return known
 
-    def differentiate(self, forward: Forward, backward: Backward) -> None:
+    def differentiate(self, forward: Forward, backward: Backward, on_cpu: str | None = None) -> None:
         """Give the Op a forward pass for training and a backward pass; see `burnish.autograd`.
 
-        Both are made of Ops and PyTorch's operators, so that who traces them sees those.
+        Both are made of Ops and PyTorch's operators, so that who traces them sees those. `on_cpu` names a
+        differentiable Impl to take on the CPU instead, wherever it takes the inputs.
         """
-        self._training = by_passes(self.name, forward, backward, self.reference)
+        passes = by_passes(self.name, forward, backward, self.reference)
+        if on_cpu is None:
+            self.training = passes
+            return
+        impl = self.impls[on_cpu]
+
+        def training(*args: Any) -> Result:
+            first = next(a for a in args if isinstance(a, Tensor))
+            chosen = first.device.type != "cpu" or self.name in chosen_impls() or impl.reasons(*args)
+            return passes(*args) if chosen else impl.fn(*args)
+
+        self.training = training
 
     def compose(self, parts: Callable[..., Result]) -> None:
         """Have the Op differentiated as `parts`, which takes its arguments and gives its result by smaller Ops."""
-        self._training = self._parts = parts
+        self.training = self._parts = parts
 
     def with_backward(self, impl: Impl | str) -> Callable[..., Result]:
         """The Impl as a differentiable callable: `impl.fn` itself where it is, else with the Op's backward pass."""
@@ -251,7 +263,7 @@ class Op:
         return self._with_backward[impl.name]
 
     def _add_backward(self, impl: Impl) -> Callable[..., Result]:
-        training = self._training
+        training = self.training
         if training is None or self._parts is not None:
             return by_recomputing(impl.fn, self._parts or self.reference)
 
@@ -297,8 +309,8 @@ class Op:
         explicit = self._explicit(args)
         if explicit is not None:
             return self.with_backward(explicit)
-        if self._training is not None:
-            return self._training
+        if self.training is not None:
+            return self.training
         # An Impl with its own backward comes first: the reference's backward would run the reference's forward again.
         return next(i.fn for i in self.impls.values() if i.differentiable and not i.reasons(*args))
 
@@ -328,10 +340,10 @@ class Op:
             args = self.bind(*args)
             if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
                 return below(*args)
-            if self._training is None or (self._parts is not None and (impl or self.name in chosen_impls())):
+            if self.training is None or (self._parts is not None and (impl or self.name in chosen_impls())):
                 return by_recomputing(below, self._parts or self.reference)(*args)
             with without_autocast(args):
-                return self._training(*args)
+                return self.training(*args)
 
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl(self.name, eager, key)

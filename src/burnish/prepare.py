@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from burnish._memory import return_freed_memory
 from burnish.capture import Program
+from burnish.compile_backend import backend, without_packing
 from burnish.lower import Executable
 from burnish.ops import linear
 from burnish.outputs import unflattener
@@ -125,6 +127,7 @@ class Prepared:
         verified: whether the first call's checks are done; `verification` what they found.
         rejected: slots whose Impl failed verification, and why.
         checked: kinds of calls whose outputs were compared as a whole.
+        compiled: what trains it, compiled by Inductor for all sizes, once there is such a thing.
         quantization: what was quantized; None where it was not asked for.
     """
 
@@ -141,6 +144,7 @@ class Prepared:
     verification: Verification | None = None
     rejected: dict[str, str] = field(default_factory=dict)
     checked: set[Any] = field(default_factory=set)
+    compiled: PlainEntry | None = None
 
     def bind(
         self, functions: Mapping[str, Callable[..., Any]], model: nn.Module, executable: Executable | None = None
@@ -150,7 +154,7 @@ class Prepared:
         copied = self.quantization.sources if self.quantization is not None and executable is None else ()
         executable = executable or self.executable
         places = Places(model, (*executable.weights, *self.members), (*copied, *self.looked_at))
-        return PlainEntry(executable.bind(functions), executable, places, self.program.out_spec)
+        return PlainEntry(self.program.runnable(executable.bind(functions)), executable, places, self.program.out_spec)
 
     def regenerate(self, model: nn.Module) -> None:
         """New code after the graph was changed: what verification undid is gone from the differentiable graph too."""
@@ -202,6 +206,21 @@ class Preparer:
         places = Places(self.model, (*executable.weights, *members), (*copied, *looked_at))
         mode = self.model.training
         return Prepared(program, mode, executable, differentiable, captured, members, looked_at, places, quantization)
+
+    def compile(self, prepared: Prepared) -> PlainEntry:
+        """What trains the Program by Inductor, for all sizes: the same rewrites as of `torch.compile` with this
+        backend, on the model's own parameters. Compiled at its first call, and once more at the first other size."""
+        graph = _copied(prepared.captured)
+        if self.rewrites:
+            apply("rewrite", own(self._wanted("rewrite", self.rewrites)), graph)
+        apply("raise", self._wanted("raise", RAISE), graph)
+        apply("fuse", without_packing(self._wanted("fuse", FUSE)), graph)
+        executable = Executable(graph, self.model)
+        run = executable.bind({slot.name: slot.op.overload for slot in executable.slots})
+        options: dict[str, Any] = {"burnish.impls": self.tuner.explicit, "burnish.cache": self.tuner.cache}
+        compiled: Any = torch.compile(run, backend=backend, options=options)
+        places, program = Places(self.model, executable.weights), prepared.program
+        return PlainEntry(program.runnable(compiled), executable, places, program.out_spec)
 
     def _wanted(self, step: str, rewrites: Sequence[Rewrite | GraphPass]) -> list[Rewrite | GraphPass]:
         if step in self.without:

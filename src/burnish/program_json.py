@@ -16,6 +16,7 @@ from torch.fx._lazy_graph_module import _make_graph_module
 from torch.utils import _pytree as pytree
 
 from burnish.capture import InputSpec, Program, copy_graph
+from burnish.graph.autocast import autocast_dtypes
 from burnish.graph_json import (
     NotData,
     Sizes,
@@ -224,7 +225,9 @@ def program_from_data(
     out_spec = pytree.treespec_loads(data["out_spec"])
     if out_spec.num_leaves != len(graph.output_node().args[0]):  # type: ignore[arg-type]
         raise NotData("the outputs do not fit their structure")
-    program = Program(graph_module, captured, in_spec, out_spec, inputs, bool(data["attention_interface"]))
+    program = Program(
+        graph_module, captured, in_spec, out_spec, inputs, bool(data["attention_interface"]), autocast_dtypes()
+    )
     record, before = data["record"], float(data["seconds"])
     program.history.append(
         StepRecord(

@@ -27,6 +27,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
 from burnish.capture import given_to_export
+from burnish.graph.autocast import autocast_dtypes
 from burnish.runtime.module import Call
 
 _SCALARS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis))
@@ -67,7 +68,7 @@ def key_of(model: nn.Module, call: Call) -> Key:
 
 def _environment() -> Iterable[str]:
     versions = [platform.python_version(), torch.__version__, _version("transformers"), _own_source()]
-    return (*versions, str(torch.get_default_dtype()), str(torch.get_default_device()))
+    return (*versions, str(torch.get_default_dtype()), str(torch.get_default_device()), str(autocast_dtypes()))
 
 
 class _Reader:

@@ -653,10 +653,14 @@ def test_an_optimizer_made_before_still_trains(model: nn.Module) -> None:
     assert_right(fast, model, x_of())
 
 
-def test_autocast_is_the_originals(model: nn.Module, fast: OptimizedModule) -> None:
+def test_what_autocast_casts_is_cast(model: nn.Module, fast: OptimizedModule) -> None:
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         result, eager = fast(x_of()), model(x_of())
-    assert torch.equal(result, eager)
+    assert fast.serving.served[-1].kept_original is None
+    assert result.dtype == eager.dtype
+    assert_close(result, eager, outputs_in_float64(model, (x_of(),))[0])
+    casts = [note for note in fast.serving.programs[-1].history[0].notes if note.startswith("autocast")]
+    assert casts == ["autocast of cpu to bfloat16: 14 casts"]
     assert_right(fast, model, x_of())
 
 

@@ -6,37 +6,60 @@ holds for it, and the casts that PyTorch makes are watched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp import autocast_mode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+_KINDS = ("cpu", "cuda")
 _HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
-def make_casts_explicit(gm: fx.GraphModule, fakes: list[Any]) -> int:
+def autocast_dtypes() -> tuple[tuple[str, torch.dtype], ...]:
+    """What autocast casts to now, by type of device; empty where it is off."""
+    if not torch._C._is_any_autocast_enabled():
+        return ()
+    return tuple((kind, torch.get_autocast_dtype(kind)) for kind in _KINDS if torch.is_autocast_enabled(kind))
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Autocast off, on every device of ours."""
+    with ExitStack() as stack:
+        for kind, _ in autocast_dtypes():
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def make_casts_explicit(gm: fx.GraphModule, fakes: Sequence[Any] | None = None) -> int:
     """Spell out the casts of the autocast around this call, and of the regions that the graph enters itself, in place.
 
     Args:
         gm: an ATen graph, composite operators kept. It computes the same with autocast switched off afterwards.
-        fakes: a fake tensor, or another value, for each placeholder. `meta["val"]` is written anew.
+        fakes: a fake tensor, or another value, for each placeholder; by default its `meta["val"]`, which is written
+            anew for all nodes.
 
     Returns the number of casts. ValueError for an operator whose casts can be neither seen nor imitated.
     """
     values: dict[fx.Node, Any] = {}
     cast: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
-    given = iter(fakes)
+    _inline_regions(gm)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    fakes = [node.meta["val"] for node in placeholders] if fakes is None else fakes
+    given, mode = iter(fakes), detect_fake_mode(fakes)
     with _regions() as enter_or_leave:
         for node in list(gm.graph.nodes):
             if node.op == "placeholder":
                 values[node] = next(given)
             elif node.op == "get_attr":
-                values[node] = node.meta.get("val", _attribute(gm, str(node.target)))
+                values[node] = node.meta["val"] if "val" in node.meta else _fake(_attribute(gm, str(node.target)), mode)
             elif enter_or_leave(node):
                 continue
             elif node.op == "call_function":
@@ -50,6 +73,29 @@ def make_casts_explicit(gm: fx.GraphModule, fakes: list[Any]) -> int:
             gm.graph.erase_node(node)
     gm.recompile()
     return len(cast)
+
+
+def _inline_regions(gm: fx.GraphModule) -> None:
+    """What `torch.export` made graphs of their own of, because they run under another autocast."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.wrap_with_autocast):
+        inner: Any
+        *state, inner = node.args[:5]
+        region = _attribute(gm, str(inner.target))
+        _inline_regions(region)
+        with gm.graph.inserting_before(node):
+            entered = gm.graph.call_function(autocast_mode._enter_autocast, tuple(state))
+            copied = dict(zip(region.graph.find_nodes(op="placeholder"), node.args[5:], strict=True))
+            outputs = gm.graph.graph_copy(region.graph, copied)
+            gm.graph.call_function(autocast_mode._exit_autocast, (entered,))
+        for part in list(node.users) if isinstance(outputs, tuple | list) else []:
+            part.replace_all_uses_with(outputs[part.args[1]])  # type: ignore[index]
+            gm.graph.erase_node(part)
+        if isinstance(outputs, fx.Node):
+            node.replace_all_uses_with(outputs)
+        gm.graph.erase_node(node)
+        if not inner.users:
+            gm.graph.erase_node(inner)
+            gm.delete_submodule(str(inner.target))
 
 
 def _checkpointed(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
@@ -154,6 +200,10 @@ def _without_autocast(target: Any, args: Any, kwargs: Any, casts: dict[int, torc
 
 def _dtypes(result: Any) -> list[torch.dtype]:
     return [t.dtype for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+
+
+def _fake(value: Any, mode: FakeTensorMode | None) -> Any:
+    return mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) and mode is not None else value
 
 
 def _attribute(gm: fx.GraphModule, path: str) -> Any:

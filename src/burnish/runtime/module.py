@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from burnish.graph.autocast import autocast_dtypes
+
 MAX_ENTRIES = 512
 
 _CONSTANTS = (type(None), bool, int, float, str)
@@ -197,7 +199,7 @@ class OptimizedModule(nn.Module):
 
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
         """The normalized call, or None where the model itself has to say what is wrong with it (or is being traced)."""
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+        if torch.compiler.is_compiling():
             return None
         if args and self._names:
             named = dict(zip(self._names, args, strict=False))
@@ -221,6 +223,8 @@ class OptimizedModule(nn.Module):
     def _key(self, call: Call, differentiable: bool) -> Any:
         """The signature, or None for a call with something in it that no graph can take."""
         parts: list[Any] = [self.training, differentiable, len(call.args), call.spec or tuple(call.kwargs)]
+        if torch._C._is_any_autocast_enabled():
+            parts.append(autocast_dtypes())
         for leaf in call.leaves:
             if type(leaf) in _TENSORS:
                 if leaf.layout is not torch.strided or leaf.is_nested:
