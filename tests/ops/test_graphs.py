@@ -22,6 +22,7 @@ LONG = (
     "quantized_gated_product",
     "quantized_linear",
     "quantized_linear_rope_append",
+    "varlen_attention_backward",
 )  # a fifth of a minute each
 WITH_GRADIENT = [OPS[name] for name in NAMES if name != "sample_token"]  # whose result is an index
 FEATURES = {  # of each Op, samples that together use every argument
@@ -47,6 +48,13 @@ FEATURES = {  # of each Op, samples that together use every argument
     "rope_append": ("partial interleaved", "table and length for each"),
     "rope_qk": ("partial interleaved", "table per row"),
     "rope_tables": ("positions for each, scaled", "float positions", "transposed"),
+    "varlen_attention": ("causal", "grouped, other keys, causal", "two-sided window"),
+    "varlen_attention_backward": (
+        "one long sequence",
+        "grouped, other keys, gradient of logsumexp",
+        "two-sided window",
+    ),
+    "varlen_attention_with_logsumexp": ("causal", "grouped, other keys", "two-sided window"),
 }
 
 
@@ -105,6 +113,8 @@ def _double(value: Any) -> Any:
 def int8(*shape: int) -> Tensor:
     return torch.arange(math.prod(shape)).sub(20).mul(3).to(torch.int8).reshape(shape)
 
+
+OFFSETS = torch.tensor([0, 3, 4, 4]), torch.tensor([0, 2, 5, 5])  # a query without keys, and an empty sequence
 
 SMALL = {  # float64 inputs small enough for numerical derivatives
     "add_layer_norm": lambda r: (r(2, 5), r(2, 5), r(5), r(5), 1e-2),
@@ -183,6 +193,12 @@ SMALL = {  # float64 inputs small enough for numerical derivatives
     ),
     "rope_qk": lambda r: (r(1, 2, 3, 6), r(1, 1, 3, 6), r(3, 4), r(3, 4), True),
     "rope_tables": lambda r: (r(2, 3), r(4), "float64", 1.5),
+    "varlen_attention": lambda r: (r(4, 2, 2), r(5, 1, 2), r(5, 1, 3), *OFFSETS, 3, 3, True),
+    "varlen_attention_backward": lambda r: (
+        *(r(4, 2, 3), r(4, 2, 2), r(5, 1, 2), r(5, 1, 3), r(4, 2, 3), r(2, 4)),
+        *(*OFFSETS, 3, 3, True),
+    ),
+    "varlen_attention_with_logsumexp": lambda r: (r(4, 2, 2), r(5, 1, 2), r(5, 1, 3), *OFFSETS, 3, 3, False, 2),
 }
 
 

@@ -30,6 +30,9 @@ from burnish.ops.rope_append import rope_append
 from burnish.ops.rope_qk import rope_qk
 from burnish.ops.rope_tables import rope_tables
 from burnish.ops.sample_token import sample_token
+from burnish.ops.varlen_attention import varlen_attention
+from burnish.ops.varlen_attention_backward import varlen_attention_backward
+from burnish.ops.varlen_attention_with_logsumexp import varlen_attention_with_logsumexp
 
 __all__ = [
     "add_layer_norm",
@@ -60,4 +63,7 @@ __all__ = [
     "rope_qk",
     "rope_tables",
     "sample_token",
+    "varlen_attention",
+    "varlen_attention_backward",
+    "varlen_attention_with_logsumexp",
 ]

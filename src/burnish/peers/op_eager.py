@@ -250,6 +250,51 @@ def attention(
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
 
 
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> Tensor:
+    """One sequence at a time, of as many keys as queries."""
+    lengths = cu_seqlens_q.diff().tolist()
+    grouped = q.shape[1] != k.shape[1]
+    queries, keys, values = (t.transpose(0, 1)[None].split(lengths, dim=2) for t in (q, k, v))
+    found = [
+        F.scaled_dot_product_attention(*one, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+        for one in zip(queries, keys, values, strict=True)
+    ]
+    return torch.cat(found, dim=2)[0].transpose(0, 1)
+
+
+def varlen_attention_with_logsumexp(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """PyTorch has no function for it: the second result from scores of its own."""
+    lengths, scale = rest[0].diff().tolist(), rest[-1]
+    keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    sums = []
+    for one_q, one_k in zip(q.split(lengths), keys.split(lengths), strict=True):
+        scores = one_q.transpose(0, 1) @ one_k.permute(1, 2, 0) * (q.shape[2] ** -0.5 if scale is None else scale)
+        if rest[4]:
+            scores = scores + scores.new_full(scores.shape[-2:], -torch.inf).triu(1)
+        sums.append(scores.logsumexp(-1))
+    return varlen_attention(q, k, v, *rest), torch.cat(sums, dim=1)
+
+
+def varlen_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    """Autograd's, with the forward pass that it needs."""
+    with torch.enable_grad():
+        q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+        return torch.autograd.grad(varlen_attention(q, k, v, *rest[:7]), (q, k, v), grad)
+
+
 def cached_attention(
     q: Tensor,
     k: Tensor,

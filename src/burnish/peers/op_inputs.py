@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from burnish.numerics import randn
+from burnish.ops import varlen_attention_with_logsumexp
 from burnish.quantize import Kind, quantize_weight
 
 Arguments = tuple[Any, ...]
@@ -146,6 +147,35 @@ def attention_arguments(
         q, k, v = (tensor.transpose(1, 2) for tensor in tensors(*shapes)(dtype))  # stored as projections leave them
         mask = torch.arange(seq) < torch.linspace(seq // 2, seq, batch).long()[:, None]
         return q, k, v, None, mask if padded else None, causal
+
+    return arguments
+
+
+def varlen_arguments(heads: int, kv_heads: int, tokens: int, head_dim: int, training: bool = False) -> Maker:
+    """Causal sequences of a sixteenth to a half of the tokens; with what the backward pass wants besides."""
+
+    def arguments(dtype: torch.dtype) -> Arguments:
+        q, k, v = tensors(*((tokens, h, head_dim) for h in (heads, kv_heads, kv_heads)))(dtype)
+        ends = torch.tensor([1, 3, 5, 8, 16]) * tokens // 16
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int32), ends.int()])
+        rest = (offsets, None, int(offsets.diff().max()), None, True)
+        if not training:
+            return q, k, v, *rest
+        out, logsumexp = varlen_attention_with_logsumexp(q, k, v, *rest)
+        return randn(tokens, heads, head_dim, dtype=dtype, seed=9), q, k, v, out, logsumexp, *rest
+
+    return arguments
+
+
+def attention_backward_arguments(
+    batch: int, heads: int, kv_heads: int, seq: int, head_dim: int, causal: bool = False
+) -> Maker:
+    def arguments(dtype: torch.dtype) -> Arguments:
+        args = attention_arguments(batch, heads, kv_heads, seq, head_dim, causal=causal)(dtype)
+        q, k, v, *rest = args
+        with torch.no_grad():  # exact: eager, which has results of its own, is to find the same gradients
+            out, logsumexp = attention_with_logsumexp(q.double(), k.double(), v.double(), *rest)
+        return *tensors(tuple(out.shape))(dtype), q, k, v, out.to(dtype), logsumexp.float(), *rest
 
     return arguments
 

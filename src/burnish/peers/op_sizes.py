@@ -72,6 +72,19 @@ SIZED: dict[str, Sized] = {
     "quantized_linear": _tokens(lambda a, n: inputs.quantized_arguments(n, a.width, a.inner, "int8")),
     "quantized_gated_product": _tokens(lambda a, n: inputs.quantized_arguments(n, a.width, 2 * a.inner, "int8")),
     "attention": _tokens(lambda a, n: inputs.attention_arguments(1, a.heads, a.key_heads, n, a.head_dim, causal=True)),
+    "varlen_attention": _tokens(lambda a, n: inputs.varlen_arguments(a.heads, a.key_heads, n, a.head_dim)),
+    "varlen_attention_with_logsumexp": _tokens(
+        lambda a, n: inputs.varlen_arguments(a.heads, a.key_heads, n, a.head_dim)
+    ),
+    "varlen_attention_backward": _tokens(
+        lambda a, n: inputs.varlen_arguments(a.heads, a.key_heads, n, a.head_dim, training=True)
+    ),
+    "attention_with_logsumexp": _tokens(
+        lambda a, n: inputs.attention_arguments(1, a.heads, a.key_heads, n, a.head_dim, causal=True)
+    ),
+    "attention_backward": _tokens(
+        lambda a, n: inputs.attention_backward_arguments(1, a.heads, a.key_heads, n, a.head_dim, causal=True)
+    ),
     "rope": _tokens(lambda a, n: inputs.rope_arguments(a.heads, n, a.head_dim)),
     "rope_qk": _tokens(lambda a, n: inputs.rope_qk_arguments(a.heads, a.key_heads, n, a.head_dim)),
     "rope_tables": _tokens(lambda a, n: inputs.rope_tables_arguments(0, n, a.head_dim)),
