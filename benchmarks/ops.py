@@ -156,6 +156,17 @@ BENCHED: dict[str, tuple[Callable[..., object], dict[str, inputs.Maker]]] = {
             "b1 h16/4 s128 d64 causal": inputs.attention_arguments(1, 16, 4, 128, 64, causal=True),
         },
     ),
+    "attention_with_logsumexp": (
+        eager.attention_with_logsumexp,
+        {"b1 h12 s512 d64 causal": inputs.attention_arguments(1, 12, 12, 512, 64, causal=True)},
+    ),
+    "attention_backward": (
+        eager.attention_backward,
+        {
+            "b2 h12 s128 d64": inputs.attention_backward_arguments(2, 12, 12, 128, 64),
+            "b1 h12 s512 d64 causal": inputs.attention_backward_arguments(1, 12, 12, 512, 64, causal=True),
+        },
+    ),
     "cached_attention": (
         eager.cached_attention,
         {

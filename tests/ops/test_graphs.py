@@ -28,7 +28,12 @@ WITH_GRADIENT = [OPS[name] for name in NAMES if name != "sample_token"]  # whose
 FEATURES = {  # of each Op, samples that together use every argument
     "add_layer_norm": ("odd", "no sum", "transposed"),
     "add_rms_norm": ("odd", "no sum", "transposed"),
-    "attention": ("left padding, causal", "grouped bias", "window", "scale", "grouped decode"),
+    "attention": (
+        *("left padding, causal", "grouped bias", "window", "scale", "grouped decode"),
+        "dropout, grouped causal padding",
+    ),
+    "attention_backward": ("left padding, causal", "grouped bias", "scale", "dropout, grouped causal padding"),
+    "attention_with_logsumexp": ("left padding, causal", "grouped bias", "scale", "dropout, grouped causal padding"),
     "cached_attention": ("several tokens, window, lengths", "left padding", "scale", "several tokens, bias of each"),
     "embedding": ("positions", "one token of each text"),
     "embedding_layer_norm": ("BERT", "no types"),
@@ -127,6 +132,14 @@ SMALL = {  # float64 inputs small enough for numerical derivatives
         r(1, 2, 3, 3),
         torch.tensor([[0, 1, 1], [0, 0, 0]]),  # rows that may attend to nothing have no gradient, and no NaN
         True,
+    ),
+    "attention_backward": lambda r: (
+        *(r(2, 2, 3, 2), r(2, 2, 3, 2), r(2, 1, 3, 2), r(2, 1, 3, 2), r(2, 2, 3, 2), r(2, 2, 3), r(1, 2, 1, 3)),
+        *(torch.tensor([[0, 1, 1], [0, 0, 0]]), True, None, None, 0.4, torch.tensor([5]), True),
+    ),
+    "attention_with_logsumexp": lambda r: (
+        *(r(2, 2, 3, 2), r(2, 1, 3, 2), r(2, 1, 3, 2), r(1, 2, 3, 3), torch.tensor([[1, 1, 0], [1, 1, 1]]), True),
+        *(None, None, 0.4, torch.tensor([5])),
     ),
     "embedding": lambda r: (torch.tensor([[0, 2, 2]]), r(3, 4), torch.arange(3)[None], r(3, 4)),
     "embedding_layer_norm": lambda r: (

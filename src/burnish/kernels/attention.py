@@ -17,6 +17,7 @@ from burnish.kernels.attention_blocks import attend, block_of, key_terms, load_r
 from burnish.kernels.attention_configs import configs_for, padded
 from burnish.kernels.attention_inputs import as_bytes, described, prepared_bias
 from burnish.kernels.launch import Config, launch, launch_dependents, target_of, wait_for_inputs
+from burnish.ops._dropout import threshold_of
 
 # With more keys it pays to read the padding mask once beforehand. H200: 1x12x384x64 7.5 -> 6.3 us, but 32x12x128x64
 # 9.4 -> 11.6.
@@ -24,10 +25,11 @@ _SCANNED = 256
 _FAR = 1 << 29  # more than any distance between positions, and small enough to be added to one in int32
 # Where the running maximum starts: the lowest float32, not -inf, so that a row that is masked so far needs no care:
 # exp2(-inf - lowest) is 0 where exp2(-inf - -inf) is NaN. A bias may itself be that low without becoming -inf.
+_LN_2 = tl.constexpr(math.log(2))
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
-@triton.jit(do_not_specialize=["heads", "groups", "lq", "lk", "before", "after", "stride_pb"])
+@triton.jit(do_not_specialize=["heads", "groups", "lq", "lk", "before", "after", "stride_pb", "threshold"])
 def attention_kernel(
     q,
     k,
@@ -35,6 +37,10 @@ def attention_kernel(
     out,
     bias,
     padding,
+    logsumexp,
+    seed,
+    threshold,
+    kept_scale,
     heads,
     groups,
     lq,
@@ -74,6 +80,8 @@ def attention_kernel(
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
     PARTS: tl.constexpr = 1,
+    LOGSUMEXP: tl.constexpr = False,
+    DROPOUT: tl.constexpr = False,
 ):
     """BLOCK_M queries of one head, against all keys that one of them may attend to.
 
@@ -130,6 +138,9 @@ def attention_kernel(
         full_stop = limit // BLOCK_N * BLOCK_N
         edges = tl.cdiv(limit - full_stop, BLOCK_N)
 
+    key_seed = None
+    if DROPOUT:
+        key_seed = tl.load(seed)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     row_max = tl.full((BLOCK_M,), _LOWEST, tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -154,17 +165,25 @@ def attention_kernel(
                             acc, row_max, row_sum, query, k, v, bias, terms, tl.cast(batch, tl.int32),
                             tl.cast(key_head, tl.int32), part, block, row, lq, lk, limit, before, after, scale,
                             stride_kn, stride_vn, stride_bm, stride_bn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-                            BIAS, SCALE_LATE, REACH, EDGE, TMA,
+                            BIAS, SCALE_LATE, REACH, EDGE, TMA, key_seed, tl.cast(batch_head, tl.int32), threshold,
                         )  # fmt: skip
                         block = following
                         if KEYED:
                             terms = next_terms
     # A query that reached no key has a sum of zero and gives zeros.
-    acc *= (1.0 / tl.where(row_sum == 0, 1.0, row_sum))[:, None]
+    acc *= ((kept_scale if DROPOUT else 1.0) / tl.where(row_sum == 0, 1.0, row_sum))[:, None]
     rows = row + tl.arange(0, BLOCK_M)[:, None]
     columns = part + tl.arange(0, BLOCK_DV)[None, :]
     pointers = out + ((batch * lq + rows) * heads + head) * DV + columns
     tl.store(pointers, acc.to(out.dtype.element_ty), mask=(rows < lq) & (columns < DV))
+    if LOGSUMEXP:
+        # The maximum is in units of log2 where the scale was multiplied in late, and in natural ones else.
+        found = row_max * _LN_2 if SCALE_LATE else row_max
+        found = tl.where(row_sum == 0, float("inf"), found + tl.log2(tl.where(row_sum == 0, 1.0, row_sum)) * _LN_2)
+        places = row + tl.arange(0, BLOCK_M)
+        tl.store(
+            logsumexp + tl.cast(batch_head, tl.int64) * lq + places, found, mask=places < tl.where(part == 0, lq, 0)
+        )
 
 
 def attention_forward(
@@ -176,9 +195,13 @@ def attention_forward(
     is_causal: bool,
     window: int | None,
     scale: float | None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    training: bool = False,
     config: Config | None = None,
-) -> Tensor:
-    """`softmax(q @ k.T * scale + bias, over the keys allowed) @ v`, arguments as of the Op `attention`.
+) -> tuple[Tensor, Tensor | None]:
+    """`softmax(q @ k.T * scale + bias, over the keys allowed) @ v`, arguments as of the Op `attention`; in training the
+    logsumexp too, as of the Op `attention_with_logsumexp`.
 
     q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv), of float16, bfloat16 or float32; nothing empty, and head
     dimensions up to 512 (float32: 256). Any strides; where the last one is not 1 the tensor is copied. The result is
@@ -187,7 +210,8 @@ def attention_forward(
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     (batch, heads, lq, d), (_, key_heads, lk, dv) = q.shape, v.shape
     if config is None:
-        config = configs_for(q, k, v, bias, key_padding_mask)[0]
+        config = configs_for(q, k, v, bias, key_padding_mask, dropout_p > 0)[0]
+    logsumexp = torch.empty((batch, heads, lq), dtype=torch.float32, device=q.device) if training else None
     out = torch.empty((batch, lq, heads, dv), dtype=q.dtype, device=q.device)
     scale = d**-0.5 if scale is None else scale
     kind, bias, bias_strides = prepared_bias(bias, q, (batch, heads, lq, lk))
@@ -209,6 +233,10 @@ def attention_forward(
         out,
         bias,
         padding,
+        out if logsumexp is None else logsumexp,
+        out if seed is None else seed,
+        threshold_of(dropout_p),
+        1 / (1 - dropout_p),
         heads,
         heads // key_heads,
         lq,
@@ -235,5 +263,7 @@ def attention_forward(
         INSIDE=lk >= config["BLOCK_N"],
         EDGES=near or scan or lk % config["BLOCK_N"] != 0,
         SPREAD=is_causal and blocks * batch * heads <= 3 * target_of(q).num_sms,
+        LOGSUMEXP=training,
+        DROPOUT=dropout_p > 0,
     )
-    return out.transpose(1, 2)
+    return out.transpose(1, 2), logsumexp

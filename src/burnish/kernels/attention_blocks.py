@@ -7,6 +7,7 @@ import math
 import triton
 import triton.language as tl
 
+from burnish.kernels.attention_dropout import kept_weights
 from burnish.kernels.matmul import dot
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
@@ -140,6 +141,9 @@ def attend(
     REACH: tl.constexpr,
     EDGE: tl.constexpr,
     TMA: tl.constexpr,
+    seed=None,  # of dropout; None for none
+    batch_head=0,
+    threshold=0,
 ):
     """One block of keys; see the kernel. Only with EDGE may some of its keys be out of reach, or past the last."""
     keys = start + tl.arange(0, BLOCK_N)
@@ -185,6 +189,8 @@ def attend(
         weights = tl.exp2((scores - new_max[:, None]) * _LOG2_E)
         shrink = tl.exp2((row_max - new_max) * _LOG2_E)
     row_sum = row_sum * shrink + tl.sum(weights, 1)
+    if seed is not None:
+        weights = tl.where(kept_weights(seed, batch_head, row, start, threshold, BLOCK_M, BLOCK_N), weights, 0.0)
     value = _load_keys(v, batch, key_head, start, lk, stride_vn, part, DV, BLOCK_N, BLOCK_DV, EDGE, TMA)
     acc = dot(weights.to(value.dtype), value, acc * shrink[:, None])
     return acc, new_max, row_sum

@@ -71,7 +71,14 @@ _FLOAT32: dict[int, list[_Blocks]] = {
 }
 
 
-def configs_for(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_padding_mask: Tensor | None) -> list[Config]:
+def configs_for(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    dropout: bool = False,
+) -> list[Config]:
     """How `attention_forward` may be run on these inputs, the most promising first."""
     target = target_of(q)
     return _configs(
@@ -82,7 +89,7 @@ def configs_for(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_paddin
         padded(v.shape[3]),
         q.dtype,
         None if bias is None or is_by_key(bias) else bias.dtype,
-        target.tma and _is_describable(k) and _is_describable(v),
+        target.tma and is_describable(k) and is_describable(v),
         target,
     )
 
@@ -96,7 +103,7 @@ def is_by_key(bias: Tensor | None) -> bool:
     return bias is None or bias.dim() < 2 or bias.shape[-2] == 1 or bias.stride(-2) == 0
 
 
-def _is_describable(t: Tensor) -> bool:
+def is_describable(t: Tensor) -> bool:
     """Whether the tensor memory accelerator can read it: 16-byte steps, and no dimension that stands still."""
     steps = [stride * t.element_size() for stride in t.stride()[:3]]
     return t.stride(3) == 1 and t.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)

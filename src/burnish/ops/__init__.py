@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from burnish.ops._dropout import draw_seed as draw_seed
 from burnish.ops.add_layer_norm import add_layer_norm
 from burnish.ops.add_rms_norm import add_rms_norm
 from burnish.ops.append_kv import append_kv
 from burnish.ops.attention import attention
+from burnish.ops.attention_backward import attention_backward
+from burnish.ops.attention_with_logsumexp import attention_with_logsumexp
 from burnish.ops.cached_attention import cached_attention
 from burnish.ops.embedding import embedding
 from burnish.ops.embedding_layer_norm import embedding_layer_norm
@@ -39,6 +42,8 @@ __all__ = [
     "add_rms_norm",
     "append_kv",
     "attention",
+    "attention_backward",
+    "attention_with_logsumexp",
     "cached_attention",
     "embedding",
     "embedding_layer_norm",

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from burnish.ops import _triton
+from burnish.ops._attention import dropout_reasons, for_queries, heads_last
 from burnish.ops._common import HALF_TYPES
 from burnish.ops._masks import additive_mask, allowed_pairs
-from burnish.ops._triton import hopper_why_not, triton_why_not
 
 _ALIGNMENT = 16  # bytes of one load
 _FEWEST_QUERIES = 33  # of the Gluon kernel, whose blocks have 64
 _MOST_HEADS, _WIDEST_DECODED = 64, 256  # of the decode kernel: query heads of a key head, and head_dim
+_MAX_HEAD_DIM = 512  # of the Triton kernel; in float32 half of it
 _BOTTOM_RIGHT = 2  # custom_mask_type: the last query sees all keys
 
 
@@ -65,8 +67,11 @@ def flash_why_not(
     is_causal: bool,
     window: int | None,
     scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> list[str]:
-    reasons = _reasons(q, k, v) + _unmasked_reasons(q, bias, key_padding_mask, window) + _head_dim_reasons(q, v, 256)
+    reasons = _reasons(q, k, v) + _unmasked_reasons(q, bias, key_padding_mask, window) + dropout_reasons(dropout_p)
+    reasons += _head_dim_reasons(q, v, 256)
     if q.shape[3] != v.shape[3]:
         reasons.append(f"v's head_dim is {v.shape[3]} where q's is {q.shape[3]}")
     if is_causal and q.shape[2] > k.shape[2]:
@@ -83,9 +88,11 @@ def torch_flash(
     is_causal: bool = False,
     window: int | None = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """PyTorch's FlashAttention-2, which aligns causality as the Op does: to the last query."""
-    return _heads_last(
+    return heads_last(
         torch.ops.aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, is_causal, scale=scale)[0]
     )
 
@@ -99,9 +106,12 @@ def gluon_why_not(
     is_causal: bool,
     window: int | None,
     scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> list[str]:
     """What speaks against the Gluon kernel on Hopper."""
-    reasons = list(dict.fromkeys(hopper_why_not(q) + _unmasked_reasons(q, bias, None, window)))
+    reasons = list(dict.fromkeys(_triton.hopper_why_not(q) + _unmasked_reasons(q, bias, None, window)))
+    reasons += dropout_reasons(dropout_p)
     if k.numel() == 0 or v.numel() == 0:
         reasons.append("k or v is empty")
     if q.shape[3] not in (64, 128) or v.shape[3] != q.shape[3]:
@@ -127,8 +137,10 @@ def cudnn_why_not(
     is_causal: bool,
     window: int | None,
     scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> list[str]:
-    reasons = _reasons(q, k, v) + _unmasked_reasons(q, bias, key_padding_mask, window)
+    reasons = _reasons(q, k, v) + _unmasked_reasons(q, bias, key_padding_mask, window) + dropout_reasons(dropout_p)
     wide = q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)  # what torch itself lets through to cuDNN
     reasons += _head_dim_reasons(q, v, 256 if wide else 128)
     if not torch.backends.cudnn.is_available():
@@ -149,11 +161,13 @@ def torch_cudnn(
     is_causal: bool = False,
     window: int | None = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """cuDNN's flash attention, through PyTorch."""
     causal = is_causal and q.shape[2] > 1  # a single query is the last: nothing is to come
     kernel = torch.ops.aten._scaled_dot_product_cudnn_attention.default
-    return _heads_last(kernel(q, k, v, None, False, 0.0, causal, False, scale=scale)[0])
+    return heads_last(kernel(q, k, v, None, False, 0.0, causal, False, scale=scale)[0])
 
 
 def efficient_why_not(
@@ -165,8 +179,10 @@ def efficient_why_not(
     is_causal: bool,
     window: int | None,
     scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> list[str]:
-    reasons = _reasons(q, k, v) + mask_reasons(q, k, bias)
+    reasons = _reasons(q, k, v) + mask_reasons(q, k, bias) + dropout_reasons(dropout_p)
     return reasons + ([f"q is {q.dtype}"] if q.dtype not in (*HALF_TYPES, torch.float32) else [])
 
 
@@ -179,21 +195,51 @@ def torch_efficient(
     is_causal: bool = False,
     window: int | None = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """PyTorch's memory-efficient attention (CUTLASS), with one mask in memory for all but causality."""
-    (batch, heads, length, _), key_heads, keys = q.shape, k.shape[1], k.shape[2]
+    mask, nothing, mask_type = efficient_mask(q, k, bias, key_padding_mask, is_causal, window)
+    q, k, v = (t.transpose(1, 2) for t in (q, for_queries(k, q), for_queries(v, q)))
+    kernel = torch.ops.aten._efficient_attention_forward.default
+    out = kernel(q, k, v, mask, None, None, None, None, 0.0, mask_type, False, scale=scale)[0].transpose(1, 2)
+    return heads_last(out if nothing is None else out.masked_fill_(nothing, 0.0))
+
+
+def efficient_mask(
+    q: Tensor, k: Tensor, bias: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool, window: int | None
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """The memory-efficient kernel's mask, of all pairs; True for each query that may attend to nothing; and how the
+    kernel is to mask by itself."""
     masked = bias is not None or key_padding_mask is not None or window is not None
-    skip_future = is_causal and not masked and length <= keys
+    skip_future = is_causal and not masked and q.shape[2] <= k.shape[2]
     mask, nothing = safe_mask(q, k, bias, key_padding_mask, is_causal and not skip_future, window)
     if mask is not None:
-        mask = _aligned(mask, keys).expand(batch, heads, length, keys)
-    if heads != key_heads:
-        k, v = (t[:, :, None].expand(-1, -1, heads // key_heads, -1, -1).flatten(1, 2) for t in (k, v))
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    kernel = torch.ops.aten._efficient_attention_forward.default
-    mask_type = _BOTTOM_RIGHT if skip_future else 0
-    out = kernel(q, k, v, mask, None, None, None, None, 0.0, mask_type, False, scale=scale)[0].transpose(1, 2)
-    return _heads_last(out if nothing is None else out.masked_fill_(nothing, 0.0))
+        mask = _aligned(mask, k.shape[2]).expand(*q.shape[:3], k.shape[2])
+    return mask, nothing, _BOTTOM_RIGHT if skip_future else 0
+
+
+def triton_why_not(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> list[str]:
+    """What speaks against the Triton kernel."""
+    reasons = _triton.triton_why_not(q)
+    if k.numel() == 0 or v.numel() == 0:
+        reasons.append("k or v is empty")
+    limit = _MAX_HEAD_DIM // 2 if q.dtype == torch.float32 else _MAX_HEAD_DIM
+    for name, tensor in (("q", q), ("v", v)):
+        if tensor.shape[3] > limit:
+            reasons.append(f"{name}'s head_dim {tensor.shape[3]} is above {limit}, the kernel's for {q.dtype}")
+    return reasons
 
 
 def decode_why_not(
@@ -205,8 +251,10 @@ def decode_why_not(
     is_causal: bool,
     window: int | None,
     scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> list[str]:
-    reasons = triton_why_not(q) + _head_dim_reasons(q, v, _WIDEST_DECODED)
+    reasons = _triton.triton_why_not(q) + _head_dim_reasons(q, v, _WIDEST_DECODED) + dropout_reasons(dropout_p)
     if k.numel() == 0 or v.numel() == 0:
         reasons.append("k or v is empty")
     if q.shape[2] != 1:
@@ -227,6 +275,8 @@ def decode_configs(
     is_causal: bool,
     window: int | None,
     scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> Sequence[Any]:
     from burnish.kernels import decode_attention
 
@@ -242,6 +292,8 @@ def triton_decode(
     is_causal: bool = False,
     window: int | None = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     config: Any = None,
 ) -> Tensor:
     """One query, the keys split among programs: `cached_attention`'s kernel over keys that are all there."""
@@ -281,8 +333,3 @@ def _aligned(mask: Tensor, keys: int) -> Tensor:
     """The mask with all `keys` columns, in memory of which each row starts at a multiple of 16 bytes."""
     rows = mask.new_empty((*mask.shape[:3], (keys + 7) // 8 * 8))[..., :keys]
     return rows.copy_(mask)
-
-
-def _heads_last(out: Tensor) -> Tensor:
-    """`out` (B, H, L, D) as the Op stores it; the kernels lay it out like q."""
-    return out.transpose(1, 2).contiguous().transpose(1, 2)

@@ -244,10 +244,35 @@ def attention(
     is_causal: bool,
     window: int | None,
     scale: float | None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     mask = bias if key_padding_mask is None else key_padding_mask.bool()[:, None, None, :]
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def attention_with_logsumexp(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """PyTorch's function, and the sums as one would write them."""
+    bias, _, is_causal, _, scale = rest[:5]
+    keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = (q @ keys.transpose(-2, -1)).float() * (q.shape[3] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias
+    if is_causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], device=q.device).triu(1).bool(), -torch.inf)
+    return attention(q, k, v, *rest), scores.logsumexp(dim=-1)
+
+
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """PyTorch's function differentiated by autograd, its forward pass included."""
+    with torch.enable_grad():
+        q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+        dq, dk, dv = torch.autograd.grad(attention(q, k, v, *rest[:-1]), (q, k, v), grad)
+    return dq, dk, dv, q.new_empty((0,))
 
 
 def varlen_attention(

@@ -79,7 +79,7 @@ def share_padding_masks(graph_module: fx.GraphModule) -> Outcome:
     for node in list(graph_module.graph.nodes):
         if node.target is not ops.attention.overload:
             continue
-        q, k, v, bias, padding, is_causal, window, scale = ops.attention.bind(*node.args, **node.kwargs)
+        q, k, v, bias, padding, is_causal, window, *rest = ops.attention.bind(*node.args, **node.kwargs)
         if bias is not None or padding is None or value(q).device.type != "cpu":
             continue
         key = (padding, is_causal, window, value(q).dtype, str(value(q).shape[2]), str(value(k).shape[2]))
@@ -87,6 +87,6 @@ def share_padding_masks(graph_module: fx.GraphModule) -> Outcome:
             with graph_module.graph.inserting_before(node):
                 shared[key] = graph_module.graph.call_function(padding_bias, (q, k, padding, is_causal, window))
             set_value(shared[key])
-        insert(graph_module, [node], ops.attention, q, k, v, shared[key], None, False, None, scale)
+        insert(graph_module, [node], ops.attention, q, k, v, shared[key], None, False, None, *rest)
         count += 1
     return Outcome(count)
