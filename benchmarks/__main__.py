@@ -23,6 +23,7 @@ GROUPS = {
     "generate": "benchmarks.generation",
     "serving": "benchmarks.serving",
     "parallel": "benchmarks.parallel",
+    "train": "benchmarks.train",
 }
 
 

@@ -1,4 +1,4 @@
-"""Models divided among two processes, over gloo: the same logits, gradients and tokens as in one."""
+"""Models that two processes divide, or train together, over gloo: the same logits, gradients and tokens as in one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ pytest.importorskip("transformers", reason="the models that are divided are Hugg
 from tests.parallel import ranks
 
 
-@pytest.mark.parametrize("checks", ["CHECKS", pytest.param("SLOW_CHECKS", marks=pytest.mark.slow)])
-def test_two_ranks_find_nothing_wrong(checks: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("module", "checks"),
+    [
+        ("checks", "CHECKS"),
+        pytest.param("checks", "SLOW_CHECKS", marks=pytest.mark.slow),
+        ("check_compiled", "CHECKS"),
+    ],
+)
+def test_two_ranks_find_nothing_wrong(module: str, checks: str, tmp_path: Path) -> None:
     """All checks in one test: to start the processes takes longer than most of them."""
-    wrong = ranks.run("tests.parallel.checks", checks, tmp_path)
+    wrong = ranks.run(f"tests.parallel.{module}", checks, tmp_path)
     if wrong:
         pytest.fail("\n\n".join(f"{name}: {error}" for name, error in wrong), pytrace=False)
