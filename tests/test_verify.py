@@ -143,11 +143,27 @@ def test_every_unit_can_be_undone(program: Program, model: nn.Module) -> None:
         assert torch.equal(program.graph_module(X)[0], program.captured(X)[0])
 
 
-def test_active_dropout_cannot_be_verified() -> None:
+def test_active_dropout_is_switched_off_to_verify_what_is_around_it() -> None:
     program = rewritten(zoo.seeded(Block(dropout=0.5)).train())
     assert random_node(program.captured.graph) == "dropout"
+    before = torch.get_rng_state()
     verification = verified(program)
-    assert (verification.skipped, verification.units) == ("dropout is random", [])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert verification.skipped is None
+    assert verification.units
+    assert not verification.failures
+    spoil(program)
+    (failure,) = verified(program).failures
+    assert failure.ops == ["layer_norm"]
+
+
+def test_what_is_random_but_not_for_dropout_cannot_be_verified() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.layer_norm(x * torch.bernoulli(x.sigmoid()), x.shape[-1:])
+
+    verification = verified(rewritten(Noisy()))
+    assert (verification.skipped, verification.units) == ("bernoulli is random", [])
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,8 @@ class _Takeover:
         from burnish import ops
 
         given = [name for name in ("softcap", "s_aux", "cache", "cu_seq_lens_q") if kwargs.get(name) is not None]
-        if given or dropout:
+        on_cpu = query.device.type == "cpu"  # where no kernel has dropout
+        if given or (dropout and on_cpu):
             raise NotExpressible(f"{type(module).__name__} calls attention with {', '.join(given) or f'{dropout=}'}")
         bias, padding, window = position_bias, None, None
         known = next((meaning for meaning in self.meanings if meaning.mask is attention_mask), None)
@@ -193,12 +194,15 @@ class _Takeover:
             causal = False
             bias = attention_mask if bias is None else _with_mask(bias, attention_mask)
         if known is not None and known.cached:
+            if dropout:
+                raise NotExpressible(f"{type(module).__name__} calls attention to a cache with {dropout=}")
             filled = next((before for keys, before in self.appended if keys is key), None)
             if filled is None:
                 raise NotExpressible(f"{type(module).__name__} attends to something else than the cache it appended to")
             out = ops.cached_attention(query, key, value, filled + query.shape[2], padding, window, scaling, bias)
             return out.transpose(1, 2), None
-        out = ops.attention(query, key, value, bias, padding, causal, window, scaling)
+        drawn = (dropout, ops.draw_seed(query.device)) if dropout else ()
+        out = ops.attention(query, key, value, bias, padding, causal, window, scaling, *drawn)
         return out.transpose(1, 2), None
 
 

@@ -95,12 +95,13 @@ def verify(
     leaves: Sequence[Any],
     function_of: Callable[[fx.Node], Callable[..., Any]],
 ) -> Verification:
-    """Compares every unit on what `leaves` (the flat inputs of one real call) make of it.
+    """Compares every unit on what `leaves` (the flat inputs of one real call) make of it, with dropout switched off on
+    both sides: random numbers of two kinds of generators cannot be compared.
 
     Args:
         function_of: the callable that stands for an Op node: the Impl chosen for it.
     """
-    if name := random_node(captured.graph):
+    if name := random_node(captured.graph, but_dropout=True):
         return Verification(skipped=f"{name} is random")
     units = units_of(graph_module.graph, captured.graph)
     pending: dict[int, list[Unit]] = {}
@@ -136,7 +137,7 @@ def _compare(
             env[node] = _run(node, graph_module, env)
         else:
             args = pytree.tree_map_only(fx.Node, env.__getitem__, op.bind(*node.args, **node.kwargs))
-            env[node] = function_of(node)(*args)
+            env[node] = function_of(node)(*_without_dropout(node.target, args, {})[0])
     known = {origin: _upcast(eager[origin]) for origin in unit.inputs.values()}
     true = _oracle(unit.origin, captured, known, eager)
     return check(env[unit.node], eager[unit.origin], true)
@@ -146,9 +147,30 @@ def _run(node: fx.Node, graph_module: fx.GraphModule, env: dict[fx.Node, Any]) -
     if node.op == "get_attr":
         return _attribute(graph_module, str(node.target))
     args, kwargs = pytree.tree_map_only(fx.Node, env.__getitem__, (node.args, node.kwargs))
+    if _draws_seed(node.target):  # for a dropout that is switched off: no number is drawn that the model would draw
+        seed = node.meta["val"]
+        return torch.zeros(tuple(map(int, seed.shape)), dtype=seed.dtype, device=seed.device)
+    args, kwargs = _without_dropout(node.target, args, kwargs)
     if (op := op_of(node.target)) is not None:  # an Op that capture itself put there: eager is its reference
         return op.reference(*op.bind(*args, **kwargs))
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _draws_seed(target: Any) -> bool:
+    return getattr(target, "overloadpacket", None) in (aten.randint, aten.randint_like)
+
+
+def _without_dropout(target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of a call, in which nothing is dropped."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or not {"dropout_p", "train"} & {argument.name for argument in schema.arguments}:
+        return args, kwargs
+    names = [argument.name for argument in schema.arguments]
+    name, nothing = ("dropout_p", 0.0) if "dropout_p" in names else ("train", False)
+    place = names.index(name)
+    if place < len(args):
+        return (*args[:place], nothing, *args[place + 1 :]), kwargs
+    return args, ({**kwargs, name: nothing} if name in kwargs else kwargs)
 
 
 def _attribute(graph_module: fx.GraphModule, path: str) -> Any:
@@ -182,7 +204,7 @@ def _call_in_float64(target: Any, args: Any, kwargs: Any) -> Any:
         rows = max(1, _CHUNK // weight.shape[1])
         product = torch.cat([_upcast(x) @ _upcast(part).t() for part in weight.split(rows)], dim=-1)
         return product + _upcast(bias[0]) if bias and bias[0] is not None else product
-    args, kwargs = pytree.tree_map(_upcast, (args, kwargs))
+    args, kwargs = pytree.tree_map(_upcast, _without_dropout(target, args, kwargs))
     op = op_of(target)
     if op is not None:
         return op.reference(*op.bind(*args, **kwargs))
@@ -246,15 +268,32 @@ def check_outputs(result: Sequence[Any], original: Sequence[Any], true: Sequence
     return check(*(list(column) for column in zip(*triples, strict=True))) if triples else check([], [], [])
 
 
-def random_node(graph: fx.Graph) -> str | None:
-    """The first node whose result differs from run to run, if there is one."""
+def random_node(graph: fx.Graph, but_dropout: bool = False) -> str | None:
+    """The first node whose result differs from run to run, if there is one; or the first that is not for dropout."""
     for node in graph.nodes:
+        if but_dropout and _is_for_dropout(node):
+            continue
         if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
             continue
         bound = arguments(node)
         if bound.get("train", True) and bound.get("p", bound.get("dropout_p", 1.0)):
             return str(node.name)
     return None
+
+
+_DROPOUT = (aten.dropout.default, aten.scaled_dot_product_attention.default)
+
+
+def _is_for_dropout(node: fx.Node) -> bool:
+    """Whether the node is random for dropout's sake, which can be switched off: it drops, or it draws a seed."""
+    if _draws_seed(node.target):
+        return all((op := op_of(user.target)) is not None and _seed_of(op, user) is node for user in node.users)
+    return node.target in _DROPOUT
+
+
+def _seed_of(op: Any, node: fx.Node) -> Any:
+    given = dict(zip(op.signature.parameters, op.bind(*node.args, **node.kwargs), strict=True))
+    return given.get("seed") if "dropout_p" in given else None
 
 
 def restore(graph_module: fx.GraphModule, captured: fx.GraphModule, unit: Unit) -> None:

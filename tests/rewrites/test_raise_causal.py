@@ -39,7 +39,7 @@ class Masked(nn.Module):
 
 def is_causal(found: Rewritten) -> bool:
     assert found.ops == Counter(attention=1)
-    _, _, _, bias, padding, causal, window, _ = found.calls[0]
+    _, _, _, bias, padding, causal, window, *_ = found.calls[0]
     assert (padding, window) == (None, None)
     assert (bias is None) == causal
     return bool(causal)

@@ -43,7 +43,7 @@ def test_layers_that_mask_alike_share_one(
     found = rewrite(layers, heads(dtype=dtype), PADDED)
     assert found.fused.matches["padding masks shared"] == 3
     (mask,) = masks(found)
-    assert [call[3:] for call in found.calls] == [(mask, None, False, None, 0.3)] * 3
+    assert [call[3:8] for call in found.calls] == [(mask, None, False, None, 0.3)] * 3
     assert mask.meta["val"].dtype == dtype
     assert len(found.verification.units) == 3
 

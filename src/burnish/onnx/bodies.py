@@ -53,7 +53,14 @@ def _attention(signature: Signature, own_operator: bool) -> Body:
         is_causal: bool,
         window: int | None,
         scale: float | None,
+        dropout_p: float,
+        seed: Tensor | None,
     ) -> Tensor:
+        if dropout_p:
+            reference: Tensor = OPS["attention"].reference(
+                q, k, v, bias, key_padding_mask, is_causal, window, scale, dropout_p, seed
+            )
+            return reference
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         if own_operator and causal_alone:
             return _onnx_attention(q, k, v, None, scale, is_causal=True)

@@ -4,11 +4,13 @@ notebook)."""
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from burnish import ops
@@ -41,13 +43,13 @@ def _sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    return _attend(q, k, v, attn_mask, is_causal, scale)
+    return _attend(q, k, v, attn_mask, is_causal, scale, dropout_p)
 
 
 def _refuse_sdpa(node: fx.Node, args: dict[str, Any]) -> str | None:
     q, k = value(args["query"]), value(args["key"])
-    if args["dropout_p"]:
-        return f"dropout of {args['dropout_p']} on the attention weights is active"
+    if reason := _refuse_dropout(q, args["dropout_p"]):
+        return reason
     if q.dim() not in (3, 4):
         return f"queries have {q.dim()} dims"
     if args["is_causal"] and not same(q.shape[-2], k.shape[-2]):
@@ -59,14 +61,31 @@ def raise_sdpa(graph_module: fx.GraphModule) -> Outcome:
     return rewrite_nodes(graph_module, aten.scaled_dot_product_attention.default, _sdpa, _refuse_sdpa)
 
 
-def _attend(q: Any, k: Any, v: Any, bias: Any, is_causal: bool, scale: float | None) -> Any:
+def _attend(q: Any, k: Any, v: Any, bias: Any, is_causal: bool, scale: float | None, dropout_p: float = 0.0) -> Any:
     """Single-head (batch, length, features) attention is attention with one head."""
+    dropout = (dropout_p, _draw_seed(q)) if dropout_p else ()
     if value(q.node).dim() == 4:
-        return ops.attention(q, k, v, bias, None, is_causal, None, scale)
+        return ops.attention(q, k, v, bias, None, is_causal, None, scale, *dropout)
     q, k, v = (aten.unsqueeze.default(x, 1) for x in (q, k, v))
     if bias is not None and value(bias.node).dim() == 3:
         bias = aten.unsqueeze.default(bias, 1)
-    return aten.squeeze.dim(ops.attention(q, k, v, bias, None, is_causal, None, scale), 1)
+    return aten.squeeze.dim(ops.attention(q, k, v, bias, None, is_causal, None, scale, *dropout), 1)
+
+
+def _draw_seed(q: Any) -> Any:
+    """`burnish.ops.draw_seed` on q's device, in a graph: drawn anew at every call."""
+    return aten.randint_like.low_dtype(aten.new_empty.default(q, [1], dtype=torch.int64), 0, 1 << 62)
+
+
+_DROPPING = ("cuda",)
+"""Kinds of devices on which dropout goes into the Op. On a CPU no kernel has it: 2x12x128x64, forward and backward, takes
+ten times as long as what PyTorch runs."""
+
+
+def _refuse_dropout(q: Tensor, dropout_p: float) -> str | None:
+    if not dropout_p or (dropout_p < 1 and q.device.type in _DROPPING):
+        return None
+    return f"dropout of {dropout_p} on the attention weights is active, which no kernel has on {q.device.type}"
 
 
 # --- softmax(scale(q @ k.T) [+ bias | masked]) @ v ------------------------------------------------
@@ -74,7 +93,7 @@ def _attend(q: Any, k: Any, v: Any, bias: Any, is_causal: bool, scale: float | N
 _HEAD_DIM = 4
 
 
-def _examples(mask: str, scaled: bool) -> Callable[[torch.dtype], tuple[Any, ...]]:
+def _examples(mask: str, scaled: bool, drops: bool) -> Callable[[torch.dtype], tuple[Any, ...]]:
     def examples(dtype: torch.dtype) -> tuple[Any, ...]:
         q, k, v = (torch.randn(2, 3, length, _HEAD_DIM, dtype=dtype) for length in (5, 7, 7))
         extra: list[Any] = []
@@ -82,7 +101,7 @@ def _examples(mask: str, scaled: bool) -> Callable[[torch.dtype], tuple[Any, ...
             extra.append(torch.randn(2, 1, 5, 7, dtype=dtype))
         elif mask == "filled":
             extra += [torch.zeros(5, 7, dtype=torch.bool), -12345.678]
-        return (q, k, v, *extra, *([0.123456789] if scaled else []))
+        return (q, k, v, *extra, *([0.123456789] if scaled else []), *([0.234567891] if drops else []))
 
     return examples
 
@@ -99,10 +118,10 @@ _SOFTMAX: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
 }
 
 
-def _spelling(scale_with: str, mask: str, softmax: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _spelling(scale_with: str, mask: str, softmax: str, drops: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The pattern of one spelling and its replacement, with the parameters that this spelling has."""
     extra = {"added": ["bias"], "filled": ["mask", "fill"], "unmasked": []}[mask]
-    names = ["q", "k", "v", *extra, *(["scale"] if scale_with != "unscaled" else [])]
+    names = ["q", "k", "v", *extra, *(["scale"] if scale_with != "unscaled" else []), *(["dropout_p"] if drops else [])]
 
     def pattern(*args: Any) -> Tensor:
         given = dict(zip(names, args, strict=True))
@@ -112,17 +131,18 @@ def _spelling(scale_with: str, mask: str, softmax: str) -> tuple[Callable[..., A
             scores = scores + given["bias"]
         elif mask == "filled":
             scores = scores.masked_fill(given["mask"], given["fill"])
-        return _SOFTMAX[softmax](scores, q.dtype) @ v
+        weights = _SOFTMAX[softmax](scores, q.dtype)
+        return (F.dropout(weights, given["dropout_p"], True) if drops else weights) @ v
 
     def replacement(**given: Any) -> Any:
         scale = given.get("scale", 1.0)
         bias = aten.bitwise_not.default(given["mask"]) if mask == "filled" else given.get("bias")
         scale = 1 / scale if scale_with == "over" else scale
-        return _attend(given["q"], given["k"], given["v"], bias, False, scale)
+        return _attend(given["q"], given["k"], given["v"], bias, False, scale, given.get("dropout_p", 0.0))
 
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
     for function in (pattern, replacement):
-        function.__name__ = f"{softmax.replace(' ', '_')}_{scale_with}_{mask}"
+        function.__name__ = f"{softmax.replace(' ', '_')}_{scale_with}_{mask}{'_dropout' if drops else ''}"
         setattr(function, "__signature__", inspect.Signature(parameters))  # noqa: B010
     return pattern, replacement
 
@@ -133,6 +153,8 @@ def _refuse_manual(match: Match) -> str | None:
         return f"q, k, v have {q.dim()}, {k.dim()}, {v.dim()} dims"
     if not (same(q.shape[:-2], k.shape[:-2]) and same(k.shape[:-2], v.shape[:-2])):
         return f"batch and heads of q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} are not the same"
+    if reason := _refuse_dropout(q, match.bindings.get("dropout_p", 0.0)):
+        return reason
     fill = match.bindings.get("fill")
     if fill is not None and fill > -1e3:
         return f"masked scores are filled with {fill}, which does not mask"
@@ -141,19 +163,17 @@ def _refuse_manual(match: Match) -> str | None:
 
 def _manual() -> Iterator[Rewrite]:
     anchors = {"added": aten.softmax.int, "filled": aten.masked_fill.Scalar, "unmasked": aten.softmax.int}
-    for mask, anchor in anchors.items():
-        for scale_with in _SCALES:
-            for softmax in _SOFTMAX:
-                pattern, replacement = _spelling(scale_with, mask, softmax)
-                examples = _examples(mask, scale_with != "unscaled")
-                yield Rewrite(
-                    f"attention: {softmax}, {scale_with}, {mask}",
-                    pattern,
-                    replacement,
-                    examples,
-                    anchor,
-                    _refuse_manual,
-                )
+    spellings = itertools.product(anchors.items(), _SCALES, _SOFTMAX, (False, True))
+    for (mask, anchor), scale_with, softmax, drops in spellings:
+        pattern, replacement = _spelling(scale_with, mask, softmax, drops)
+        yield Rewrite(
+            f"attention: {softmax}, {scale_with}, {mask}{', dropout' if drops else ''}",
+            pattern,
+            replacement,
+            _examples(mask, scale_with != "unscaled", drops),
+            (anchor, aten.dropout.default) if drops else anchor,
+            _refuse_manual,
+        )
 
 
 # --- what stands around attention and is not needed by the Op -------------------------------------
