@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 import burnish.ops  # noqa: F401  (registers the Ops)
-from benchmarks import gpu_ops
+from benchmarks import gpu_losses, gpu_ops
 from benchmarks.runner import Case, CheckError, Record, Session, verdicts
 from burnish import numerics
 from burnish.hardware import device
@@ -26,6 +26,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def cases() -> Iterator[Case]:
     if torch.cuda.is_available():
         yield from gpu_ops.cases()
+        yield from gpu_losses.cases()
         return
     for name, (peer, sizes) in BENCHED.items():
         for size, arguments in sizes.items():
@@ -182,6 +183,20 @@ BENCHED: dict[str, tuple[Callable[..., object], dict[str, inputs.Maker]]] = {
         },
     ),
     "embedding_layer_norm": (eager.embedding_layer_norm, {"b8 s128 n384": inputs.embedding_arguments(8, 128, 384)}),
+    "cross_entropy": (eager.cross_entropy, {"t128 v50257": inputs.cross_entropy_arguments(128, 50257)}),
+    "cross_entropy_with_gradient": (
+        eager.cross_entropy_with_gradient,
+        {"t128 v50257": inputs.cross_entropy_arguments(128, 50257)},
+    ),
+    "scale_gradient": (eager.scale_gradient, {"t128 v50257": inputs.scale_arguments(128, 50257)}),
+    "linear_cross_entropy": (
+        eager.linear_cross_entropy,
+        {"t128 k768 v50257": inputs.linear_cross_entropy_arguments(128, 768, 50257)},
+    ),
+    "linear_cross_entropy_with_gradients": (
+        eager.linear_cross_entropy_with_gradients,
+        {"t512 k768 v50257": inputs.linear_cross_entropy_arguments(512, 768, 50257)},
+    ),
     "sample_token": (
         eager.sample_token,
         {

@@ -10,6 +10,8 @@ from burnish.ops.attention import attention
 from burnish.ops.attention_backward import attention_backward
 from burnish.ops.attention_with_logsumexp import attention_with_logsumexp
 from burnish.ops.cached_attention import cached_attention
+from burnish.ops.cross_entropy import cross_entropy
+from burnish.ops.cross_entropy_with_gradient import cross_entropy_with_gradient
 from burnish.ops.embedding import embedding
 from burnish.ops.embedding_layer_norm import embedding_layer_norm
 from burnish.ops.gate import gate
@@ -19,6 +21,8 @@ from burnish.ops.layer_norm import layer_norm
 from burnish.ops.linear import linear
 from burnish.ops.linear_add_layer_norm import linear_add_layer_norm
 from burnish.ops.linear_add_rms_norm import linear_add_rms_norm
+from burnish.ops.linear_cross_entropy import linear_cross_entropy
+from burnish.ops.linear_cross_entropy_with_gradients import linear_cross_entropy_with_gradients
 from burnish.ops.linear_rope import linear_rope
 from burnish.ops.linear_rope_append import linear_rope_append
 from burnish.ops.penalize_repetition import penalize_repetition
@@ -33,6 +37,7 @@ from burnish.ops.rope_append import rope_append
 from burnish.ops.rope_qk import rope_qk
 from burnish.ops.rope_tables import rope_tables
 from burnish.ops.sample_token import sample_token
+from burnish.ops.scale_gradient import scale_gradient
 from burnish.ops.varlen_attention import varlen_attention
 from burnish.ops.varlen_attention_backward import varlen_attention_backward
 from burnish.ops.varlen_attention_with_logsumexp import varlen_attention_with_logsumexp
@@ -45,6 +50,8 @@ __all__ = [
     "attention_backward",
     "attention_with_logsumexp",
     "cached_attention",
+    "cross_entropy",
+    "cross_entropy_with_gradient",
     "embedding",
     "embedding_layer_norm",
     "gate",
@@ -54,6 +61,8 @@ __all__ = [
     "linear",
     "linear_add_layer_norm",
     "linear_add_rms_norm",
+    "linear_cross_entropy",
+    "linear_cross_entropy_with_gradients",
     "linear_rope",
     "linear_rope_append",
     "penalize_repetition",
@@ -68,6 +77,7 @@ __all__ = [
     "rope_qk",
     "rope_tables",
     "sample_token",
+    "scale_gradient",
     "varlen_attention",
     "varlen_attention_backward",
     "varlen_attention_with_logsumexp",

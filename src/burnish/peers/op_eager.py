@@ -386,3 +386,53 @@ def penalize_repetition(logits: Tensor, tokens: Tensor, length: Tensor, penalty:
     tokens = tokens[:, : int(length)]
     score = logits.gather(1, tokens)
     return logits.scatter(1, tokens, torch.where(score < 0, score * penalty, score / penalty))
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    reduction: str,
+) -> Tensor:
+    """Of logits in float32, as models cast them; without z-loss."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(
+        logits, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    )
+
+
+def cross_entropy_with_gradient(
+    logits: Tensor, target: Tensor, grad_loss: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward, by autograd."""
+    with torch.enable_grad():
+        logits = logits.detach().requires_grad_()
+        loss = cross_entropy(logits, target, *options)
+        return loss.detach(), torch.autograd.grad(loss, logits, grad_loss)[0]
+
+
+def scale_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
+    return gradient * (factor if factor.dim() == 0 else factor[:, None]).to(gradient.dtype)
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    return cross_entropy(F.linear(x, weight, bias), target, *options)
+
+
+def linear_cross_entropy_with_gradients(
+    x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, grad_loss: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    """Forward and backward, by autograd."""
+    *options, needs_x, needs_weight, needs_bias = rest
+    needs = [(x, needs_x), (weight, needs_weight), (bias, needs_bias)]
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_(need) for t, need in needs]
+        loss = linear_cross_entropy(leaves[0], leaves[1], target, leaves[2], *options)  # type: ignore[arg-type]
+        wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        found = iter(torch.autograd.grad(loss, wanted, grad_loss))
+    return loss.detach(), *(next(found) if need else x.new_empty(0) for _, need in needs)

@@ -226,3 +226,31 @@ def penalize_arguments(rows: int, size: int, length: int) -> Maker:
         return *tensors((rows, size))(dtype), tokens, torch.tensor(length), 1.2
 
     return arguments
+
+
+def cross_entropy_arguments(rows: int, size: int) -> Maker:
+    """Logits, and classes of which one in 16 is ignored."""
+
+    def arguments(dtype: torch.dtype) -> Arguments:
+        return randn(rows, size, dtype=dtype), classes(rows, size)
+
+    return arguments
+
+
+def linear_cross_entropy_arguments(rows: int, k: int, size: int) -> Maker:
+    def arguments(dtype: torch.dtype) -> Arguments:
+        x, weight = tensors((rows, k), (size, k))(dtype)
+        return x, weight * k**-0.5, classes(rows, size)
+
+    return arguments
+
+
+def scale_arguments(*shape: int) -> Maker:
+    return lambda dtype: (randn(*shape, dtype=dtype), torch.tensor(0.5))
+
+
+def classes(rows: int, size: int) -> torch.Tensor:
+    """Of which one in 16 is ignored."""
+    found = torch.randint(size, (rows,), generator=torch.Generator().manual_seed(0))
+    found[15::16] = -100
+    return found

@@ -105,6 +105,13 @@ SIZED: dict[str, Sized] = {
         lambda a, n: inputs.cached_attention_arguments(1, a.heads, a.key_heads, n, n, a.head_dim)
     ),
     "penalize_repetition": _cached(lambda a, n: inputs.penalize_arguments(1, 32_000, n)),
+    "cross_entropy": _tokens(lambda a, n: inputs.cross_entropy_arguments(n, 8 * a.width)),
+    "cross_entropy_with_gradient": _tokens(lambda a, n: inputs.cross_entropy_arguments(n, 8 * a.width)),
+    "scale_gradient": _tokens(lambda a, n: inputs.scale_arguments(n, 8 * a.width)),
+    "linear_cross_entropy": _tokens(lambda a, n: inputs.linear_cross_entropy_arguments(n, a.width, 8 * a.width)),
+    "linear_cross_entropy_with_gradients": _tokens(
+        lambda a, n: inputs.linear_cross_entropy_arguments(n, a.width, 8 * a.width)
+    ),
     "sample_token": Sized("logits", lambda a, n: inputs.sample_arguments(1, n, min(50, n), 0.9, True)),
 }
 """By Op."""

@@ -3,12 +3,14 @@
 from burnish.graph.trace import clean
 from burnish.rewrites.fuse import FUSE as _FUSE
 from burnish.rewrites.fuse_append import fuse_rope_append
+from burnish.rewrites.fuse_cross_entropy import fuse_linear_cross_entropy
 from burnish.rewrites.fuse_embedding import fuse_token_embedding
 from burnish.rewrites.fuse_positions import read_position_from_length
 from burnish.rewrites.fuse_product_append import fuse_linear_rope_append
 from burnish.rewrites.fuse_prologue import fuse_norm_prologue
 from burnish.rewrites.own import check_rewrites, own
 from burnish.rewrites.raise_attention import ATTENTION
+from burnish.rewrites.raise_cross_entropy import CROSS_ENTROPY
 from burnish.rewrites.raise_linear import LINEAR
 from burnish.rewrites.raise_norm import NORM
 from burnish.rewrites.raise_rope import ROPE
@@ -19,8 +21,9 @@ from burnish.rewrites.share_masks import read_boolean_masks, read_integer_masks,
 # Ops lay their results out so that copies made after them are none: a second cleaning finds those.
 _CLEAN = GraphPass("no-ops removed", lambda graph_module: Outcome(clean(graph_module)))
 
-RAISE: list[Rewrite | GraphPass] = [*LINEAR, *NORM, *ROPE, *ROPE_TABLES, *ATTENTION, _CLEAN]
+RAISE: list[Rewrite | GraphPass] = [*LINEAR, *NORM, *ROPE, *ROPE_TABLES, *ATTENTION, *CROSS_ENTROPY, _CLEAN]
 FUSE: list[Rewrite | GraphPass] = [
+    GraphPass("linear_cross_entropy", fuse_linear_cross_entropy),  # before a norm takes the product
     *_FUSE,
     GraphPass("rope_append", fuse_rope_append),
     GraphPass("linear_rope_append", fuse_linear_rope_append),
