@@ -20,6 +20,7 @@ from burnish.measure import measure, measure_in_step
 from burnish.numerics import Verdict
 from burnish.parallel.agreement import Agreement
 from burnish.prepare import Prepared
+from burnish.ragged.entry import comparable
 from burnish.record import StepRecord
 from burnish.runtime.module import Call, Entry
 from burnish.tuning import Tuner
@@ -102,6 +103,27 @@ class Checks:
         if verdict.ok:
             prepared.checked.add(checked)
         return verdict
+
+    def packed_is_right(self, prepared: Prepared, entry: Entry, kind: str) -> Verdict | None:
+        """The rule on what `entry`, without padding, makes of real tokens; None where nothing can be compared."""
+        packed = prepared.packed
+        assert packed is not None
+        assert packed.unpadded.mask is not None
+        program = prepared.program
+        if random_node(program.captured.graph):
+            return None
+        quantized = prepared.quantization is not None and kind != "differentiable"
+        expected = self._expect(program, program.captured if quantized else prepared.captured, quantized)
+        sample = self.sample(program)
+        mask = packed.unpadded.mask(sample.leaves)
+        with torch.set_grad_enabled(kind == "differentiable"):
+            result = pytree.tree_leaves(entry(sample))
+        result = pytree.tree_map_only(Tensor, Tensor.detach, result)
+        kept = [
+            comparable(outputs, packed.unpadded.outputs, packed.unpadded.picked, mask)
+            for outputs in (result, expected.original, expected.true)
+        ]
+        return check_outputs(*kept)
 
     def time_original(self) -> float:
         """Microseconds of one call of the model as it is now, with its weights as the user stored them."""

@@ -181,6 +181,28 @@ def encode_expression(expression: Any, known: frozenset[str]) -> Any:
     return [name, *arguments]
 
 
+def add_symbol(env: ShapeEnv, hint: int) -> torch.SymInt:
+    """A new size of at least 2 in the sizes of a graph."""
+    taken = {int(name[1:]) for name in map(str, env.var_to_range) if _SYMBOL.fullmatch(name)}
+    name = f"s{max(taken, default=0) + 1}"
+    return env.create_symintnode(_symbol(env, name, 2, None, hint), hint=hint)  # type: ignore[return-value]
+
+
+def _symbol(env: ShapeEnv, name: str, low: int, high: int | None, hint: int) -> sympy.Symbol:
+    """What `ShapeEnv.create_symbol` does, less the search for the line of code to blame: that alone imports half of
+    torch's compiler, 0.5 s."""
+    symbol = sympy.Symbol(name, positive=True, integer=True)
+    nowhere = SLoc("a remembered Program", None)
+    env.unique_ids.add(int(name[1:]))
+    add_value = getattr(env, "add_backed_var_to_val", None) or env.add_var_to_val  # its name before 2.13
+    add_value(symbol, hint)
+    env.var_to_range[symbol] = ValueRanges(low, int_oo if high is None else high)
+    env.var_to_range_sloc[symbol] = ValueRangesSLoc(nowhere, nowhere)
+    env.var_to_sources[symbol] = []
+    env.symbol_guard_counter[symbol] = 0
+    return symbol
+
+
 class Sizes:
     """The symbolic sizes of one graph: a `ShapeEnv` of their own, and the fake tensors that have them.
 
@@ -198,20 +220,9 @@ class Sizes:
         self._tensors: dict[int, Tensor] = {}
 
     def _symbol(self, name: str, low: int, high: int | None) -> sympy.Symbol:
-        """What `ShapeEnv.create_symbol` does, less the search for the line of code to blame: that alone imports half of
-        torch's compiler, 0.5 s."""
         if not _SYMBOL.fullmatch(name) or type(low) is not int or (high is not None and type(high) is not int):
             raise NotData(f"the symbol {name}")
-        symbol = sympy.Symbol(name, positive=True, integer=True)
-        nowhere = SLoc("a remembered Program", None)
-        self.env.unique_ids.add(int(name[1:]))
-        add_value = getattr(self.env, "add_backed_var_to_val", None) or self.env.add_var_to_val  # its name before 2.13
-        add_value(symbol, self.hints[name])
-        self.env.var_to_range[symbol] = ValueRanges(low, int_oo if high is None else high)
-        self.env.var_to_range_sloc[symbol] = ValueRangesSLoc(nowhere, nowhere)
-        self.env.var_to_sources[symbol] = []
-        self.env.symbol_guard_counter[symbol] = 0
-        return symbol
+        return _symbol(self.env, name, low, high, self.hints[name])
 
     def divisible(self, data: Any) -> None:
         """Says that this expression is zero for every size that the graph serves."""

@@ -4,8 +4,9 @@ bound."""
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from burnish.parallel.graphs import drop_copies, has_copies
 from burnish.places import Places, WeightPlace, find_weight
 from burnish.quantize import Kind
 from burnish.quantized_weights import Quantization, QuantizedWeights, check_kind
+from burnish.ragged.unpad import Refused, Unpadded, unpad
+from burnish.record import NearMiss, StepRecord
 from burnish.rewrites import FUSE, RAISE, GraphPass, Rewrite, apply, family, own
 from burnish.rewrites.quantize import passes_after, passes_before, quantize
 from burnish.rewrites.raise_causal import LOOKED_AT
@@ -129,6 +132,7 @@ class Prepared:
         checked: kinds of calls whose outputs were compared as a whole.
         compiled: what trains it, compiled by Inductor for all sizes, once there is such a thing.
         quantization: what was quantized; None where it was not asked for.
+        packed: the same Program without padding, where that was asked for; `not_packed` says why there is none.
     """
 
     program: Program
@@ -140,6 +144,8 @@ class Prepared:
     looked_at: list[tuple[WeightPlace, int]]
     places: Places
     quantization: Quantization | None = None
+    packed: Packed | None = None
+    not_packed: str | None = None
     verified: bool = False
     verification: Verification | None = None
     rejected: dict[str, str] = field(default_factory=dict)
@@ -163,6 +169,19 @@ class Prepared:
         self.rejected.clear()
 
 
+@dataclass
+class Packed:
+    """A Program on a batch's real tokens alone, and what was found out on the way there.
+
+    Attributes:
+        checked: kinds of calls ("inference", "differentiable") whose outputs were compared with the padded ones.
+    """
+
+    prepared: Prepared
+    unpadded: Unpadded
+    checked: set[str] = field(default_factory=set)
+
+
 class Preparer:
     """Rewrites (where `rewrites` are given), raises, fuses, quantizes (where `kind` is given) and packs Programs of one
     model. Remembers how each weight is to be stored, and what was quantized, so that two Programs agree."""
@@ -174,21 +193,55 @@ class Preparer:
         kind: Kind | None = None,
         rewrites: Sequence[Rewrite] = (),
         without: Sequence[str] = (),
+        padding: str = "keep",
     ) -> None:
         self.model, self.tuner, self.kind, self.rewrites, self.without = model, tuner, kind, rewrites, without
+        self.padding = padding
         self.quantized = QuantizedWeights(model)
         self._transposed: dict[tuple[str, ...], bool] = {}
 
     def prepare(self, program: Program) -> Prepared:
         """Runs the default steps on `program`, each with its record in the Program's history."""
         graph_module = program.graph_module
-        captured, quantization = program.captured, None
+        captured = program.captured
         for_inference = not self.model.training and has_copies(graph_module.graph)
         if for_inference:
             drop_copies(graph_module)
         if self.rewrites:
             program.history.append(apply("rewrite", own(self._wanted("rewrite", self.rewrites)), graph_module))
         program.history.append(apply("raise", self._wanted("raise", RAISE), graph_module))
+        unpadded = self._unpad(program) if self.padding == "remove" else None
+        prepared = self._finish(program, captured, for_inference)
+        if isinstance(unpadded, Unpadded):
+            of_tokens = replace(
+                program, graph_module=unpadded.graph_module, captured=_copied(unpadded.graph_module), history=[]
+            )
+            prepared.packed = Packed(self._finish(of_tokens, of_tokens.captured, for_inference), unpadded)
+        prepared.not_packed = unpadded if isinstance(unpadded, str) else None
+        return prepared
+
+    def _unpad(self, program: Program) -> Unpadded | str:
+        """The raised graph without padding, or why it cannot be had; with a record in the Program's history."""
+        started = time.perf_counter()
+        record = StepRecord("unpad", nodes_before=len(program.graph_module.graph.nodes))
+        found: Unpadded | str
+        try:
+            found = made = unpad(program.graph_module)
+            record.matches = {"attention without padding": made.attentions}
+            record.nodes_after = len(made.graph_module.graph.nodes)
+        except Refused as error:
+            found = str(error)
+            node, _, reason = found.partition(": ")
+            named = bool(reason) and node.isidentifier()
+            record.near_misses = [NearMiss("padding", reason if named else found, (node,) if named else ())]
+            record.nodes_after = record.nodes_before
+        record.seconds = time.perf_counter() - started
+        program.history.append(record)
+        return found
+
+    def _finish(self, program: Program, captured: fx.GraphModule, for_inference: bool) -> Prepared:
+        """A raised Program fused, quantized and packed."""
+        graph_module, quantization = program.graph_module, None
         fuse = self._wanted("fuse", FUSE)
         program.history.append(apply("fuse", fuse if self.kind is None else passes_before(fuse), graph_module))
         differentiable = _copied(captured if for_inference else graph_module)

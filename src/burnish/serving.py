@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import time
 import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from burnish.prepare import DEFAULT_STEPS, GraphEntry, PlainEntry, Prepared, Pre
 from burnish.program_cache import ProgramCache
 from burnish.quantize import Kind
 from burnish.quantized_weights import Quantization
+from burnish.ragged.entry import PackedEntry
 from burnish.record import StepRecord
 from burnish.rewrites import FUSE, RAISE, Rewrite, check_rewrites, family
 from burnish.runtime.cuda_graph import GraphPool, why_not_captured
@@ -55,6 +56,7 @@ class Served:
             `Checks.compare`).
         kept_original: why the original model serves this signature, or None.
         cuda_graph: whether a CUDA graph serves it; `not_captured` says why not, where there could be one.
+        padding: with padding="remove", how many tokens were left out of the first such call, or why none are.
         seconds: how long it took until the signature could be served.
     """
 
@@ -65,6 +67,7 @@ class Served:
     kept_original: str | None = None
     cuda_graph: bool = False
     not_captured: str | None = None
+    padding: str | None = None
     seconds: float = 0.0
 
 
@@ -151,7 +154,9 @@ class Serving:
 
     def _new_preparer(self) -> Preparer:
         settings = self.settings
-        return Preparer(self.model, self.tuner, settings.quantize, settings.rewrites, settings.without)
+        return Preparer(
+            self.model, self.tuner, settings.quantize, settings.rewrites, settings.without, settings.padding
+        )
 
     def report(self, explanation: Explanation | None = None) -> Report:
         """What was done, and (see `OptimizedModule.report`) what it costs."""
@@ -188,26 +193,102 @@ class Serving:
         started = time.perf_counter()
         served, checks, result = Served(_shapes(call)), Checks(self.model, call, self.agreement), STALE
         programs = len(self._prepared)
-        devices = _cuda_indices(call)
-        # A model with dropout draws what it would draw anyway; a graph in the making needs no code; and graphs are
-        # captured, and timed, on the current device.
-        on_device = torch.cuda.device(devices[0]) if devices else nullcontext()
-        with torch.random.fork_rng(devices), _use_lazy_graph_module(True), on_device:
+        with self._making(call):
             prepared, served.kept_original = self._prepare(call, checks, served)
             if prepared is None:
                 entry = original_entry(self.model)
-            elif differentiable:
-                entry = self._differentiable_entry(prepared, call, checks, served)
-            elif prepared.verified:
-                entry, result = self._entry_for_new_size(prepared, call, checks, served)
+            elif prepared.packed is not None:
+                entry = self._packed_entry(prepared, call, checks, served, differentiable)
             else:
-                entry = self._first_entry(prepared, call, checks, served)
+                served.padding = prepared.not_packed and f"padding is kept: {prepared.not_packed}"
+                entry, result = self._entry_of(prepared, call, checks, served, differentiable)
         if len(self._prepared) != programs:  # what the first call measured and verified with
             return_freed_memory()
         served.seconds = time.perf_counter() - started
         self.served.append(served)
         self.tuner.save()
         return entry, result
+
+    @contextmanager
+    def _making(self, call: Call) -> Iterator[None]:
+        """Within the `with`, entries for calls like this one may be made."""
+        devices = _cuda_indices(call)
+        # A model with dropout draws what it would draw anyway; a graph in the making needs no code; and graphs are
+        # captured, and timed, on the current device.
+        on_device = torch.cuda.device(devices[0]) if devices else nullcontext()
+        with torch.random.fork_rng(devices), _use_lazy_graph_module(True), on_device:
+            yield
+
+    def _entry_of(
+        self, prepared: Prepared, call: Call, checks: Checks, served: Served, differentiable: bool
+    ) -> tuple[Entry, Any]:
+        if differentiable:
+            return self._differentiable_entry(prepared, call, checks, served), STALE
+        if prepared.verified:
+            return self._entry_for_new_size(prepared, call, checks, served)
+        return self._first_entry(prepared, call, checks, served), STALE
+
+    def _packed_entry(
+        self, prepared: Prepared, call: Call, checks: Checks, served: Served, differentiable: bool
+    ) -> Entry:
+        """Without padding; with it where that would compute something else."""
+        packed, kind = prepared.packed, "differentiable" if differentiable else "inference"
+        assert packed is not None
+
+        def padded() -> Entry:
+            with self._making(call):
+                return self._entry_of(prepared, call, checks, served, differentiable)[0]
+
+        def make(inner: Call) -> Entry:
+            with self._making(inner):
+                return self._entry_of_tokens(packed.prepared, inner, served, differentiable)
+
+        first = None if prepared.verified or differentiable else padded()
+        entry = PackedEntry(prepared, padded if first is None else lambda: first, make)
+        if self.agreement.is_shared:
+            prepared.packed, prepared.not_packed = None, "the model is divided among ranks"
+            served.padding = f"padding is kept: {prepared.not_packed}"
+            return padded() if first is None else first
+        with torch.set_grad_enabled(differentiable):
+            entry(call)  # its sizes are what Impls are measured on
+        assert entry.tokens is not None
+        real, places = entry.tokens
+        served.padding = f"{real} of {places} tokens are real"
+        if entry.not_packed:
+            served.padding += f", padding is kept: {entry.not_packed}"
+        if self.settings.verify and kind not in packed.checked:
+            verdict = checks.packed_is_right(prepared, entry, kind)
+            if verdict is not None and not verdict.ok:
+                prepared.packed, prepared.not_packed = (
+                    None,
+                    f"real tokens differ from the padded ones: {verdict.reason}",
+                )
+            packed.checked.add(kind)
+        if prepared.packed is None:
+            served.padding = f"padding is kept: {prepared.not_packed}"
+            return padded() if first is None else first
+        if first is not None:
+            served.kept_original, served.optimized_us = None, checks.compare(entry).optimized_us
+        return entry
+
+    def _entry_of_tokens(self, packed: Prepared, inner: Call, served: Served, differentiable: bool) -> Entry:
+        """The packed Program's entry for one number of tokens."""
+        if differentiable:
+            executable, chosen = choose_differentiable(packed, self.model, inner, self.tuner)
+            return packed.bind(chosen.functions, self.model, executable)
+        if packed.verified:
+            chosen = choose_for_new_size(packed, inner, self.tuner)
+        else:
+            chosen, seen = choose_by_measuring(packed, inner, self.tuner)
+            if not self.model.training and self._why_not_captured(packed, inner) is None:
+                choose_in_model(
+                    packed, chosen, seen, self.tuner, ModelContest(packed, self.model, inner, self.agreement)
+                )
+            packed.verified = True
+        self.tuner.save()
+        served.choices = chosen.choices
+        plain = packed.bind(chosen.functions, self.model)
+        return plain if self.model.training else self._captured(packed, plain, inner, served)
 
     def forget(self) -> None:
         """Drops every Program: the weights have moved (`.to()`, a parameter replaced,
@@ -353,6 +434,7 @@ def optimize(
     static_outputs: bool = False,
     quantize: Kind | None = None,
     rewrites: Sequence[Rewrite] = (),
+    padding: str = "keep",
 ) -> OptimizedModule:
     """Makes `model` fast: captures it, fuses what Ops can do, chooses each Op's fastest Impl here, and verifies it.
 
@@ -371,6 +453,8 @@ def optimize(
             gradients are wanted, the float weights are used. See docs/quantization.md.
         rewrites: your own, in order: they run before the built-in ones, which take what they leave, and are verified
             like them. See docs/tutorial-new-model.md.
+        padding: "keep" or "remove". With "remove" calls compute the real tokens of their padding mask alone; results
+            have zeros at padding. `.report()` says what kept a model from it. See docs/ragged.md.
 
     Returns:
         A module with the same forward, outputs and parameters. New batch and sequence sizes need no new capture. What
@@ -384,7 +468,9 @@ def optimize(
     if isinstance(model, OptimizedModule):
         raise TypeError("model: this one is optimized already; give the module it was made from")
     check_rewrites(rewrites)
-    settings = Settings(verify, impls or {}, cache, cuda_graphs, static_outputs, quantize, tuple(rewrites))
+    settings = Settings(
+        verify, impls or {}, cache, cuda_graphs, static_outputs, quantize, tuple(rewrites), padding=padding
+    )
     fast = Serving(model, settings).build()
     if args or kwargs:
         with torch.no_grad():

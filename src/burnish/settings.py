@@ -27,6 +27,7 @@ class Settings:
     quantize: Kind | None = None
     rewrites: tuple[Rewrite, ...] = ()
     without: tuple[str, ...] = ()  # of default steps and rewrites, by name: `Schedule.undo` of a name
+    padding: str = "keep"
 
 
 def check_settings(settings: Settings, model: nn.Module) -> None:
@@ -35,6 +36,8 @@ def check_settings(settings: Settings, model: nn.Module) -> None:
         raise ValueError(f"cuda_graphs={settings.cuda_graphs!r}: use 'auto' or 'never'")
     if settings.cache not in ("readwrite", "readonly", "off"):
         raise ValueError(f"cache={settings.cache!r}: use 'readwrite', 'readonly' or 'off'")
+    if settings.padding not in ("keep", "remove"):
+        raise ValueError(f"padding={settings.padding!r}: use 'keep' or 'remove'")
     if not isinstance(settings.impls, Mapping):
         raise TypeError(
             f"impls: Impl names by Op name are needed, such as {{'attention': 'triton'}}, got {settings.impls!r}"

@@ -90,7 +90,8 @@ def signatures(served: Iterable[Served]) -> RenderableType:
             human_us(after) if after else "",
             f"{before / after:.2f}x" if before and after else "",
             human_us(each.seconds * 1e6),
-            each.kept_original or each.not_captured or ("CUDA graph" if each.cuda_graph else ""),
+            "; ".join(filter(None, [each.kept_original or each.not_captured, each.padding]))
+            or ("CUDA graph" if each.cuda_graph else ""),
         )
     return table
 

@@ -95,6 +95,7 @@ class Methods(ABC):
         quantize: Kind | None = None,
         rewrites: Sequence[Rewrite] = (),
         without: Sequence[str] = (),
+        padding: str = "keep",
     ) -> Step:
         """Has `build` give a model as `burnish.optimize` does, whose arguments these are.
 
@@ -102,7 +103,7 @@ class Methods(ABC):
             without: default steps ("raise", "fuse", "pack") and rewrites, by name, that are to be left out.
         """
         given = Optimize(
-            verify, impls or {}, cache, cuda_graphs, static_outputs, quantize, tuple(rewrites), tuple(without)
+            verify, impls or {}, cache, cuda_graphs, static_outputs, quantize, tuple(rewrites), tuple(without), padding
         )
         return self.apply(given)
 

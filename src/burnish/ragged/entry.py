@@ -1,0 +1,102 @@
+"""What serves calls of one signature without their padding: an entry for each number of tokens, behind one that counts
+them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from burnish.prepare import Prepared
+from burnish.ragged.rules import Dims
+from burnish.ragged.tokens import tokens_of
+from burnish.runtime.module import STALE, Call, Entry
+
+_STEP = 128  # calls whose numbers of tokens are equal when rounded up to it share their choice of Impls on the CPU
+
+
+class PackedEntry:
+    """Serves calls of one signature: packs their real tokens, and runs the packed Program's entry for as many.
+
+    A batch without padding is served by the padded Program, and one in which a window would reach over a gap.
+
+    Args:
+        prepared: the padded Program; its `packed` is what runs.
+        padded: makes the padded Program's entry.
+        make: makes the packed Program's entry for a call of it.
+    """
+
+    def __init__(self, prepared: Prepared, padded: Callable[[], Entry], make: Callable[[Call], Entry]) -> None:
+        assert prepared.packed is not None
+        self.unpadded = prepared.packed.unpadded
+        self._out_spec = prepared.program.out_spec
+        self._make_padded, self._make = padded, make
+        self._padded: Entry | None = None
+        self._entries: dict[tuple[int, ...], Entry] = {}
+        self._lock = threading.RLock()
+        self.tokens: tuple[int, int] | None = None  # of the last call: real ones, and places
+        self.not_packed: str | None = None  # why the last call was served padded
+
+    def __call__(self, call: Call) -> Any:
+        assert self.unpadded.mask is not None
+        mask = self.unpadded.mask(call.leaves)
+        tokens = tokens_of(mask, ask_contiguous=self.unpadded.windowed)
+        self.tokens, self.not_packed = (tokens.real, mask.numel()), None
+        if tokens.real == mask.numel():
+            self.not_packed = "there is no padding"
+            return self.padded(call)
+        if tokens.contiguous is False:
+            self.not_packed = "real tokens have gaps between them, which windows count"
+            return self._zeroed(self.padded(call), mask)
+        inner = Call((), {}, [*call.leaves, tokens.places, tokens.cu_seqlens], None)
+        count = tokens.places.shape[0]
+        key = (count if mask.is_cuda or count <= 2 else -(-count // _STEP), tokens.cu_seqlens.shape[0])
+        entry = self._entries.get(key)
+        if entry is None:
+            with self._lock:
+                entry = self._entries.get(key) or self._make(inner)
+                self._entries[key] = entry
+        return entry(inner)
+
+    def padded(self, call: Call) -> Any:
+        with self._lock:
+            if self._padded is None:
+                self._padded = self._make_padded()
+        return self._padded(call)
+
+    def _zeroed(self, result: Any, mask: Tensor) -> Any:
+        """With zeros at padding, as packed tokens leave it."""
+        if result is STALE:
+            return result
+        flat = pytree.tree_leaves(result)
+        real = mask != 0
+        done = [
+            leaf.masked_fill(~real.reshape(*real.shape, *(1,) * (leaf.dim() - 2)), 0) if has_tokens(dims) else leaf
+            for leaf, dims in zip(flat, self.unpadded.outputs, strict=True)
+        ]
+        return pytree.tree_unflatten(done, self._out_spec)
+
+
+def has_tokens(dims: Dims) -> bool:
+    return (dims.row, dims.position) == (0, 1)
+
+
+def comparable(outputs: list[Any], kinds: list[Dims], picked: set[int | None], mask: Tensor) -> list[Any]:
+    """Of flat outputs what must be equal with padding and without: real tokens, and of each row's values those of rows
+    in which all tokens that are taken by position are real."""
+    real = mask != 0
+    rows = torch.ones_like(real[:, 0])
+    for position in picked:
+        rows &= real.all(dim=1) if position is None else real[:, position]
+    kept = []
+    for output, dims in zip(outputs, kinds, strict=True):
+        if isinstance(output, Tensor) and has_tokens(dims):
+            output = output[real]
+        elif isinstance(output, Tensor) and dims.row == 0:
+            output = output[rows]
+        kept.append(output)
+    return kept
