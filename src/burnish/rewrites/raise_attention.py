@@ -78,8 +78,8 @@ def _draw_seed(q: Any) -> Any:
 
 
 _DROPPING = ("cuda",)
-"""Kinds of devices on which dropout goes into the Op. On a CPU no kernel has it: 2x12x128x64, forward and backward, takes
-ten times as long as what PyTorch runs."""
+"""Kinds of devices on which dropout goes into the Op. On a CPU no kernel has it: 2x12x128x64, forward and backward,
+takes ten times as long as what PyTorch runs."""
 
 
 def _refuse_dropout(q: Tensor, dropout_p: float) -> str | None:
