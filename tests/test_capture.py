@@ -160,6 +160,23 @@ def test_a_mask_of_the_sequence_is_not_cut() -> None:
     assert [len(mask), len(x)] == [100, 3]
 
 
+class Loss(nn.Module):
+    """Export gives targets a size of their own, which an assertion in the graph binds to that of x."""
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(x.flatten(0, 1), targets.flatten())
+
+
+@pytest.mark.parametrize(("flat", "rows"), [(False, (2, 2)), (True, (16, 16 * 6))])
+def test_targets_of_a_loss_are_cut_with_what_they_belong_to(flat: bool, rows: tuple[int, int]) -> None:
+    targets = torch.arange(16 * 6).remainder(WIDTH).view(16, 6)
+    leaves = [x_of(16, 6), targets.flatten() if flat else targets]
+    program = capture(Loss(), (leaves[0], leaves[1]))
+    cut = program.first_rows(leaves, 1)
+    assert (len(cut[0]), len(cut[1])) == rows
+    assert torch.equal(program.graph_module(*cut)[0], Loss()(*cut))
+
+
 # --- the program ---
 
 

@@ -90,17 +90,17 @@ class Program:
         are."""
         # A size that stands elsewhere too is a sequence's: a mask of (sequence, sequence) may come before the rest.
         others = {size for spec in self.inputs for size in spec.sizes[1:]}
-        firsts = (spec.sizes[0] for spec in self.inputs if spec.sizes)
-        batch = next((size for size in firsts if isinstance(size, str) and size not in others), None)
-        sample = next(
-            (leaf for leaf, spec in zip(leaves, self.inputs, strict=True) if spec.sizes[:1] == (batch,)), None
-        )
-        if batch is None or sample is None:
+        batched = [
+            bool(spec.sizes) and isinstance(spec.sizes[0], str) and spec.sizes[0] not in others for spec in self.inputs
+        ]
+        found = [leaf for leaf, cuts in zip(leaves, batched, strict=True) if cuts]
+        # Symbols of their own do not make sizes independent: of a loss's targets export says only in an assertion that
+        # they are as many as its rows.
+        if not found or any(len(leaf) != len(found[0]) for leaf in found):
             return list(leaves)
-        length = sample.shape[1] if sample.dim() > 1 else 1
+        length = found[0].shape[1] if found[0].dim() > 1 else 1
         rows = max(2, tokens // max(length, 1))
-        cut = [spec.sizes[:1] == (batch,) for spec in self.inputs]
-        return [leaf[:rows] if cuts else leaf for leaf, cuts in zip(leaves, cut, strict=True)]
+        return [leaf[:rows] if cuts else leaf for leaf, cuts in zip(leaves, batched, strict=True)]
 
 
 @dataclass(frozen=True)
