@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import gpu_attention_training
 from benchmarks.gpu import COMPILED, captured, kernels_of, peers
 from benchmarks.runner import Case, CheckError, Record, Session, verdicts
 from burnish import numerics
@@ -133,7 +134,7 @@ def cases() -> Iterator[Case]:
         ("sdpa-4x32x4096x128-bf16-causal", (4, 32, 4096, 128), torch.bfloat16, True),
     ):
         yield Case(name, partial(_sdpa, name=name, shape=shape, dtype=dtype, causal=causal))
-
+    yield from gpu_attention_training.cases()
     for batch, length in ((32, 4096), (1, 8192)):
         name = f"decode-attention-b{batch}-l{length}-gqa32x8-d128-bf16"
         yield Case(name, partial(_decode_attention, name=name, batch=batch, length=length))
