@@ -171,6 +171,7 @@ def kernels_for_rows(rows: list[int]) -> list[list[str]]:
         ("add_rms_norm", "triton"): lambda n: (tensor(1, n, 64), tensor(1, n, 64), None),
         ("attention", "triton"): lambda n: (*[tensor(1, 4, n, 64)] * 3, None, torch.ones(1, n, dtype=torch.int64)),
         ("attention", "gluon"): lambda n: (*[tensor(1, 4, n, 64)] * 3, None, torch.ones(1, n, dtype=torch.int64)),
+        ("cross_entropy_with_gradient", "triton"): lambda n: (tensor(n, 5000), torch.zeros(n, dtype=torch.int64)),
         ("rope", "triton"): lambda n: (tensor(1, 4, n, 64), tensor(1, n, 64), tensor(1, n, 64)),
         ("rope_append", "triton"): lambda n: (
             *[tensor(1, 4, n, 64)] * 3, *[tensor(1, n, 64)] * 2, *[tensor(1, 4, 1024, 64)] * 2, torch.tensor([0])

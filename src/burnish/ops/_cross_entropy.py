@@ -17,7 +17,7 @@ from burnish.ops._common import check_floating, wide
 
 REDUCTIONS = ("mean", "sum", "none")
 # Rows that are taken at once, in float32: what is made beside the results. 512 x 50257 on one core of a CPU: 380 ms in
-# blocks of 1 MB, which stay in its L2 cache, 335 in blocks of 16 and 320 of 64 (eager: 510); threads wait at each block.
+# blocks of 1 MB, which stay in its L2 cache, 335 of 16 and 320 of 64 (eager: 510); threads wait at each block's end.
 _BLOCK_BYTES = 32 << 20
 
 

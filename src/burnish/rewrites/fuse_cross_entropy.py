@@ -3,11 +3,16 @@ alone."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import fx
 
 from burnish import ops
 from burnish.rewrites.raise_cross_entropy import path_of_rows
 from burnish.rewrites.rewrite import Outcome, insert, value
+
+aten = torch.ops.aten
 
 
 def fuse_linear_cross_entropy(graph_module: fx.GraphModule) -> Outcome:
@@ -36,8 +41,10 @@ def _fuse(graph_module: fx.GraphModule, node: fx.Node) -> str | None:
     if others := [user.name for step in (linear, *path.steps) for user in step.users if user not in ways]:
         return f"the logits {linear.name} are also used by {', '.join(others)}"
 
-    def build(x: object, weight: object, target: object, bias: object) -> object:
+    def build(x: Any, weight: Any, target: Any, bias: Any) -> Any:
+        width = value(weight.node).shape[1]
+        if not isinstance(width, int):
+            width = aten.sym_size.int(weight, 1)
         return ops.linear_cross_entropy(path.follow(x, width), weight, target, bias, *options)
 
-    width = value(x).shape[-1]
     return insert(graph_module, [node], build, x, weight, target, bias)

@@ -38,14 +38,16 @@ class Path:
     steps: tuple[fx.Node, ...]
     widened: bool
 
-    def follow(self, rows: Any, width: Any) -> Any:
-        """The steps, made with other rows, of `width` entries."""
+    def follow(self, rows: fx.Proxy, width: Any = None) -> Any:
+        """The steps, made with the proxy of other rows, of `width` entries if that differs."""
+        tracer = rows.tracer
+        as_proxy: Any = lambda node: fx.Proxy(node, tracer)  # noqa: E731
         for step in self.steps:
-            args = arguments(step)
+            args: Any = fx.node.map_arg(arguments(step), as_proxy)
             if step.target in _VIEWS:
                 # Not a view: what is viewed may not be as contiguous as what was.
                 sizes = args["shape"] if "shape" in args else args["size"]
-                rows = aten.reshape.default(rows, [*sizes[:-1], width])
+                rows = aten.reshape.default(rows, [*sizes] if width is None else [*sizes[:-1], width])
             elif step.target is aten.flatten.using_ints:
                 rows = aten.flatten.using_ints(rows, args["start_dim"], args["end_dim"])
             elif step.target is aten.slice.Tensor:
@@ -127,13 +129,13 @@ def _raise(graph_module: fx.GraphModule, node: fx.Node) -> str | None:
         inner, softcap = capped
         above = path_of_rows(inner)
         path = Path(above.source, above.steps + path.steps, above.widened or path.widened)
-    width, dtype = value(logits).shape[-1], value(node).dtype
+    dtype = value(node).dtype
     numbers = args["ignore_index"], args.get("label_smoothing", 0.0)
 
     def build(source: Any, target: Any) -> Any:
-        rows = path.follow(source, width)
+        rows = path.follow(source)
         if flat:
-            rows, target = aten.reshape.default(rows, [-1, width]), aten.reshape.default(target, [-1])
+            rows, target = aten.flatten.using_ints(rows, 0, 1), aten.flatten.using_ints(target)
         loss = ops.cross_entropy(rows, target, *numbers, 0.0, softcap, reduction)
         return loss if dtype == wide(value(path.source).dtype) else aten.to.dtype(loss, dtype)
 
