@@ -24,6 +24,7 @@ GROUPS = {
     "serving": "benchmarks.serving",
     "parallel": "benchmarks.parallel",
     "train": "benchmarks.train",
+    "ragged": "benchmarks.ragged",
 }
 
 

@@ -120,6 +120,7 @@ class Op:
         self.training: Callable[..., Result] | None = None  # where gradients are wanted; see `burnish.autograd`
         self._parts: Callable[..., Result] | None = None
         self._with_backward: dict[str, Callable[..., Result]] = {}
+        self._nested: Callable[..., Result] | None = None  # for nested tensors
         self._preferred: dict[Any, Callable[..., Result]] = {}  # by Impl and signature, for `preferring`
         self.impls: dict[str, Impl] = {}
         self.impl("reference", differentiable=True)(reference)
@@ -134,6 +135,8 @@ class Op:
             return self.overload(*bound)
         if _is_traced(bound):
             if any(isinstance(a, Tensor) and a.is_nested for a in bound):
+                if self._nested is not None:
+                    return self._nested(*bound)
                 raise TypeError(f"{self.name} takes no nested tensors; pad them (attention takes a key_padding_mask)")
             return self.overload(*bound)
         self._check(*bound)
@@ -252,6 +255,11 @@ class Op:
     def compose(self, parts: Callable[..., Result]) -> None:
         """Have the Op differentiated as `parts`, which takes its arguments and gives its result by smaller Ops."""
         self.training = self._parts = parts
+
+    def for_nested(self, function: Callable[..., Result]) -> None:
+        """Have calls with nested tensors computed by `function`, which takes all arguments positionally and checks
+        them."""
+        self._nested = function
 
     def with_backward(self, impl: Impl | str) -> Callable[..., Result]:
         """The Impl as a differentiable callable: `impl.fn` itself where it is, else with the Op's backward pass."""

@@ -213,12 +213,26 @@ class Preparer:
         unpadded = self._unpad(program) if self.padding == "remove" else None
         prepared = self._finish(program, captured, for_inference)
         if isinstance(unpadded, Unpadded):
-            of_tokens = replace(
-                program, graph_module=unpadded.graph_module, captured=_copied(unpadded.graph_module), history=[]
-            )
-            prepared.packed = Packed(self._finish(of_tokens, of_tokens.captured, for_inference), unpadded)
+            prepared.packed = self._pack_tokens(program, unpadded, for_inference)
         prepared.not_packed = unpadded if isinstance(unpadded, str) else None
         return prepared
+
+    def prepare_nested(self, program: Program, nested: Sequence[str]) -> Packed:
+        """A Program that was captured padded, on the values of the inputs of these names. Refused where that cannot
+        be."""
+        for_inference = not self.model.training and has_copies(program.graph_module.graph)
+        if for_inference:
+            drop_copies(program.graph_module)
+        if self.rewrites:
+            apply("rewrite", own(self._wanted("rewrite", self.rewrites)), program.graph_module)
+        apply("raise", self._wanted("raise", RAISE), program.graph_module)
+        unpadded = unpad(program.graph_module, nested)
+        return self._pack_tokens(program, unpadded, for_inference)
+
+    def _pack_tokens(self, program: Program, unpadded: Unpadded, for_inference: bool) -> Packed:
+        graph_module = unpadded.graph_module
+        of_tokens = replace(program, graph_module=graph_module, captured=_copied(graph_module), history=[])
+        return Packed(self._finish(of_tokens, of_tokens.captured, for_inference), unpadded)
 
     def _unpad(self, program: Program) -> Unpadded | str:
         """The raised graph without padding, or why it cannot be had; with a record in the Program's history."""

@@ -31,6 +31,7 @@ from burnish.program_cache import ProgramCache
 from burnish.quantize import Kind
 from burnish.quantized_weights import Quantization
 from burnish.ragged.entry import PackedEntry
+from burnish.ragged.nested import NestedCalls
 from burnish.record import StepRecord
 from burnish.rewrites import FUSE, RAISE, Rewrite, check_rewrites, family
 from burnish.runtime.cuda_graph import GraphPool, why_not_captured
@@ -94,6 +95,7 @@ class Serving:
         self._prepared: list[Prepared] = []
         self._uncapturable: dict[Any, str] = {}
         self._graphs = GraphPool()
+        self.nested = NestedCalls(model, lambda: self._preparer, self.tuner, self.settings.verify)
 
     @property
     def program(self) -> Program:
@@ -295,6 +297,7 @@ class Serving:
         `load_state_dict(assign=True)`), or one that was quantized, or a mask that was looked at, has changed."""
         self._graphs.clear()
         self._prepared.clear()
+        self.nested.forget()
         self._preparer.quantized.forget()
         self._uncapturable.clear()
 

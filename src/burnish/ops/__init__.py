@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from burnish.ops._dropout import draw_seed as draw_seed
+from burnish.ops._nested import attention_nested as attention_nested
 from burnish.ops.add_layer_norm import add_layer_norm
 from burnish.ops.add_rms_norm import add_rms_norm
 from burnish.ops.append_kv import append_kv

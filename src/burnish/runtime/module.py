@@ -175,7 +175,7 @@ class OptimizedModule(nn.Module):
             entry = self._entries.get(key) if key is not None else None
             if entry is None:
                 if key is None:
-                    return self._original(*args, **kwargs)
+                    return self._serve_nested(call, differentiable, args, kwargs)
                 entry, result = self._make_entry(key, call, differentiable)
                 if result is not STALE:
                     return result
@@ -186,6 +186,16 @@ class OptimizedModule(nn.Module):
         return self._original(
             *args, **kwargs
         )  # someone else keeps moving the weights: two optimized versions of one model, say
+
+    def _serve_nested(self, call: Call, differentiable: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that has no signature: of nested tensors, or of what no graph can take."""
+        nested = getattr(self.serving, "nested", None)
+        if nested is not None and any(isinstance(leaf, Tensor) and leaf.is_nested for leaf in call.leaves):
+            with self._lock:
+                result = nested(call, differentiable)
+            if result is not STALE:
+                return result
+        return self._original(*args, **kwargs)
 
     def _make_entry(self, key: Any, call: Call, differentiable: bool) -> tuple[Entry, Any]:
         with self._lock:
