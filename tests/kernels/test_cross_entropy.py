@@ -140,11 +140,36 @@ def test_strided_arguments() -> None:
 def test_the_gradient_may_take_the_logits_place() -> None:
     logits, target, losses = randn(5, 600, dtype=BF16), targets(5, 600, CPU, 0), torch.empty(5)
     expected = cross_entropy_with_gradient.impls["triton"].fn(logits, target, reduction="sum", z_loss=1e-3)[1]
-    wider = torch.full((5, 704), math.nan, dtype=BF16)
-    within = wider[:, :600].copy_(logits)
-    kernels.rows(within, target, None, None, losses, within, -100, 0.0, 1e-3, None)
-    assert torch.equal(within, expected)
-    assert wider[:, 600:].isnan().all(), "it wrote past a row's end"
+    for padded in (False, True):
+        wider = torch.full((5, 704), math.nan, dtype=BF16)
+        within = wider[:, :600].copy_(logits)
+        kernels.rows(within, target, None, None, losses, within, -100, 0.0, 1e-3, None, padded=padded)
+        assert torch.equal(within, expected)
+        assert wider[:, 608 if padded else 600 :].isnan().all(), "it wrote past a row's end"
+
+
+@pytest.mark.parametrize("size", [593, 600, 608])
+@pytest.mark.parametrize("softcap", [None, 9.0])
+def test_padding_counts_for_nothing(size: int, softcap: float | None) -> None:
+    logits, target = randn(5, size, dtype=BF16), targets(5, size, CPU, 0)
+    for fill in (math.nan, math.inf, 1e30):
+        memory, losses = torch.full((5, 640), fill, dtype=BF16), torch.empty(5)
+        within = memory[:, :size].copy_(logits)
+        kernels.rows(within, target, None, None, losses, within, -100, 0.1, 1e-3, softcap, padded=True)
+        args = cross_entropy_with_gradient.bind(logits, target, None, -100, 0.1, 1e-3, softcap, "none")
+        eager = cross_entropy_with_gradient.reference(*args)
+        assert_close((losses, within.contiguous()), eager, oracle(cross_entropy_with_gradient.reference, *args))
+
+
+def test_rows_that_do_not_begin_at_16_bytes() -> None:
+    """There threads take neighbours one by one."""
+    whole, target = randn(5, 1610, dtype=BF16), targets(5, 1600, CPU, 0)
+    launches: list[Launch] = []
+    for logits, aligned in ((whole[:, :1600], False), (whole[:, 1:1601].contiguous(), True)):
+        with recording(launches.append, H200):
+            cross_entropy.impls["triton"].fn(logits, target)
+        assert launches[-2].constants["ALIGNED"] == aligned
+        assert_right(cross_entropy_with_gradient, logits, target, label_smoothing=0.1)
 
 
 def test_more_rows_than_one_block_of_sums() -> None:

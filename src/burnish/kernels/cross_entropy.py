@@ -32,19 +32,36 @@ _L2_BYTES = 32 << 20  # of the H200's 50 MB, what rows on their way may take: th
 
 
 @triton.jit
-def _load_logits(row, column, size, WALK: tl.constexpr, HINTS: tl.constexpr):
+def _tile(N: tl.constexpr, E: tl.constexpr, ALIGNED: tl.constexpr):
+    """The columns of a tile (N, E), whose last axis lies within a thread: neighbours there, which one load brings, or,
+    where rows do not begin at 16 bytes and each entry is a load of its own, neighbours among the threads."""
+    if ALIGNED:
+        return tl.arange(0, N)[:, None] * E + tl.arange(0, E)[None, :]
+    else:
+        return tl.arange(0, N)[:, None] + tl.arange(0, E)[None, :] * N
+
+
+@triton.jit
+def _load_logits(row, column, width, WALK: tl.constexpr, HINTS: tl.constexpr):
     """As they are stored, with -infinity past the row's ends. The second walk is the last that wants them."""
     policy: tl.constexpr = ("evict_last" if WALK == 1 else "evict_first") if HINTS else ""
-    return tl.load(row + column, (column >= 0) & (column < size), other=-float("inf"), eviction_policy=policy)
+    return tl.load(row + column, (column >= 0) & (column < width), other=-float("inf"), eviction_policy=policy)
 
 
 @triton.jit
 def _capped(x, softcap):
-    """In float32, through `softcap * tanh(x / softcap)` where there is one; -infinity, past the row's end, stays."""
+    """In float32, through `softcap * tanh(x / softcap)` where there is one; -infinity stays."""
     x = x.to(tl.float32)
     if softcap is not None:
         x = tl.where(x == -float("inf"), x, softcap * tanh(x * (1.0 / softcap)))
     return x
+
+
+@triton.jit
+def _within(x, column, size, softcap, PADDED: tl.constexpr):
+    """`_capped`, and -infinity past the row's end, also where padding was loaded."""
+    x = _capped(x, softcap)
+    return tl.where(column < size, x, -float("inf")) if PADDED else x
 
 
 @triton.jit
@@ -55,16 +72,19 @@ def _slope(capped, softcap):
 
 
 @triton.jit
-def _statistics(row, size, softcap, SMOOTH: tl.constexpr, HINTS: tl.constexpr, N: tl.constexpr, E: tl.constexpr):
+def _statistics(
+    row, size, width, softcap, SMOOTH: tl.constexpr, HINTS: tl.constexpr, ALIGNED: tl.constexpr, PADDED: tl.constexpr,
+    N: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
     """Of one row: the largest logit, the sum of exponentials relative to it, and, with SMOOTH, the sum of all."""
-    tile = tl.arange(0, N)[:, None] * E + tl.arange(0, E)[None, :]
+    tile = _tile(N, E, ALIGNED)
     most = tl.full((N,), _LOWEST, tl.float32)
     total = tl.zeros((N,), tl.float32)
     plain = tl.zeros((N,), tl.float32)
-    ahead = _load_logits(row, tile, size, 1, HINTS)
+    ahead = _load_logits(row, tile, width, 1, HINTS)
     for start in range(0, size, N * E):
-        x = _capped(ahead, softcap)
-        ahead = _load_logits(row, tile + (start + N * E), size, 1, HINTS)
+        x = _within(ahead, tile + start, size, softcap, PADDED)
+        ahead = _load_logits(row, tile + (start + N * E), width, 1, HINTS)
         larger = tl.maximum(most, tl.max(x, axis=1))
         each = tl.math.exp2((x - larger[:, None]) * _LOG2_E)
         total = total * tl.math.exp2((most - larger) * _LOG2_E) + tl.sum(each, axis=1)
@@ -78,36 +98,40 @@ def _statistics(row, size, softcap, SMOOTH: tl.constexpr, HINTS: tl.constexpr, N
 
 @triton.jit
 def _write_gradient(
-    row, to, size, softcap, largest, factor, less, HINTS: tl.constexpr, N: tl.constexpr, E: tl.constexpr
-):
+    row, to, size, width, softcap, largest, factor, less, HINTS: tl.constexpr, ALIGNED: tl.constexpr,
+    PADDED: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
     """`exp(x - largest) * factor - less` for each logit of a row, from its end; `to` may be `row`."""
-    tile = tl.arange(0, N)[:, None] * E + tl.arange(0, E)[None, :]
+    tile = _tile(N, E, ALIGNED)
     last = (tl.cdiv(size, N * E) - 1) * (N * E)
-    ahead = _load_logits(row, tile + last, size, 2, HINTS)
+    ahead = _load_logits(row, tile + last, width, 2, HINTS)
     for passed in range(0, size, N * E):
         column = tile + (last - passed)
-        x = _capped(ahead, softcap)
-        ahead = _load_logits(row, column - N * E, size, 2, HINTS)  # of no tile before the first one
+        x = _within(ahead, column, size, softcap, PADDED)
+        ahead = _load_logits(row, column - N * E, width, 2, HINTS)  # of no tile before the first one
         grad = tl.math.exp2((x - largest) * _LOG2_E) * factor - less
         if softcap is not None:
             grad *= _slope(x, softcap)
-        tl.store(to + column, grad.to(to.dtype.element_ty), column < size)
+        tl.store(to + column, grad.to(to.dtype.element_ty), column < width)
 
 
 @triton.jit
-def _write_zeros(to, size, N: tl.constexpr, E: tl.constexpr):
-    tile = tl.arange(0, N)[:, None] * E + tl.arange(0, E)[None, :]
-    for start in range(0, size, N * E):
-        tl.store(to + tile + start, tl.zeros((N, E), to.dtype.element_ty), tile + start < size)
+def _write_zeros(to, width, ALIGNED: tl.constexpr, N: tl.constexpr, E: tl.constexpr):
+    tile = _tile(N, E, ALIGNED)
+    for start in range(0, width, N * E):
+        tl.store(to + tile + start, tl.zeros((N, E), to.dtype.element_ty), tile + start < width)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _cross_entropy_kernel(
-    logits, target, share, grad_loss, losses, gradient, rows, size, stride, target_step, grad_step, gradient_stride,
-    ignore_index, smoothing, z_loss, softcap, SMOOTH: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
-    HINTS: tl.constexpr, PER_SM: tl.constexpr, PDL: tl.constexpr,
+    logits, target, share, grad_loss, losses, gradient, rows, size, width, stride, target_step, grad_step,
+    gradient_stride, ignore_index, smoothing, z_loss, softcap, SMOOTH: tl.constexpr, ALIGNED: tl.constexpr,
+    PADDED: tl.constexpr, N: tl.constexpr, E: tl.constexpr, HINTS: tl.constexpr, PER_SM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Each row's loss and, where `gradient` is given, its gradient times `share` and `grad_loss`, if there are such."""
+    """Each row's loss and, where `gradient` is given, its gradient times `share` and `grad_loss`, if there are such.
+
+    PADDED: rows of `size` logits go on to `width` in memory that may be read and overwritten."""
     launch_dependents(PDL)
     wait_for_inputs(PDL)
     for at in range(tl.program_id(0), rows, tl.num_programs(0)):
@@ -117,13 +141,13 @@ def _cross_entropy_kernel(
         if label == ignore_index:
             tl.store(losses + at, 0.0)
             if gradient is not None:
-                _write_zeros(gradient + wide * gradient_stride, size, N, E)
+                _write_zeros(gradient + wide * gradient_stride, width, ALIGNED, N, E)
         else:
             inside = (label >= 0) & (label < size)
             poison = tl.where(inside, 0.0, float("nan"))  # what a target is that no logit stands for
             label = tl.where(inside, label, 0)
             picked = _capped(tl.load(row + label), softcap)
-            largest, total, plain = _statistics(row, size, softcap, SMOOTH, HINTS, N, E)
+            largest, total, plain = _statistics(row, size, width, softcap, SMOOTH, HINTS, ALIGNED, PADDED, N, E)
             log_total = tl.log2(total) * _LN_2
             # Differences to the largest first: at 1e4 a logsumexp in float32 is off by 5e-4.
             loss = (largest - picked) * (1.0 - smoothing) + log_total + poison
@@ -140,7 +164,7 @@ def _cross_entropy_kernel(
                 factor = weight * (1.0 + 2.0 * z_loss * log_sum_exp) / total
                 less = weight * smoothing / size
                 to = gradient + wide * gradient_stride
-                _write_gradient(row, to, size, softcap, largest, factor, less, HINTS, N, E)
+                _write_gradient(row, to, size, width, softcap, largest, factor, less, HINTS, ALIGNED, PADDED, N, E)
                 own = tl.math.exp2((picked - largest) * _LOG2_E) * factor - less - weight * (1.0 - smoothing)
                 if softcap is not None:
                     own *= _slope(picked, softcap)
@@ -249,20 +273,29 @@ def cross_entropy(
 def rows(
     logits: Tensor, target: Tensor, share: Tensor | None, grad_loss: Tensor | None, losses: Tensor,
     gradient: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None,
-    config: Config | None = None,
+    config: Config | None = None, padded: bool = False,
 ) -> None:  # fmt: skip
     """Writes each row's loss and, where `gradient` is given (it may be `logits`), its gradient times `share` and
-    `grad_loss` (one number, or one for each row). The columns of logits and gradient have a stride of 1."""
+    `grad_loss` (one number, or one for each row). The columns of logits and gradient have a stride of 1.
+
+    `padded`: rows go on in memory to a multiple of 16 entries, which may be read and, in `gradient`, overwritten. With
+    a mask at 50257 each entry would be a load of its own.
+    """
     count, size = logits.shape
     target_device = target_of(logits)
     if config is None:
         config = cross_entropy_configs(count, size, logits.dtype, gradient is not None, target_device)[0]
     grad_step = 0 if grad_loss is None or grad_loss.dim() == 0 else grad_loss.stride(0)
+    width = -(-size // 16) * 16 if padded else size
+    aligned = width % config["E"] == 0 and all(
+        t.stride(0) % config["E"] == 0 and t.data_ptr() % 16 == 0 for t in (logits, gradient) if t is not None
+    )
     launch(
         _cross_entropy_kernel, (min(count, config["PER_SM"] * target_device.num_sms),), logits, target, share,
-        grad_loss, losses, gradient, count, size, logits.stride(0), target.stride(0), grad_step,
+        grad_loss, losses, gradient, count, size, width, logits.stride(0), target.stride(0), grad_step,
         0 if gradient is None else gradient.stride(0), ignore_index, float(label_smoothing), float(z_loss),
         None if softcap is None else float(softcap), config=config, like=logits, SMOOTH=label_smoothing != 0,
+        ALIGNED=aligned, PADDED=width != size,
     )  # fmt: skip
 
 

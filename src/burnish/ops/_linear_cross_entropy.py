@@ -155,6 +155,7 @@ def accumulates_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def rows_by_triton(*args: Any) -> None:
+    """As `Rows`, of the memory that `in_chunks` pads."""
     from burnish.kernels.cross_entropy import rows
 
-    rows(*args)
+    rows(*args, padded=True)
