@@ -18,6 +18,8 @@ from burnish.cli.options import (
     FactoryOption,
     ImplOption,
     LayersOption,
+    Padding,
+    PaddingOption,
     SeqOption,
     TextOption,
     load_model,
@@ -68,6 +70,7 @@ def bench(
     device: DeviceOption = None,
     factory: FactoryOption = None,
     impl: ImplOption = None,
+    padding: PaddingOption = Padding.keep,
     cache: CacheOption = CacheMode.readwrite,
     compile: Annotated[
         bool, typer.Option("--compile", help="torch.compile: it takes a while.", rich_help_panel=_PEERS)
@@ -113,7 +116,8 @@ def bench(
         measured: Swept | Timed
         if model in OPS:
             given = {"--batch": batch, "--seq": seq, "--text": text, "--layers": layers, "--factory": factory}
-            _refuse(model, {**given, "--sdpa": sdpa or None, "--onnx": onnx or None})
+            removed = padding.value if padding is Padding.remove else None
+            _refuse(model, {**given, "--sdpa": sdpa or None, "--onnx": onnx or None, "--padding": removed})
             target, torch_dtype = resolve_device(device), dtype.torch if dtype else None
             measured = sweep_op(model, asked_sizes, target, torch_dtype, impls, cache.mode, modes, seconds, update)
         else:
@@ -126,9 +130,9 @@ def bench(
                 raise ModelError(f"{error}; nor is it an Op (burnish ops lists them)") from error
             peers = {"compile_modes": modes, "sdpa": sdpa, "onnx": onnx}
             if asked_sizes or plot is not None:
-                measured = sweep_model(loaded, asked_sizes, impls, cache.mode, peers, seconds, update)
+                measured = sweep_model(loaded, asked_sizes, impls, cache.mode, peers, seconds, update, padding.value)
             else:
-                measured = time_model(loaded, impls, cache.mode, peers, seconds, update)
+                measured = time_model(loaded, impls, cache.mode, peers, seconds, update, padding.value)
     if isinstance(measured, Swept):
         _show_sweep(output, measured, plot)
         results = {f" at {size:,} {measured.sweep.axis}": result for size, result in measured.sweep.results.items()}

@@ -59,12 +59,13 @@ def time_model(
     peers: Mapping[str, Any],
     seconds: float | None,
     update: Update,
+    padding: str = "keep",
 ) -> Timed:
     """The model as it was, optimized, and by its peers."""
     # A copy: packing lays the weights out anew, and eager has to be timed on the layout that PyTorch gave them.
     eager = copy_of(loaded)
     update(f"optimizing {loaded.name}")
-    fast = burnish.optimize(loaded.model, loaded.args, loaded.kwargs, impls=impls, cache=cache)
+    fast = burnish.optimize(loaded.model, loaded.args, loaded.kwargs, impls=impls, cache=cache, padding=padding)
     update("preparing the peers")
     others, missing = model_peers(eager, loaded.args, loaded.kwargs, **peers)
     variants: dict[str, Callable[..., object]] = {"eager": others.pop("eager"), OURS: fast, **others}
@@ -129,11 +130,12 @@ def sweep_model(
     peers: Mapping[str, Any],
     seconds: float | None,
     update: Update,
+    padding: str = "keep",
 ) -> Swept:
     """The model on its inputs made longer and shorter, optimized once, against its peers."""
     eager = copy_of(loaded)
     update(f"optimizing {loaded.name}")
-    fast = burnish.optimize(loaded.model, loaded.args, loaded.kwargs, impls=impls, cache=cache)
+    fast = burnish.optimize(loaded.model, loaded.args, loaded.kwargs, impls=impls, cache=cache, padding=padding)
     if not fast.schedule.programs:
         raise ModelError(f"{loaded.name} cannot be captured: {fast.report().served[0].kept_original}")
     program = fast.schedule.program

@@ -18,6 +18,8 @@ from burnish.cli.options import (
     ImplOption,
     LayersOption,
     ModelArgument,
+    Padding,
+    PaddingOption,
     QuantizeOption,
     SeqOption,
     TextOption,
@@ -41,6 +43,7 @@ def optimize(
     factory: FactoryOption = None,
     impl: ImplOption = None,
     quantize: QuantizeOption = None,
+    padding: PaddingOption = Padding.keep,
     verify: VerifyOption = True,
     cache: CacheOption = CacheMode.readwrite,
     save_report: Annotated[Path | None, typer.Option(help="Write the report as JSON to this file.")] = None,
@@ -58,8 +61,9 @@ def optimize(
 
         kind, measured_on, slow = None if quantize is None else quantize.kind, None, None
         fast = burnish.optimize(
-            loaded.model, loaded.args, loaded.kwargs, verify=verify, impls=impls, cache=cache.mode, quantize=kind
-        )
+            loaded.model, loaded.args, loaded.kwargs, verify=verify, impls=impls, cache=cache.mode, quantize=kind,
+            padding=padding.value,
+        )  # fmt: skip
         if kind is not None:
             from burnish.cli.quantizing import measure_perplexity, why_slow
 

@@ -53,6 +53,13 @@ class Quantize(str, Enum):
         return self.value
 
 
+class Padding(str, Enum):
+    """What is done with padding."""
+
+    keep = "keep"
+    remove = "remove"
+
+
 _INPUTS = "Inputs"
 
 ModelArgument = Annotated[
@@ -86,6 +93,9 @@ FactoryOption = Annotated[
     ),
 ]
 CacheOption = Annotated[CacheMode, typer.Option(help="Choices that were measured before.")]
+PaddingOption = Annotated[
+    Padding, typer.Option(help="Compute padding, too, or real tokens alone: texts of unequal lengths have padding.")
+]
 QuantizeOption = Annotated[
     Quantize | None, typer.Option(help="Read weights in so many bits, and show what that changes.", show_default=False)
 ]
