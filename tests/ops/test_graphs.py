@@ -234,9 +234,6 @@ ONCE = {
 }
 """By Op the one, itself or a part of it, that keeps too little for a second derivative, unless its reference is run."""
 
-ONCE = {"add_rms_norm": "add_rms_norm", "linear_add_rms_norm": "add_rms_norm"}
-"""By Op the one, itself or a part of it, that keeps too little for a second derivative, unless its reference is run."""
-
 
 @pytest.mark.parametrize("op", WITH_GRADIENT, ids=lambda op: op.name)
 def test_numerical_derivatives(op: Op) -> None:
