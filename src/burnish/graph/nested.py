@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import fx, nn
@@ -10,7 +10,7 @@ from torch import fx, nn
 from burnish.graph.matcher import Guard, Match, PatternLike, find_matches
 from burnish.graph.prepare import Pattern
 
-__all__ = ["Found", "find_in_module"]
+__all__ = ["Blocked", "Found", "Trace", "find_in_module", "trace_symbolically"]
 
 _PARENT = "parent_module"  # meta key: path of the module whose forward made the call
 
@@ -28,35 +28,61 @@ class Found(list[tuple[str, fx.Node]]):
         self.graph_module = graph_module
 
 
-def find_in_module(root: nn.Module, pattern: PatternLike, *, guard: Guard | None = None) -> list[Found]:
+class Blocked(Exception):
+    """Raised by a `Trace`: `module`, at the root or inside of it, is where tracing ended."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(type(module).__name__)
+        self.module = module
+
+
+Trace = Callable[[nn.Module, set[int]], fx.GraphModule]
+"""Makes the graph of a module, in which those with these identities stay whole; `Blocked` where it cannot."""
+
+
+def trace_symbolically(root: nn.Module, whole: set[int]) -> fx.GraphModule:
+    """A `Trace` that inlines all submodules but those of `torch.nn`."""
+    tracer = _Tracer(whole)
+    try:
+        graph = tracer.trace(root)
+    except Exception as error:  # forward code may fail on proxies in any way
+        raise Blocked(tracer.stack[-1] if tracer.stack else root) from error
+    return fx.GraphModule(tracer.root, graph)
+
+
+def find_in_module(
+    root: nn.Module, pattern: PatternLike, *, guard: Guard | None = None, trace: Trace = trace_symbolically
+) -> list[Found]:
     """Every occurrence of a pattern in `root`, however deep, in order of computation; `root` is not changed.
 
     `root` is traced symbolically, its submodules (but those of `torch.nn`) inlined, so that a pattern matches the same
     in a child as at the root. What cannot be traced is left whole there, and its children are searched on their own.
+
+    trace: makes graphs that have the meta key `parent_module` on every node.
     """
     if not isinstance(root, nn.Module):
         raise TypeError(f"root must be a module, got {type(root).__name__}")
-    return list(_search(root, "", Pattern.of(pattern), guard, set()))
+    return list(_search(root, "", Pattern.of(pattern), guard, trace, set()))
 
 
-def _search(root: nn.Module, path: str, pattern: Pattern, guard: Guard | None, seen: set[int]) -> Iterator[Found]:
+def _search(
+    root: nn.Module, path: str, pattern: Pattern, guard: Guard | None, trace: Trace, seen: set[int]
+) -> Iterator[Found]:
     if id(root) in seen:  # a module that is used in two places is searched once
         return
     seen.add(id(root))
     opaque: set[int] = set()
     while True:
-        tracer = _Tracer(opaque)
         try:
-            graph = tracer.trace(root)
+            gm = trace(root, opaque)
             break
-        except Exception:  # forward code may fail on proxies in any way; the innermost module at fault is left whole
-            culprit = tracer.stack[-1] if tracer.stack else root
-            opaque.add(id(culprit))
-            if culprit is root:
+        except Blocked as blocked:  # the innermost module at fault is left whole
+            if blocked.module is root or id(blocked.module) in opaque:
                 for name, child in root.named_children():
-                    yield from _search(child, _join(path, name), pattern, guard, seen)
+                    yield from _search(child, _join(path, name), pattern, guard, trace, seen)
                 return
-    gm = fx.GraphModule(tracer.root, graph)
+            opaque.add(id(blocked.module))
+    graph = gm.graph
     position = {node: i for i, node in enumerate(graph.nodes)}
     parts: list[tuple[int, Any]] = [(position[m.anchor], m) for m in find_matches(gm, pattern, guard=guard)]
     parts += [
@@ -68,7 +94,7 @@ def _search(root: nn.Module, path: str, pattern: Pattern, guard: Guard | None, s
             continue
         target = str(part.target)
         for name, child in gm.get_submodule(target).named_children():
-            yield from _search(child, _join(path, f"{target}.{name}"), pattern, guard, seen)
+            yield from _search(child, _join(path, f"{target}.{name}"), pattern, guard, trace, seen)
 
 
 class _Tracer(fx.Tracer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from burnish.scheduling.objects import Opaque, is_opaque
 from burnish.scheduling.tracer import Example, Known
 from burnish.scheduling.tracing import Untraceable
 
@@ -38,6 +40,11 @@ class ExampleInputs:
             f"got {type(given).__name__}"
         )
 
+    def fresh(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments for one more call: with copies of caches, which each call lengthens."""
+        given: tuple[Any, Any] = (self.args, dict(self.kwargs))
+        return pytree.tree_map(lambda leaf: copy.deepcopy(leaf) if is_opaque(leaf) else leaf, given, is_leaf=is_opaque)
+
 
 class Calls:
     """All calls of modules in one call of a model. Of tensors only shape, dtype and device are kept."""
@@ -50,7 +57,8 @@ class Calls:
         try:
             model.eval()
             with torch.no_grad(), torch.random.fork_rng():
-                model(*inputs.args, **inputs.kwargs)
+                args, kwargs = inputs.fresh()
+                model(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -68,8 +76,19 @@ class Calls:
         return calls[0] if calls else None
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        examples = pytree.tree_map_only(Tensor, Example.of, (args, kwargs))
+        examples = pytree.tree_map(_example, (args, kwargs), is_leaf=is_opaque)
         self._calls.setdefault(module, []).append(examples)
+
+
+def _example(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return Example.of(leaf)
+    if isinstance(leaf, _CONSTANTS) or not is_opaque(leaf):
+        return leaf
+    try:
+        return Opaque.of(leaf, Example.of)
+    except Exception:  # what cannot be copied is not looked into
+        return leaf
 
 
 def _known(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Known:
@@ -81,10 +100,9 @@ def _known(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     for name, value in list(bound.arguments.items())[1:]:
         kind = signature.parameters[name].kind
         if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-            if any(isinstance(leaf, Example) for leaf in pytree.tree_leaves(value)):
-                raise Untraceable(f"{type(module).__name__} cannot be traced: it is given tensors as {name}")
             stars = "*" if kind is inspect.Parameter.VAR_POSITIONAL else "**"
-            constants[stars + name] = value
+            given = any(isinstance(leaf, (Example, Opaque)) for leaf in pytree.tree_leaves(value))
+            (examples if given else constants)[stars + name] = value
         elif isinstance(value, _CONSTANTS):
             constants[name] = value
         else:

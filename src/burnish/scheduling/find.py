@@ -8,17 +8,20 @@ A query is one of
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
 
 from burnish.graph import Found, Match, Pattern, find_in_module, find_matches
+from burnish.graph.nested import Blocked, trace_symbolically
 from burnish.scheduling.tracer import Known
-from burnish.scheduling.tracing import TracedModule, Untraceable, finish, trace_variants
+from burnish.scheduling.tracing import TracedModule, Untraceable, finish, trace_variants, trace_whole
 from burnish.scheduling.tree import Tree, join
 
 Query = str | Callable[..., Any] | nn.Module | Pattern
@@ -123,12 +126,28 @@ def find(tree: Tree, base: str, query: Query, known: Knowledge) -> list[Any]:
     if not isinstance(query, Pattern) and is_predicate(query):
         return _nodes(tree, base, query, known)
     pattern = Pattern.of(query)
-    found = find_in_module(tree.at(base), pattern) or _in_whole_calls(tree.at(base), pattern, known)
+    trace = partial(_trace_as_called, known)
+    found = find_in_module(tree.at(base), pattern, trace=trace) or _in_whole_calls(tree.at(base), pattern, known)
     results = []
     for i, each in enumerate(found):
         modules = {path: tree.at(path) for path in {join(base, parent) for parent, _ in each}}
         results.append(Occurrence(each, Origin(base, query, i, len(found), modules)))
     return results
+
+
+def _trace_as_called(known: Knowledge, root: nn.Module, whole: set[int]) -> fx.GraphModule:
+    """As it is called on the example inputs; where that is not known, or does not help, without knowing."""
+    call = None
+    with contextlib.suppress(Untraceable):
+        call = known(root)
+    if call is None:
+        return trace_symbolically(root, whole)
+    try:
+        return trace_whole(root, call, whole)
+    except Blocked as blocked:
+        if blocked.module is not root:
+            raise
+        return trace_symbolically(root, whole)
 
 
 def _in_whole_calls(root: nn.Module, pattern: Pattern, known: Knowledge) -> list[Found]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from burnish.capture import Program
 from burnish.quantized_weights import Quantization
+from burnish.scheduling.as_called import check_as_called
 from burnish.scheduling.calls import Calls, ExampleInputs
 from burnish.scheduling.clone import structural_clone
 from burnish.scheduling.find import Query, find
@@ -23,6 +24,7 @@ from burnish.scheduling.snapshot import Snapshot
 from burnish.scheduling.state_dict import keep_names, named_tensors
 from burnish.scheduling.step import History, Step, arguments_of
 from burnish.scheduling.tracer import Known
+from burnish.scheduling.tracing import TracedModule
 from burnish.scheduling.tree import Tree, join
 from burnish.scheduling.whole_model import WholeModel
 from burnish.serving import Served, Serving
@@ -84,6 +86,12 @@ class Work:
         if self._calls is None:
             self._calls = Calls(self.tree.model, self.example_inputs)
         return self._calls.known(module)
+
+    def check_graphs(self, graphs: Mapping[nn.Module, TracedModule]) -> None:
+        """Untraceable where the graph of a module of the tree is wrong on the example inputs."""
+        called = {module: graph for module, graph in graphs.items() if self.known_call(module) is not None}
+        if called and self.example_inputs is not None:
+            check_as_called(self.tree.model, self.example_inputs, called)
 
     def run(self, primitive: Primitive, path: str, members: Sequence[Schedule]) -> Step:
         """Applies a primitive to the members as one step, or raises and leaves all as it was."""
@@ -214,6 +222,10 @@ class Schedule(Methods, WholeModel):
     def known_call(self, module: nn.Module) -> Known | None:
         """What the example inputs tell of the calls of a module; None without them, or where it is not called."""
         return self._work.known_call(module)
+
+    def check_graphs(self, graphs: Mapping[nn.Module, TracedModule]) -> None:
+        """Untraceable where the graph of a module of the tree is wrong on the example inputs."""
+        self._work.check_graphs(graphs)
 
     # --- steps ------------------------------------------------------------------------------------------------------
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
+from burnish.graph.nested import Blocked
 from burnish.graph.values import same_value
 from burnish.scheduling.clone import bound_to, shallow_copy
+from burnish.scheduling.sizes import Condition, refuse_other_inputs
 from burnish.scheduling.tracer import Known, PartTracer
 
 _BY_MODE = "by_mode"  # meta key: constants that differ between train and eval mode
@@ -69,6 +71,26 @@ def trace_variants(owner: nn.Module, path: str, inlined: Iterable[str], known: K
     return [_assemble(owner, omitted, defaults), _assemble(owner, given, variable, must_be_given=True)]
 
 
+def trace_whole(root: nn.Module, known: Known, whole: set[int]) -> fx.GraphModule:
+    """The graph of a call of which `known` is known, in the mode that the module is in: to be searched, not to be run.
+
+    All submodules are inlined but those of `torch.nn`, those that do more than their forward, and `whole` (identities).
+    Raises Blocked where it cannot be made.
+    """
+    leaf = fx.Tracer().is_leaf_module
+    inlined = {
+        id(module)
+        for path, module in root.named_modules()
+        if path and id(module) not in whole and not leaf(module, path) and not calls_more_than_forward(module)
+    }
+    shell = shallow_copy(root)  # a tracer leaves constants on what it traces
+    tracer = PartTracer({id(shell), *inlined}, known)
+    try:
+        return fx.GraphModule(shell, tracer.trace(shell))
+    except Exception as error:  # forward code may fail on proxies in any way
+        raise Blocked(root if tracer.innermost is shell else tracer.innermost) from error
+
+
 def finish(gm: fx.GraphModule) -> None:
     """Let constants that differ between train and eval mode follow the module's own flag, and recompile."""
     flag: fx.Node | None = None
@@ -103,6 +125,7 @@ class _Traced:
 
     shell: nn.Module
     graph: fx.Graph
+    conditions: tuple[Condition, ...] = ()
 
 
 def _trace_both_modes(owner: nn.Module, path: str, inlined: set[str], known: Known) -> _Traced:
@@ -121,7 +144,7 @@ def _trace_both_modes(owner: nn.Module, path: str, inlined: set[str], known: Kno
             d.node.args, d.node.kwargs = _replaced((d.node.args, d.node.kwargs), d.where, d.second)
     for module in (training.shell, *_copies(training.shell, owner, inlined)):
         module.training = owner.training
-    return training
+    return replace(training, conditions=tuple(dict.fromkeys((*training.conditions, *evaluating.conditions))))
 
 
 def _trace(owner: nn.Module, inlined: set[str], known: Known, training: bool) -> _Traced:
@@ -135,7 +158,8 @@ def _trace(owner: nn.Module, inlined: set[str], known: Known, training: bool) ->
     copies = [shell, *_copies(shell, owner, inlined)]
     for module in copies:
         module.training = training
-    return _Traced(shell, PartTracer({id(module) for module in copies}, known).trace(shell))
+    tracer = PartTracer({id(module) for module in copies}, known)
+    return _Traced(shell, tracer.trace(shell), tracer.conditions)
 
 
 def _copies(shell: nn.Module, owner: nn.Module, inlined: set[str]) -> list[nn.Module]:
@@ -239,6 +263,7 @@ def _assemble(
     owner: nn.Module, traced: _Traced, constants: Mapping[str, Any], must_be_given: bool = False
 ) -> TracedModule:
     shell, graph = traced.shell, traced.graph
+    refuse_other_inputs(graph, traced.conditions)
     _refuse_other_calls(graph, constants, must_be_given)
     gm = TracedModule(shell, graph, class_name=type(owner).__name__)
     constant_tensors = {name: value for name, value in vars(shell).items() if isinstance(value, Tensor)}

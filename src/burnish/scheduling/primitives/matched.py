@@ -47,4 +47,5 @@ def sites_of(schedule: Schedule, match: Any, primitive: str) -> list[Site]:
         nodes = [node for found in site.matches for node in found.nodes]
         if len(set(nodes)) != len(nodes):
             raise ValueError(f"{primitive}: two of the matches have nodes in common")
+    schedule.check_graphs({site.owner: site.gm for site in sites})
     return sites

@@ -29,7 +29,9 @@ class Trace(Primitive):
     def check(self, schedule: Schedule) -> TracedModule:
         module = schedule.mod
         inlined = _non_leaves(module) if self.flatten else []
-        return trace_variants(module, schedule.path, inlined, schedule.known_call(module))[0]
+        gm = trace_variants(module, schedule.path, inlined, schedule.known_call(module))[0]
+        schedule.check_graphs({module: gm})
+        return gm
 
     def apply(self, schedule: Schedule, plan: TracedModule) -> int:
         finish(plan)
