@@ -128,6 +128,9 @@ def cases() -> Iterator[Case]:
     for rows, width in ((16384, 4096), (4096, 8192)):
         name = f"add-rms-norm-{rows}x{width}"
         yield Case(name, partial(_add_rms_norm, name=name, rows=rows, width=width))
+    for rms, (rows, width) in itertools.product((True, False), ((16384, 4096), (12288, 768))):
+        name = f"{'rms' if rms else 'layer'}-norm-backward-{rows}x{width}"
+        yield Case(name, partial(_norm_backward, name=name, rms=rms, rows=rows, width=width))
     for name, shape, dtype, causal in (
         ("sdpa-32x32x1024x32-fp16", (32, 32, 1024, 32), torch.float16, False),
         ("sdpa-16x16x512x64-bf16", (16, 16, 512, 64), torch.bfloat16, False),
@@ -277,6 +280,45 @@ def _add_rms_norm(session: Session, *, name: str, rows: int, width: int) -> list
     return _run(session, name, "add_rms_norm", (x, residual, model.weight, 1e-6), model, inputs, _liger_norm(model, x))
 
 
+def _norm_backward(session: Session, *, name: str, rms: bool, rows: int, width: int) -> list[Record]:
+    """Against the backward passes alone of eager PyTorch, torch.compile and Liger, with the statistics they keep."""
+    grad, x = (randn(rows, width, dtype=torch.bfloat16, device="cuda", seed=seed) for seed in (1, 2))
+    weight, bias = (randn(width, dtype=torch.bfloat16, device="cuda", seed=seed) for seed in (3, 4))
+    function: Callable[..., object]
+    given: tuple[Tensor, ...]
+    if rms:
+        rstd = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+        function, given = _eager_rms_norm_backward, (grad, x, rstd, weight)
+    else:
+        _, mean, rstd = torch.native_layer_norm(x, (width,), weight, bias, 1e-6)
+        function, given = _eager_layer_norm_backward, (grad, x, mean, rstd, weight, bias)
+    more = {"eager-graph": captured(partial(function, *given))}
+    for variant, mode in COMPILED.items():
+        if session.wants(f"{variant}-graph"):
+            torch.compiler.reset()
+            more[f"{variant}-graph"] = captured(partial(torch.compile(function, mode=mode), *given))
+    more |= _liger_norm_backward(grad, x, weight, None if rms else bias)
+    args = (grad, x, weight, 1e-6) if rms else (grad, x, weight, bias, 1e-6)
+    return _run(session, name, "rms_norm_backward" if rms else "layer_norm_backward", args, None, {}, more)
+
+
+def _eager_rms_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What autograd makes of Llama's spelling."""
+    scaled, wide = (grad * weight).float(), x.float()
+    along = (scaled * wide).sum(-1, keepdim=True) / x.shape[-1]
+    dx = (scaled * rstd - wide * (along * rstd.pow(3))).to(x.dtype)
+    return dx, (grad * (wide * rstd).to(x.dtype)).sum(0)
+
+
+def _eager_layer_norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, ...]:
+    slopes: tuple[Tensor, ...] = torch.ops.aten.native_layer_norm_backward(
+        grad, x, x.shape[-1:], mean, rstd, weight, bias, [True, True, True]
+    )
+    return slopes
+
+
 def _sdpa(session: Session, *, name: str, shape: tuple[int, ...], dtype: torch.dtype, causal: bool) -> list[Record]:
     q, k, v = (
         randn(shape[0], shape[2], shape[1], shape[3], dtype=dtype, device="cuda", seed=seed).transpose(1, 2)
@@ -383,3 +425,19 @@ def _liger_norm(model: AddRMSNorm, x: Tensor) -> dict[str, Callable[[], object]]
         return {}
     residual = randn(*x.shape, dtype=x.dtype, device="cuda", seed=2)
     return {"liger": captured(lambda: LigerFusedAddRMSNormFunction.apply(x, residual, model.weight, 1e-6))}
+
+
+def _liger_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> dict[str, Callable[[], object]]:
+    """Of RMS norm, as Llama has it, without a bias; of layer norm with one."""
+    try:
+        from liger_kernel.ops import layer_norm, rms_norm
+    except ImportError:
+        return {}
+    if bias is None:
+        _, flat, rstd, block, warps, casting = rms_norm.rms_norm_forward(x, weight, 1e-6, 0.0, "llama", None)
+        rest = 0.0, casting, block, warps, False, None  # offset, ..., not in place, the number of rows decides
+        return {"liger": captured(lambda: rms_norm.rms_norm_backward(grad, flat, weight, rstd, *rest))}
+    _, flat, mean, rstd, *_ = layer_norm.layer_norm_forward(x, weight, bias, 1e-6)
+    return {"liger": captured(lambda: layer_norm.layer_norm_backward(grad, flat, weight, bias, mean, rstd))}

@@ -72,6 +72,14 @@ BENCHED: dict[str, tuple[Callable[..., object], dict[str, inputs.Maker]]] = {
     ),
     "rms_norm": (eager.rms_norm, {"b1 s128 n1024": inputs.tensors((1, 128, 1024), (1024,))}),
     "add_rms_norm": (eager.add_rms_norm, {"b1 s128 n1024": inputs.tensors((1, 128, 1024), (1, 128, 1024), (1024,))}),
+    "layer_norm_backward": (
+        eager.layer_norm_backward,
+        {size: inputs.norm_backward_arguments(*x, bias=True) for size, x in _NORM_SIZES.items()},
+    ),
+    "rms_norm_backward": (
+        eager.rms_norm_backward,
+        {"b1 s512 n1024": inputs.norm_backward_arguments(1, 512, 1024, bias=False)},
+    ),
     "linear": (
         eager.linear,
         {
@@ -181,6 +189,10 @@ BENCHED: dict[str, tuple[Callable[..., object], dict[str, inputs.Maker]]] = {
             "b1 n768, positions": inputs.token_arguments(1, 768, 1024),
             "b16 n4096": inputs.token_arguments(16, 4096, 0),
         },
+    ),
+    "embedding_backward": (
+        eager.embedding_backward,
+        {"t512 n768, 30522 words": inputs.embedding_backward_arguments(512, 768, 30522)},
     ),
     "embedding_layer_norm": (eager.embedding_layer_norm, {"b8 s128 n384": inputs.embedding_arguments(8, 128, 384)}),
     "cross_entropy": (eager.cross_entropy, {"t128 v50257": inputs.cross_entropy_arguments(128, 50257)}),

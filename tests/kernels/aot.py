@@ -169,6 +169,10 @@ def kernels_for_rows(rows: list[int]) -> list[list[str]]:
         ("gate_backward", "triton"): lambda n: (tensor(1, n, 96), tensor(1, n, 192)),
         ("linear_add_layer_norm", "triton"): lambda n: (tensor(1, n, 64), weight, vector, tensor(1, n, 192), vector),
         ("add_rms_norm", "triton"): lambda n: (tensor(1, n, 64), tensor(1, n, 64), None),
+        ("rms_norm_backward", "triton"): lambda n: (tensor(1, n, 64), tensor(1, n, 64), tensor(64), 1e-6),
+        ("layer_norm_backward", "triton"): lambda n: (
+            tensor(1, n, 64), tensor(1, n, 64), tensor(64), tensor(64), 1e-5, tensor(1, n, 64)
+        ),
         ("attention", "triton"): lambda n: (*[tensor(1, 4, n, 64)] * 3, None, torch.ones(1, n, dtype=torch.int64)),
         ("attention", "gluon"): lambda n: (*[tensor(1, 4, n, 64)] * 3, None, torch.ones(1, n, dtype=torch.int64)),
         ("cross_entropy_with_gradient", "triton"): lambda n: (tensor(n, 5000), torch.zeros(n, dtype=torch.int64)),

@@ -39,9 +39,11 @@ FEATURES = {  # of each Op, samples that together use every argument
     "cross_entropy": ("every option", "transposed", "none", "smoothed"),
     "cross_entropy_with_gradient": ("every option", "transposed", "a gradient of each loss"),
     "embedding": ("positions", "one token of each text"),
+    "embedding_backward": ("words", "odd"),
     "embedding_layer_norm": ("BERT", "no types"),
     "gate_backward": ("gelu_tanh", "no hidden", "transposed"),
     "gated_mlp": ("gelu_tanh", "biases"),
+    "layer_norm_backward": ("odd", "frozen weight", "transposed"),
     "linear": ("gelu", "residual", "K-major weight"),
     "linear_add_layer_norm": ("biases", "no sum", "plain"),
     "linear_add_rms_norm": ("bias", "no sum", "plain"),
@@ -52,6 +54,7 @@ FEATURES = {  # of each Op, samples that together use every argument
     "quantized_gated_product": ("int8, 16 rows, bias, gelu_tanh", "int4, 64 columns a group, zeros"),
     "quantized_linear": ("int4, bias, silu", "expanded residual", "int4, 64 columns a group, zeros"),
     "quantized_linear_rope_append": ("int8, 16 rows, interleaved, bias", "int4, zeros, 18 rows, partial"),
+    "rms_norm_backward": ("odd", "frozen weight", "transposed"),
     "rms_norm_gated_mlp": ("5 rows", "transposed"),
     "rms_norm_linear": ("5 rows", "transposed"),
     "rope": ("partial interleaved", "heads last in memory", "table per row"),
@@ -88,7 +91,8 @@ def gradients(fn: Any, args: tuple[Any, ...]) -> list[Tensor]:
     """Gradients of a weighted sum of all results, for every floating input."""
     total = sum((t * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum() for t in tensors(fn(*args)))
     assert isinstance(total, Tensor)
-    return list(torch.autograd.grad(total, [a for a in args if isinstance(a, Tensor) and a.requires_grad]))
+    wanted = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+    return list(torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True))
 
 
 class Module(nn.Module):
@@ -148,6 +152,7 @@ SMALL = {  # float64 inputs small enough for numerical derivatives
         *(None, None, 0.4, torch.tensor([5])),
     ),
     "embedding": lambda r: (torch.tensor([[0, 2, 2]]), r(3, 4), torch.arange(3)[None], r(3, 4)),
+    "embedding_backward": lambda r: (r(1, 3, 4), torch.tensor([[0, 2, 2]]), 3),
     "embedding_layer_norm": lambda r: (
         torch.tensor([[0, 2, 2]]),
         r(3, 4),
@@ -175,6 +180,7 @@ SMALL = {  # float64 inputs small enough for numerical derivatives
     "gate_backward": lambda r: (r(2, 3), r(2, 6), "silu"),
     "gated_mlp": lambda r: (r(2, 3), r(4, 3), r(3, 2), r(4), r(3), "gelu"),
     "layer_norm": lambda r: (r(2, 5), r(5), r(5), 1e-2),
+    "layer_norm_backward": lambda r: (r(2, 5), r(2, 5), r(5), r(5), 1e-2, r(2, 5)),
     "linear": lambda r: (r(2, 3), r(4, 3), r(4), "silu", r(2, 4)),
     "linear_add_layer_norm": lambda r: (r(2, 3), r(4, 3), r(4), r(2, 4), r(4), r(4), 1e-2),
     "linear_add_rms_norm": lambda r: (r(2, 3), r(4, 3), r(4), r(2, 4), r(4), 1e-2),
@@ -202,6 +208,7 @@ SMALL = {  # float64 inputs small enough for numerical derivatives
         *(r(2, 2), r(2, 2), r(1, 1, 4, 4), r(1, 1, 4, 3), torch.tensor(1), True),
     ),
     "rms_norm": lambda r: (r(2, 5), r(5), 1e-2),
+    "rms_norm_backward": lambda r: (r(2, 5), r(2, 5), r(5), 1e-2, r(2, 5)),
     "rms_norm_gated_mlp": lambda r: (r(2, 3), r(3), 1e-2, r(4, 3), r(3, 2), r(4), r(3), "gelu"),
     "rms_norm_linear": lambda r: (r(2, 3), r(3), 1e-2, r(4, 3), r(4), "tanh"),
     "rope": lambda r: (r(1, 2, 3, 6), r(3, 4), r(3, 4), True),
@@ -232,6 +239,9 @@ ONCE = {
     "cross_entropy": "cross_entropy",
     "linear_cross_entropy": "linear_cross_entropy",
 }
+"""By Op the one, itself or a part of it, that keeps too little for a second derivative, unless its reference is run."""
+
+ONCE = {"add_rms_norm": "add_rms_norm", "linear_add_rms_norm": "add_rms_norm"}
 """By Op the one, itself or a part of it, that keeps too little for a second derivative, unless its reference is run."""
 
 

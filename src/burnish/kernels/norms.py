@@ -32,7 +32,7 @@ def normalize(values, mask, eps, N: tl.constexpr, RMS: tl.constexpr):
 
 
 @triton.jit
-def _row_offsets(row, size1, size2, stride0, stride1, stride2):
+def row_offsets(row, size1, size2, stride0, stride1, stride2):
     """Where rows begin, in entries; with one row stride both sizes are 1, which the compiler folds."""
     inner, outer = row % size2, row // size2
     return (
@@ -51,12 +51,12 @@ def _normalize_tile(
     mask = column < N
     if ROWS > 1:
         mask = mask & (row < rows)
-    offset = _row_offsets(row, size1, size2, x_stride0, x_stride1, x_stride2)
+    offset = row_offsets(row, size1, size2, x_stride0, x_stride1, x_stride2)
     to = row.to(tl.int64) * N + column
     if residual is None:
         values = tl.load(x + offset + column, mask, other=0.0).to(tl.float32)
     else:  # both are dead after the addition, the sum takes their place
-        r_offset = _row_offsets(row, size1, size2, r_stride0, r_stride1, r_stride2)
+        r_offset = row_offsets(row, size1, size2, r_stride0, r_stride1, r_stride2)
         values = tl.load(x + offset + column, mask, other=0.0)
         added = tl.load(residual + r_offset + column, mask, other=0.0)
         values = (values.to(tl.float32) + added.to(tl.float32)).to(out.dtype.element_ty)

@@ -14,11 +14,13 @@ from burnish.ops.cached_attention import cached_attention
 from burnish.ops.cross_entropy import cross_entropy
 from burnish.ops.cross_entropy_with_gradient import cross_entropy_with_gradient
 from burnish.ops.embedding import embedding
+from burnish.ops.embedding_backward import embedding_backward
 from burnish.ops.embedding_layer_norm import embedding_layer_norm
 from burnish.ops.gate import gate
 from burnish.ops.gate_backward import gate_backward
 from burnish.ops.gated_mlp import gated_mlp
 from burnish.ops.layer_norm import layer_norm
+from burnish.ops.layer_norm_backward import layer_norm_backward
 from burnish.ops.linear import linear
 from burnish.ops.linear_add_layer_norm import linear_add_layer_norm
 from burnish.ops.linear_add_rms_norm import linear_add_rms_norm
@@ -31,6 +33,7 @@ from burnish.ops.quantized_gated_product import quantized_gated_product
 from burnish.ops.quantized_linear import quantized_linear
 from burnish.ops.quantized_linear_rope_append import quantized_linear_rope_append
 from burnish.ops.rms_norm import rms_norm
+from burnish.ops.rms_norm_backward import rms_norm_backward
 from burnish.ops.rms_norm_gated_mlp import rms_norm_gated_mlp
 from burnish.ops.rms_norm_linear import rms_norm_linear
 from burnish.ops.rope import rope
@@ -54,11 +57,13 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_with_gradient",
     "embedding",
+    "embedding_backward",
     "embedding_layer_norm",
     "gate",
     "gate_backward",
     "gated_mlp",
     "layer_norm",
+    "layer_norm_backward",
     "linear",
     "linear_add_layer_norm",
     "linear_add_rms_norm",
@@ -71,6 +76,7 @@ __all__ = [
     "quantized_linear",
     "quantized_linear_rope_append",
     "rms_norm",
+    "rms_norm_backward",
     "rms_norm_gated_mlp",
     "rms_norm_linear",
     "rope",

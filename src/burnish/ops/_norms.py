@@ -17,10 +17,17 @@ def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> 
     check_vector("bias", bias, x.shape[-1], "x's last dimension")
 
 
+def check_like_x(x: Tensor, **others: Tensor | None) -> None:
+    for name, other in others.items():
+        if other is None:
+            continue
+        if other.shape != x.shape:
+            raise ValueError(f"{name} has shape {tuple(other.shape)}; it must be x's, {tuple(x.shape)}")
+        check_same_dtype(name, other, "x", x)
+
+
 def check_residual(x: Tensor, residual: Tensor) -> None:
-    if residual.shape != x.shape:
-        raise ValueError(f"residual has shape {tuple(residual.shape)}; it must be x's, {tuple(x.shape)}")
-    check_same_dtype("residual", residual, "x", x)
+    check_like_x(x, residual=residual)
 
 
 def empty_contiguous(x: Tensor) -> Tensor:
@@ -56,3 +63,51 @@ def rms_norm_by_vector_norm(x: Tensor, weight: Tensor | None, eps: float) -> Ten
     if weight is not None:
         normed.mul_(weight)
     return normed.to(x.dtype)
+
+
+# --- backward ---------------------------------------------------------------------------------------------------------
+
+
+def backward_reference(
+    grad: Tensor, x: Tensor, weight: Tensor | None, eps: float, grad_sum: Tensor | None, rms: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of x, of x's dtype, and, not yet rounded, those of weight and bias."""
+    dtype = wide(x.dtype)
+    grad, values = grad.to(dtype), x.to(dtype).contiguous()
+    if not rms:
+        values = values - values.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
+    normed = values * rstd
+    scaled = grad if weight is None else grad * weight.to(dtype)
+    dx = scaled - normed * (scaled * normed).mean(-1, keepdim=True)
+    if not rms:
+        dx = dx - scaled.mean(-1, keepdim=True)
+    dx = dx * rstd
+    if grad_sum is not None:
+        dx = dx + grad_sum
+    return dx.to(x.dtype).contiguous(), sum_rows(grad * normed), sum_rows(grad)
+
+
+def sum_rows(x: Tensor) -> Tensor:
+    return x[None].flatten(0, -2).sum(0)
+
+
+def asked(gradient: Tensor | None, like: Tensor | None, wanted: bool, x: Tensor) -> Tensor:
+    """The gradient in the dtype of what it is of; empty where that is None or nobody wants it."""
+    if gradient is None or like is None or not wanted:
+        return x.new_empty(0)
+    return gradient.to(like.dtype)
+
+
+def empty_like_asked(like: Tensor | None, wanted: bool, x: Tensor) -> Tensor:
+    return x.new_empty(0) if like is None or not wanted else x.new_empty(like.shape, dtype=like.dtype)
+
+
+def native_layer_norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """PyTorch's kernel, for mean and rstd (..., 1). The gradients of weight and bias are None without a weight."""
+    dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        grad, x, x.shape[-1:], mean, rstd, weight, weight, [wanted[0], *(w and weight is not None for w in wanted[1:])]
+    )
+    return dx, dweight, dbias

@@ -28,3 +28,10 @@ def triton_norm_configs(x: Tensor, added: bool) -> list[Any]:
     from burnish.kernels.norms import norm_configs
 
     return norm_configs(x.numel() // x.shape[-1], x.shape[-1], x.dtype, added, target_of(x))
+
+
+def triton_norm_backward_configs(x: Tensor, grad_sum: Tensor | None) -> list[Any]:
+    from burnish.kernels.launch import target_of
+    from burnish.kernels.norms_backward import norm_backward_configs
+
+    return norm_backward_configs(x.numel() // x.shape[-1], x.shape[-1], x.dtype, grad_sum is not None, target_of(x))

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from burnish.autograd import Gradients, Saved
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._common import nbytes
 from burnish.ops._norms import check_norm, check_residual, empty_contiguous, layer_norm_reference, not_mixed_layer_norm
 from burnish.ops._triton_norms import triton_norm_configs, triton_norm_why_not
+from burnish.ops.layer_norm_backward import layer_norm_backward
 
 
 def _check(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, keep_sum: bool) -> None:
@@ -114,3 +116,28 @@ def _triton(
     from burnish.kernels import norms
 
     return norms.add_layer_norm(x, residual, weight, bias, eps, keep_sum, config)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _forward(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, keep_sum: bool
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
+    """Keeps of x and residual their sum alone, with which the model goes on anyway."""
+    normed, total = add_layer_norm(x, residual, weight, bias, eps)
+    return (normed, total if keep_sum else total.new_empty(0)), (total, weight, bias)
+
+
+def _backward(saved: Saved, grad: Tensor | None, grad_sum: Tensor | None) -> Gradients:
+    *_, eps, keep_sum = saved.args
+    need_x, need_residual, need_weight, need_bias, *_ = saved.needed
+    grad_sum = grad_sum if keep_sum else None
+    dtotal, dweight, dbias = grad_sum, None, None
+    if grad is not None:
+        dtotal, *found = layer_norm_backward(grad, *saved.kept, eps, grad_sum, need_weight, need_bias)
+        dweight, dbias = (g if need else None for g, need in zip(found, (need_weight, need_bias), strict=True))
+    return dtotal if need_x else None, dtotal if need_residual else None, dweight, dbias, None, None
+
+
+add_layer_norm.differentiate(_forward, _backward, on_cpu="torch")

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from burnish.autograd import Gradients, Saved
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._common import nbytes, not_on_cpu, not_same_dtype
 from burnish.ops._norms import check_norm, check_residual, empty_contiguous, rms_norm_by_vector_norm, rms_norm_reference
 from burnish.ops._triton_norms import triton_norm_configs, triton_norm_why_not
+from burnish.ops.rms_norm_backward import rms_norm_backward
 
 
 def _check(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, keep_sum: bool) -> None:
@@ -108,3 +110,30 @@ def _triton(
     from burnish.kernels import norms
 
     return norms.add_rms_norm(x, residual, weight, eps, keep_sum, config)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _forward(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, keep_sum: bool
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
+    """Keeps of x and residual their sum alone, with which the model goes on anyway."""
+    normed, total = add_rms_norm(x, residual, weight, eps)
+    return (normed, total if keep_sum else total.new_empty(0)), (total, weight)
+
+
+def _backward(saved: Saved, grad: Tensor | None, grad_sum: Tensor | None) -> Gradients:
+    total, weight = saved.kept
+    _, _, _, eps, keep_sum = saved.args
+    grad_sum = grad_sum if keep_sum else None
+    dtotal, dweight = grad_sum, None
+    if grad is not None:
+        need_weight = saved.needed[2]
+        dtotal, found = rms_norm_backward(grad, total, weight, eps, grad_sum, need_weight)
+        dweight = found if need_weight else None
+    need_x, need_residual = saved.needed[:2]
+    return dtotal if need_x else None, dtotal if need_residual else None, dweight, None, None
+
+
+add_rms_norm.differentiate(_forward, _backward)

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from burnish.autograd import Gradients, Saved
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._common import nbytes
 from burnish.ops._embeddings import check_lookups, stored_by_rows
 from burnish.ops._triton import triton_why_not
+from burnish.ops.embedding_backward import embedding_backward
 
 
 def _check(ids: Tensor, word: Tensor, position_ids: Tensor | None, position: Tensor | None) -> None:
@@ -101,3 +103,29 @@ def _triton(
     from burnish.kernels import embedding
 
     return embedding.embedding(ids, word, position_ids, position, config)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _forward(
+    ids: Tensor, word: Tensor, position_ids: Tensor | None, position: Tensor | None
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Keeps no rows: of the tables, which live anyway, only the sizes are needed."""
+    args = ids, word, position_ids, position
+    return embedding(*args), args
+
+
+def _backward(saved: Saved, grad: Tensor | None) -> Gradients:
+    ids, word, position_ids, position = saved.kept
+    dword = dposition = None
+    if grad is not None and saved.needed[1]:
+        dword = embedding_backward(grad, ids, word.shape[0])
+    if grad is not None and saved.needed[3]:
+        if position_ids.shape[0] != ids.shape[0]:
+            grad = grad.sum(0, keepdim=True)
+        dposition = embedding_backward(grad, position_ids, position.shape[0])
+    return None, dword, None, dposition
+
+
+embedding.differentiate(_forward, _backward)

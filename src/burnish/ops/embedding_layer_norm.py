@@ -15,6 +15,8 @@ from burnish.ops._common import check_vector, nbytes
 from burnish.ops._embeddings import check_lookups, stored_by_rows
 from burnish.ops._norms import layer_norm_reference, not_mixed_layer_norm
 from burnish.ops._triton_norms import triton_norm_why_not
+from burnish.ops.embedding import embedding
+from burnish.ops.layer_norm import layer_norm
 
 
 def _check(
@@ -199,3 +201,25 @@ def _triton(
     from burnish.kernels import embedding
 
     return embedding.embedding_layer_norm(ids, word, position_ids, position, type_ids, type, weight, bias, eps, config)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _parts(
+    ids: Tensor,
+    word: Tensor,
+    position_ids: Tensor,
+    position: Tensor,
+    type_ids: Tensor | None = None,
+    type: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-12,
+) -> Tensor:
+    total = embedding(ids, word, type_ids, type) + embedding(position_ids, position)
+    out: Tensor = layer_norm(total, weight, bias, eps)
+    return out
+
+
+embedding_layer_norm.compose(_parts)

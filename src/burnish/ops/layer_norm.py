@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from burnish.autograd import Gradients, Saved
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._common import nbytes
 from burnish.ops._norms import check_norm, empty_contiguous, layer_norm_reference, not_mixed_layer_norm
 from burnish.ops._triton_norms import triton_norm_configs, triton_norm_why_not
+from burnish.ops.layer_norm_backward import layer_norm_backward
 
 
 def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
@@ -81,3 +83,26 @@ def _triton(
     from burnish.kernels import norms
 
     return norms.layer_norm(x, weight, bias, eps, config)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Keeps no statistics: the backward pass has whole rows in registers and works them out again."""
+    return layer_norm(x, weight, bias, eps), (x, weight, bias)
+
+
+def _backward(saved: Saved, grad: Tensor | None) -> Gradients:
+    if grad is None:
+        return None, None, None, None
+    need_x, need_weight, need_bias, _ = saved.needed
+    dx, dweight, dbias = layer_norm_backward(
+        grad, *saved.kept, saved.args[3], weight_grad=need_weight, bias_grad=need_bias
+    )
+    return dx if need_x else None, dweight if need_weight else None, dbias if need_bias else None, None
+
+
+layer_norm.differentiate(_forward, _backward, on_cpu="torch")

@@ -208,3 +208,15 @@ _register_kernel(
     "wgmma",
     wgmma_reasons,
 )
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _parts(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
+    """PyTorch's operators, so that Inductor sees the activation and its slope, and fuses them with what is around."""
+    out = activate(F.linear(x, weight, bias), activation)
+    return (out if residual is None else out + residual).contiguous()
+
+
+linear.compose(_parts)

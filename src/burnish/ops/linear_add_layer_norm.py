@@ -324,3 +324,24 @@ def _register_product(name: str, description: str) -> None:
 _register_product("triton_gemv", "Two kernels: a product of a few rows that adds the residual, and the norm.")
 _register_product("gluon_gemv", "The same for up to 16 rows, with tensor cores that read the weight themselves.")
 _register_product("triton_skinny", "The same for up to 64 rows, with tensor cores.")
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _parts(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    keep_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    product = linear(x, weight, bias)
+    out: tuple[Tensor, Tensor] = add_layer_norm(product, residual, norm_weight, norm_bias, eps, keep_sum)
+    return out
+
+
+linear_add_layer_norm.compose(_parts)

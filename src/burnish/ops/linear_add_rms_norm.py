@@ -308,3 +308,22 @@ def _register_product(name: str, description: str) -> None:
 _register_product("triton_gemv", "Two kernels: a product of a few rows that adds the residual, and the norm.")
 _register_product("gluon_gemv", "The same for up to 16 rows, with tensor cores that read the weight themselves.")
 _register_product("triton_skinny", "The same for up to 64 rows, with tensor cores.")
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _parts(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    keep_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    out: tuple[Tensor, Tensor] = add_rms_norm(linear(x, weight, bias), residual, norm_weight, eps, keep_sum)
+    return out
+
+
+linear_add_rms_norm.compose(_parts)

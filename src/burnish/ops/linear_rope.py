@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from burnish.autograd import Gradients, Saved, gradients_of
 from burnish.kernels.layout import layout_reasons, wgmma_reasons
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._common import HALF_TYPES, check_floating, nbytes, not_same_dtype
 from burnish.ops._triton import hopper_why_not
 from burnish.ops.linear import linear
-from burnish.ops.rope import rope, rope_tables
+from burnish.ops.rope import rope, rope_tables, turned_back
 
 
 def _check(
@@ -89,6 +90,11 @@ def _heads(product: Tensor, head_dim: int, rotated: int) -> Tensor:
     return product[..., :rotated].unflatten(-1, (rotated // head_dim, head_dim)).transpose(1, 2)
 
 
+def _turn(product: Tensor, cos: Tensor, sin: Tensor, head_dim: int, rotated: int) -> Tensor:
+    turned = rope.reference(_heads(product, head_dim, rotated), cos, sin)
+    return torch.cat((turned.transpose(1, 2).flatten(2), product[..., rotated:]), dim=-1)
+
+
 @op(cost=_cost, samples=_samples, check=_check, shape=_shape)
 def linear_rope(
     x: Tensor, weight: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, head_dim: int, rotated: int
@@ -105,9 +111,7 @@ def linear_rope(
     Errors: ValueError for sizes that do not fit, TypeError for dtypes that differ and for integers.
     Source: Su et al., "RoFormer", arXiv:2104.09864; half-split as in GPT-NeoX and Hugging Face's Llama.
     """
-    product = F.linear(x, weight, bias)
-    turned = rope.reference(_heads(product, head_dim, rotated), cos, sin)
-    return torch.cat((turned.transpose(1, 2).flatten(2), product[..., rotated:]), dim=-1)
+    return _turn(F.linear(x, weight, bias), cos, sin, head_dim, rotated)
 
 
 def _torch_why_not(
@@ -255,3 +259,48 @@ def _gluon(
     from burnish.kernels.matmul_wgmma import matmul_wgmma_rope
 
     return matmul_wgmma_rope(x, weight, bias, cos, sin, head_dim, rotated, config=config)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, head_dim: int, rotated: int
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The product is not kept: only the gradients of the tables, which models do not train, would need it."""
+    tensors = x, weight, bias, cos, sin
+    return linear_rope(*tensors, head_dim, rotated), tensors
+
+
+def _backward(saved: Saved, grad: Tensor | None) -> Gradients:
+    if grad is None:
+        return (None,) * 7
+    x, weight, bias, cos, sin = saved.kept
+    head_dim, rotated = saved.args[5:]
+    need_x, need_weight, need_bias, *need_tables, _, _ = saved.needed
+    dcos = dsin = None
+    if any(need_tables):
+        product = F.linear(x, weight, bias)
+        _, dcos, dsin = gradients_of(
+            lambda product, cos, sin: _turn(product, cos, sin, head_dim, rotated),
+            (product, cos, sin),
+            (False, *need_tables),
+            (grad,),
+        )
+    if not (need_x or need_weight or need_bias):
+        return None, None, None, dcos, dsin, None, None
+    turned = rope(_heads(grad, head_dim, rotated), cos, turned_back(sin, False))
+    dproduct = torch.cat((turned.transpose(1, 2).flatten(2), grad[..., rotated:]), dim=-1)
+    rows = dproduct.flatten(0, 1)
+    return (
+        torch.matmul(dproduct, weight) if need_x else None,
+        torch.mm(rows.t(), x.flatten(0, 1)) if need_weight else None,
+        rows.sum(0) if need_bias else None,
+        dcos,
+        dsin,
+        None,
+        None,
+    )
+
+
+linear_rope.differentiate(_forward, _backward)

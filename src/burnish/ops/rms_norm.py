@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from burnish.autograd import Gradients, Saved
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._common import nbytes, not_on_cpu, not_same_dtype
 from burnish.ops._norms import check_norm, empty_contiguous, rms_norm_by_vector_norm, rms_norm_reference
 from burnish.ops._triton_norms import triton_norm_configs, triton_norm_why_not
+from burnish.ops.rms_norm_backward import rms_norm_backward
 
 
 def _check(x: Tensor, weight: Tensor | None, eps: float) -> None:
@@ -87,3 +89,23 @@ def _triton(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, confi
     from burnish.kernels import norms
 
     return norms.rms_norm(x, weight, eps, config)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Keeps no statistics: the backward pass has whole rows in registers and works them out again."""
+    return rms_norm(x, weight, eps), (x, weight)
+
+
+def _backward(saved: Saved, grad: Tensor | None) -> Gradients:
+    if grad is None:
+        return None, None, None
+    x, weight = saved.kept
+    need_x, need_weight, _ = saved.needed
+    dx, dweight = rms_norm_backward(grad, x, weight, saved.args[2], weight_grad=need_weight)
+    return dx if need_x else None, dweight if need_weight else None, None
+
+
+rms_norm.differentiate(_forward, _backward)

@@ -13,6 +13,7 @@ from burnish.op import Cost, Sample, op
 from burnish.ops._norm_products import Way, check_norm_weight, cost_of, ways
 from burnish.ops._norms import rms_norm_reference
 from burnish.ops.gated_mlp import gated_mlp
+from burnish.ops.rms_norm import rms_norm
 
 
 def _check(
@@ -137,3 +138,14 @@ def _register(name: str, way: Way) -> None:
 
 for _name, _way in ways(gated_mlp).items():
     _register(_name, _way)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _parts(x: Tensor, norm_weight: Tensor | None, eps: float, *products: Any) -> Tensor:
+    out: Tensor = gated_mlp(rms_norm(x, norm_weight, eps), *products)
+    return out
+
+
+rms_norm_gated_mlp.compose(_parts)

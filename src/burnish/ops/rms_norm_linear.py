@@ -13,6 +13,7 @@ from burnish.op import Cost, Sample, op
 from burnish.ops._norm_products import Way, check_norm_weight, cost_of, ways
 from burnish.ops._norms import rms_norm_reference
 from burnish.ops.linear import linear
+from burnish.ops.rms_norm import rms_norm
 
 
 def _check(
@@ -102,3 +103,16 @@ def _register(name: str, way: Way) -> None:
 
 for _name, _way in ways(linear).items():
     _register(_name, _way)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _parts(
+    x: Tensor, norm_weight: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    out: Tensor = linear(rms_norm(x, norm_weight, eps), weight, bias, activation)
+    return out
+
+
+rms_norm_linear.compose(_parts)

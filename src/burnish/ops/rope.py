@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from burnish.autograd import Gradients, Saved, gradients_of
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._common import HALF_TYPES, check_floating, nbytes, not_same_dtype, wide
@@ -149,3 +150,37 @@ def _triton(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, *, c
     from burnish.kernels import rope as kernels
 
     return kernels.rope(x, cos, sin, interleaved, config)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Keeps x only for the gradients of the tables, which models do not train."""
+    of_tables = cos.requires_grad or sin.requires_grad
+    return rope(x, cos, sin, interleaved), (x if of_tables else None, cos, sin)
+
+
+def _backward(saved: Saved, grad: Tensor | None) -> Gradients:
+    if grad is None:
+        return None, None, None, None
+    x, cos, sin = saved.kept
+    interleaved: bool = saved.args[3]
+    need_x, *need_tables, _ = saved.needed
+    dcos = dsin = None
+    if any(need_tables):
+        needed = (False, *need_tables, False)
+        _, dcos, dsin, _ = gradients_of(rope.reference, (x, cos, sin, interleaved), needed, (grad,))
+    return rope(grad, cos, turned_back(sin, interleaved), interleaved) if need_x else None, dcos, dsin, None
+
+
+def turned_back(sin: Tensor, interleaved: bool) -> Tensor:
+    """The sines with which `rope` is the derivative of itself: negated, and of each pair the other's, which matters
+    only where the two are not alike."""
+    width = sin.shape[-1]
+    if interleaved:
+        return sin.unflatten(-1, (width // 2, 2)).flip(-1).flatten(-2).neg()
+    return sin.roll(width // 2, -1).neg()
+
+
+rope.differentiate(_forward, _backward)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from burnish.autograd import Gradients, Saved, gradients_of
 from burnish.op import Cost, Sample, op
-from burnish.ops.rope import rope
+from burnish.ops.rope import rope, turned_back
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
@@ -79,3 +80,33 @@ def _triton(
     from burnish.kernels.rope import rope_pair
 
     return rope_pair(q, k, cos, sin, interleaved, config)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _forward(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
+    """Keeps q and k only for the gradients of the tables, which models do not train."""
+    kept = (q, k) if cos.requires_grad or sin.requires_grad else (None, None)
+    return rope_qk(q, k, cos, sin, interleaved), (*kept, cos, sin)
+
+
+def _backward(saved: Saved, grad_q: Tensor | None, grad_k: Tensor | None) -> Gradients:
+    q, k, cos, sin = saved.kept
+    interleaved: bool = saved.args[4]
+    need_q, need_k, *need_tables, _ = saved.needed
+    dcos = dsin = None
+    if any(need_tables) and (grad_q is not None or grad_k is not None):
+        needed = (False, False, *need_tables, False)
+        *_, dcos, dsin, _ = gradients_of(rope_qk.reference, (q, k, cos, sin, interleaved), needed, (grad_q, grad_k))
+    of_q, of_k = grad_q if need_q else None, grad_k if need_k else None
+    back = turned_back(sin, interleaved)
+    if of_q is not None and of_k is not None:
+        return *rope_qk(of_q, of_k, cos, back, interleaved), dcos, dsin, None
+    dq, dk = (None if grad is None else rope(grad, cos, back, interleaved) for grad in (of_q, of_k))
+    return dq, dk, dcos, dsin, None
+
+
+rope_qk.differentiate(_forward, _backward)

@@ -38,6 +38,41 @@ def add_rms_norm(
     return rms_norm(total, weight, eps), total if keep_sum else total.new_empty(0)
 
 
+def layer_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    grad_sum: Tensor | None,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What autograd runs, and what it keeps for it: the statistics."""
+    _, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+    mask = [True, weight is not None and weight_grad, bias is not None and bias_grad]
+    dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        grad, x, x.shape[-1:], mean, rstd, weight, bias, mask
+    )
+    dx = dx if grad_sum is None else dx + grad_sum
+    return dx, *(x.new_empty(0) if g is None else g for g in (dweight, dbias))
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, eps: float, grad_sum: Tensor | None, weight_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """What autograd makes of Llama's spelling."""
+    wide = x.float()
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    scaled = (grad if weight is None else grad * weight).float()
+    along = (scaled * wide).sum(-1, keepdim=True) / x.shape[-1]
+    dx = (scaled * rstd - wide * (along * rstd.pow(3))).to(x.dtype)
+    dx = dx if grad_sum is None else dx + grad_sum
+    if weight is None or not weight_grad:
+        return dx, x.new_empty(0)
+    return dx, (grad * (wide * rstd).to(x.dtype)).flatten(0, -2).sum(0)
+
+
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "relu": F.relu,
@@ -338,6 +373,10 @@ def cached_attention(
 def embedding(ids: Tensor, word: Tensor, position_ids: Tensor | None, position: Tensor | None) -> Tensor:
     words = F.embedding(ids, word)
     return words if position_ids is None or position is None else words + F.embedding(position_ids, position)
+
+
+def embedding_backward(grad: Tensor, ids: Tensor, entries: int) -> Tensor:
+    return torch.ops.aten.embedding_dense_backward(grad, ids, entries, -1, False)
 
 
 def embedding_layer_norm(

@@ -19,6 +19,24 @@ def tensors(*shapes: tuple[int, ...]) -> Maker:
     return lambda dtype: tuple(randn(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes))
 
 
+def norm_backward_arguments(*shape: int, bias: bool) -> Maker:
+    """Gradient and x of that shape, weight, and a bias for layer norm."""
+
+    def arguments(dtype: torch.dtype) -> Arguments:
+        grad, x, *vectors = tensors(shape, shape, *((shape[-1],),) * (2 if bias else 1))(dtype)
+        return grad, x, *vectors, 1e-5
+
+    return arguments
+
+
+def embedding_backward_arguments(tokens: int, width: int, entries: int) -> Maker:
+    def arguments(dtype: torch.dtype) -> Arguments:
+        generator = torch.Generator().manual_seed(0)
+        return *tensors((1, tokens, width))(dtype), torch.randint(entries, (1, tokens), generator=generator), entries
+
+    return arguments
+
+
 def branch_end(rows: int, k: int, n: int, dtype: torch.dtype) -> Arguments:
     x, weight, residual, scale = tensors((1, rows, k), (n, k), (1, rows, n), (n,))(dtype)
     return x, weight, None, residual, scale

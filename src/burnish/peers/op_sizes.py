@@ -57,6 +57,8 @@ SIZED: dict[str, Sized] = {
     "add_layer_norm": _tokens(lambda a, n: inputs.tensors((1, n, a.width), (1, n, a.width), (a.width,), (a.width,))),
     "rms_norm": _tokens(lambda a, n: inputs.tensors((1, n, a.width), (a.width,))),
     "add_rms_norm": _tokens(lambda a, n: inputs.tensors((1, n, a.width), (1, n, a.width), (a.width,))),
+    "layer_norm_backward": _tokens(lambda a, n: inputs.norm_backward_arguments(1, n, a.width, bias=True)),
+    "rms_norm_backward": _tokens(lambda a, n: inputs.norm_backward_arguments(1, n, a.width, bias=False)),
     "linear": _tokens(lambda a, n: inputs.linear_arguments(n, a.width, a.inner, "gelu")),
     "linear_add_layer_norm": _tokens(
         lambda a, n: inputs.tensors(
@@ -90,6 +92,7 @@ SIZED: dict[str, Sized] = {
     "rope_tables": _tokens(lambda a, n: inputs.rope_tables_arguments(0, n, a.head_dim)),
     "linear_rope": _tokens(lambda a, n: inputs.linear_rope_arguments(n, a.width, a.heads, a.key_heads, a.head_dim)),
     "embedding": _tokens(lambda a, n: inputs.token_arguments(n, a.width, 0)),
+    "embedding_backward": _tokens(lambda a, n: inputs.embedding_backward_arguments(n, a.width, 32_000)),
     "embedding_layer_norm": _tokens(lambda a, n: inputs.embedding_arguments(max(1, n // 128), min(n, 128), a.width)),
     "append_kv": _cached(lambda a, n: inputs.append_kv_arguments(a.key_heads, n, n // 2, 1, a.head_dim)),
     "rope_append": _cached(lambda a, n: inputs.rope_append_arguments(a.heads, a.key_heads, n, n // 2, 1, a.head_dim)),

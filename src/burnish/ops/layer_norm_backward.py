@@ -1,0 +1,204 @@
+"""The backward pass of `layer_norm`, alone or after a residual addition."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from burnish.numerics import randn
+from burnish.op import Cost, Sample, op
+from burnish.ops._common import nbytes, wide
+from burnish.ops._norms import (
+    asked,
+    backward_reference,
+    check_like_x,
+    check_norm,
+    empty_contiguous,
+    empty_like_asked,
+    native_layer_norm_backward,
+    not_mixed_layer_norm,
+    sum_rows,
+)
+from burnish.ops._triton_norms import triton_norm_backward_configs, triton_norm_why_not
+
+
+def _check(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    grad_sum: Tensor | None,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> None:
+    check_norm(x, weight, bias)
+    check_like_x(x, grad=grad, grad_sum=grad_sum)
+
+
+def _cost(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    grad_sum: Tensor | None,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> Cost:
+    return Cost(
+        (12 + (2 if weight_grad else 0) + (1 if bias_grad else 0)) * x.numel(),
+        nbytes(grad, grad_sum)
+        + 2 * nbytes(x)
+        + (2 if weight_grad else 1) * nbytes(weight)
+        + (nbytes(bias) if bias_grad else 0),
+    )
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    def tensor(*shape: int, seed: int) -> Tensor:
+        return randn(*shape, dtype=dtype, device=device, seed=seed)
+
+    weight, bias = tensor(768, seed=2), tensor(768, seed=3)
+    yield Sample("128x768", (tensor(1, 128, 768, seed=0), tensor(1, 128, 768, seed=1), weight, bias, 1e-12))
+    odd = tensor(7, 33, seed=4), tensor(7, 33, seed=5)
+    yield Sample("odd", (*odd, tensor(33, seed=6), tensor(33, seed=7), 1e-5, tensor(7, 33, seed=8)))
+    yield Sample("no bias", (tensor(2, 16, 768, seed=9), tensor(2, 16, 768, seed=10), weight, None, 1e-5))
+    yield Sample("plain", (tensor(2, 16, 768, seed=11), tensor(2, 16, 768, seed=12), None, None, 1e-5))
+    pair = tensor(9, 768, seed=13), tensor(9, 768, seed=14)
+    yield Sample("frozen weight", (*pair, weight, bias, 1e-5, None, False, True))
+    yield Sample("frozen", (*pair, weight, bias, 1e-5, None, False, False))
+    far = tensor(4, 4096, seed=15), tensor(4, 4096, seed=16) * 0.5 - 20
+    yield Sample("cancellation", (*far, tensor(4096, seed=17), None, 1e-5))
+    transposed = tensor(5, 768, 3, seed=18).transpose(1, 2)
+    yield Sample("transposed", (transposed, tensor(5, 3, 768, seed=19), weight, bias, 1e-5, transposed))
+    rows = tensor(5, 1536, seed=20)[:, 512:1280]
+    yield Sample("strided", (rows, tensor(1, 768, seed=21).expand(5, 768), weight, bias, 1e-5))
+    yield Sample("float32 weights", (tensor(19, 768, seed=22), rows[:1].expand(19, 768), weight.float(), bias, 1e-5))
+
+
+def _shape(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    grad_sum: Tensor | None,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_contiguous(x), empty_like_asked(weight, weight_grad, x), empty_like_asked(bias, bias_grad, x)
+
+
+@op(cost=_cost, samples=_samples, check=_check, shape=_shape)
+def layer_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    grad_sum: Tensor | None = None,
+    weight_grad: bool = True,
+    bias_grad: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `layer_norm(x, weight, bias, eps)` for `grad`, its result's: `(dx + grad_sum, dweight, dbias)`.
+
+    `grad_sum` is the gradient of x from elsewhere: after `add_layer_norm`, x is the sum, and it is that of the sum. The
+    values of bias are not read.
+    Shapes: grad, x and grad_sum (..., N), dx too, contiguous; weight, bias, dweight and dbias (N,). dweight is empty,
+    (0,), where weight is None or without `weight_grad`, and so dbias.
+    Dtypes: grad, x and grad_sum the same floating one, which is dx's; dweight is of weight's and dbias of bias's, which
+    may differ. Computed in float32 (float64 for float64), rounded once. The same inputs give the same bits on the same
+    device.
+    Errors: ValueError for sizes that do not fit, TypeError for dtypes that differ and for integers.
+    Source: the derivative of Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
+    """
+    dx, dweight, dbias = backward_reference(grad, x, weight, eps, grad_sum, rms=False)
+    return dx, asked(dweight, weight, weight_grad, x), asked(dbias, bias, bias_grad, x)
+
+
+def _triton_why_not(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    grad_sum: Tensor | None,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> list[str]:
+    return triton_norm_why_not(x, weight, bias)
+
+
+def _triton_configs(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    grad_sum: Tensor | None,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> list[Any]:
+    return triton_norm_backward_configs(x, grad_sum)
+
+
+@layer_norm_backward.impl("triton", why_not=_triton_why_not, configs=_triton_configs)
+def _triton(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    grad_sum: Tensor | None = None,
+    weight_grad: bool = True,
+    bias_grad: bool = True,
+    *,
+    config: Any = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One pass over memory, whole rows in registers, and a small kernel that adds up what rows give weight and bias."""
+    from burnish.kernels.norms_backward import layer_norm_backward as kernel
+
+    return kernel(grad, x, weight, bias, eps, grad_sum, weight_grad, bias_grad, config)
+
+
+def _torch_why_not(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    grad_sum: Tensor | None,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> list[str]:
+    return [] if x.device.type == "cpu" else not_mixed_layer_norm(x, weight, None)
+
+
+@layer_norm_backward.impl("torch", why_not=_torch_why_not)
+def _torch(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    grad_sum: Tensor | None = None,
+    weight_grad: bool = True,
+    bias_grad: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch's own kernel, after its forward pass for the statistics."""
+    values, factor = x, weight
+    if x.device.type == "cpu":
+        # In half precision it would keep the mean in that, and -20.3 becomes -20.25.
+        grad, values = grad.to(wide(x.dtype)), x.to(wide(x.dtype))
+        factor = None if weight is None else weight.to(values.dtype)
+    _, mean, rstd = torch.native_layer_norm(values, x.shape[-1:], factor, factor, eps)
+    of_weight, of_bias = weight is not None and weight_grad, bias is not None and bias_grad
+    dx, dweight, dbias = native_layer_norm_backward(grad, values, mean, rstd, factor, (True, of_weight, of_bias))
+    if dbias is None and of_bias:
+        dbias = sum_rows(grad.to(wide(x.dtype)))
+    dx = (dx if grad_sum is None else dx.add_(grad_sum)).to(x.dtype).contiguous()
+    return dx, asked(dweight, weight, weight_grad, x), asked(dbias, bias, bias_grad, x)
