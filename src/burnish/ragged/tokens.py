@@ -27,24 +27,28 @@ class Tokens(NamedTuple):
     contiguous: bool | None
 
 
-def tokens_of(mask: Tensor, ask_contiguous: bool = False) -> Tokens:
+def tokens_of(mask: Tensor, ask_contiguous: bool = False, step: int | None = None) -> Tokens:
     """Of a mask (B, S), nonzero for a real token. On CUDA the host waits for the device once, to learn how many there
-    are (twice where `ask_contiguous`)."""
+    are (twice where `ask_contiguous`).
+
+    There are as many dummies as make the number of tokens a multiple of `step` (128 on CUDA, 1 on the CPU), and at
+    least one token.
+    """
     rows, length = mask.shape
+    step = step or (_STEP if mask.is_cuda else 1)
     real = mask != 0
     places = real.reshape(-1).nonzero().squeeze(1)
     count = places.shape[0]
-    ends = real.sum(dim=1).cumsum(0)
     contiguous = None
     if ask_contiguous:
-        gaps = (real[:, 1:] & ~real[:, :-1]).sum(1) + real[:, 0]
-        contiguous = bool((gaps <= 1).all())
-    cu_seqlens = F.pad(ends, (1, 0)).to(torch.int32)
-    wanted = max(1, count) if not mask.is_cuda else max(_STEP, -(-count // _STEP) * _STEP)
-    if mask.is_cuda or wanted != count:
+        starts = (real[:, 1:] & ~real[:, :-1]).sum(dim=1) + real[:, 0]
+        contiguous = bool((starts <= 1).all())
+    cu_seqlens = F.pad(real.sum(dim=1).cumsum(0), (1, 0)).to(torch.int32)
+    wanted = max(1, -(-count // step)) * step
+    if step > 1 or wanted != count:
         places = F.pad(places, (0, wanted - count), value=rows * length)
-        # Sequences no longer than a row, whose length bounds them all; as many as may ever be wanted.
-        dummies = -(-_STEP // length) if mask.is_cuda else 1
-        starts = [min(wanted, count + (i + 1) * length) for i in range(dummies - 1)] + [wanted]
-        cu_seqlens = torch.cat([cu_seqlens, torch.tensor(starts, dtype=torch.int32).to(mask.device)])
+        # Sequences no longer than a row, whose length bounds them all; always as many as may ever be wanted.
+        most = -(-step // length)
+        ends = [min(wanted, count + (i + 1) * length) for i in range(most - 1)] + [wanted]
+        cu_seqlens = torch.cat([cu_seqlens, torch.tensor(ends, dtype=torch.int32).to(mask.device)])
     return Tokens(places, cu_seqlens, count, contiguous)
