@@ -243,22 +243,28 @@ def norm_backward_configs(rows: int, N: int, dtype: torch.dtype, added: bool, ta
         # 512 threads of 128 registers: in half precision none is spilled for RMS norm and 8 bytes for layer norm with a
         # bias, in float32 40 and 104; 1024 threads spill up to 104.
         return [Config.of(num_warps=w, num_stages=1, ROWS=1, PER_SM=1, AGAIN=1) for w in (16, 32)]
-    entries = _ENTRIES if block >= 512 else _ENTRIES // 2  # addresses of several rows take registers, too
+    # Rows that share a program's threads need addresses of their own: with 8 entries a thread has up to 80 registers
+    # where a row takes four warps, and 104 in narrower ones.
+    narrow = block < 4 * 32 * _ENTRIES
+    entries = _ENTRIES // 2 if narrow else _ENTRIES
     base = max(4, block // (32 * entries))
 
     def config(num_warps: int, stages: int) -> list[Config]:
         """One, or none where the tiles on their way do not fit."""
-        ROWS = max(1, num_warps * 32 * entries // block) if block < 4 * 32 * entries else 1
+        ROWS = max(1, num_warps * 32 * entries // block) if narrow else 1
         staged = ROWS * block * dtype.itemsize * (3 if added else 2) * (stages - 1)
-        per_sm = min(512 // (32 * num_warps), _STAGED_BYTES // max(1, staged))
+        threads = 768 if narrow and ROWS * block == 4 * 32 * entries and block >= 512 else 512
+        per_sm = min(threads // (32 * num_warps), _STAGED_BYTES // max(1, staged))
         return [Config.of(num_warps=num_warps, num_stages=stages, ROWS=ROWS, PER_SM=per_sm, AGAIN=0)] * (per_sm > 0)
 
-    pipelined, plain = config(base, 3), config(base, 1)
-    if block >= 512:
-        pipelined += config(base, 2) + config(base, 4)
-    if block < _WIDEST:  # 32 warps would have 64 registers a thread
-        pipelined += config(2 * base, 3)
-        plain += config(2 * base, 1)
+    if block < 512:
+        pipelined, plain = config(4, 3) + config(8, 3), config(4, 1) + config(8, 1)
+    elif narrow:
+        pipelined, plain = config(4, 3) + config(4, 4) + config(8, 3), config(4, 2) + config(8, 1)
+    else:
+        pipelined, plain = config(base, 3) + config(base, 2) + config(base, 4), config(base, 1)
+        if block < _WIDEST:  # 32 warps would have 64 registers a thread
+            pipelined, plain = pipelined + config(2 * base, 3), plain + config(2 * base, 1)
     # Where each program has a tile or two there is nothing to have on its way.
     few = rows <= 2 * pipelined[0]["ROWS"] * pipelined[0]["PER_SM"] * target.num_sms
     return plain + pipelined if few else pipelined + plain

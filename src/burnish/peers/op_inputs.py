@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from burnish.numerics import randn
-from burnish.ops import varlen_attention_with_logsumexp
+from burnish.ops import attention_with_logsumexp, varlen_attention_with_logsumexp
 from burnish.quantize import Kind, quantize_weight
 
 Arguments = tuple[Any, ...]
