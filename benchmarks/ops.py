@@ -72,6 +72,14 @@ BENCHED: dict[str, tuple[Callable[..., object], dict[str, inputs.Maker]]] = {
     ),
     "rms_norm": (eager.rms_norm, {"b1 s128 n1024": inputs.tensors((1, 128, 1024), (1024,))}),
     "add_rms_norm": (eager.add_rms_norm, {"b1 s128 n1024": inputs.tensors((1, 128, 1024), (1, 128, 1024), (1024,))}),
+    "all_reduce_add_layer_norm": (
+        eager.all_reduce_add_layer_norm,
+        {"b1 s128 n768, alone": inputs.tensors((1, 128, 768), (768,), (1, 128, 768), (768,), (768,))},
+    ),
+    "all_reduce_add_rms_norm": (
+        eager.all_reduce_add_rms_norm,
+        {"b1 s128 n1024, alone": lambda dtype: inputs.sum_over_ranks(128, 1024, dtype)},
+    ),
     "layer_norm_backward": (
         eager.layer_norm_backward,
         {size: inputs.norm_backward_arguments(*x, bias=True) for size, x in _NORM_SIZES.items()},

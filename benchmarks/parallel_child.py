@@ -94,6 +94,10 @@ def described(served: Served) -> list[str]:
     """By which Impls a call is served, and what it is served without."""
     chosen = Counter((slot.rpartition("_")[0], choice.candidate) for slot, choice in served.choices.items())
     lines = [f"{count} x {op} by {candidate}" for (op, candidate), count in chosen.items()]
+    for op, choice in {slot.rpartition("_")[0]: choice for slot, choice in served.choices.items()}.items():
+        if op.startswith("all_reduce_add_"):  # what the exchange takes by each Impl, or why it cannot be by one
+            lines += [f"{op} by {candidate}: {us} us" for candidate, us in choice.times_us.items()]
+            lines += [f"{op} by {impl}: {'; '.join(reasons)}" for impl, reasons in choice.rejected.items()]
     return lines + [reason for reason in (served.kept_original, served.not_captured) if reason]
 
 

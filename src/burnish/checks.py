@@ -19,6 +19,7 @@ from burnish.choose import Chosen, choose_by_measuring
 from burnish.measure import measure, measure_in_step
 from burnish.numerics import Verdict
 from burnish.parallel.agreement import Agreement
+from burnish.parallel.graphs import group_of_call
 from burnish.prepare import Prepared
 from burnish.ragged.entry import comparable
 from burnish.record import StepRecord
@@ -238,6 +239,8 @@ class Checks:
             impl, function = slot.op.impls[chosen.choices[slot.name].impl], chosen.functions[slot.name]
 
             def run(*args: Any) -> Any:
+                if group_of_call(slot.op, args):  # it may write to what others are compared by
+                    args = tuple(arg.clone() if i in slot.op.donates else arg for i, arg in enumerate(args))
                 # Chosen for what the Ops before it write, it may refuse the strides that eager's values have.
                 return function(*(map(_contiguous, args) if impl.reasons(*args) else args))
 

@@ -22,7 +22,8 @@ from burnish.places import find_weight
 
 class Slot:
     """The place of one Op node in the generated code. Calling it runs the Op's reference, so that unbound code is right
-    too. `in_place`: all that the Op donates are inputs of the model that nothing else reads, a KV cache's."""
+    too. `in_place`: all that the Op donates are inputs of the model that nothing else reads, a KV cache's; or, of an
+    Op that sums over ranks, fresh memory of which the same holds."""
 
     def __init__(self, name: str, op: Op, origin: str, in_place: bool) -> None:
         self.name = self.__name__ = self.__qualname__ = name
@@ -134,7 +135,12 @@ def _may_write(node: fx.Node, op: Op) -> bool:
     args = op.bind(*node.args, **node.kwargs)
     given = [args[i] for i in op.donates]
     readers = {user for arg in given for user in arg.users if user.target is not torch.ops.aten.sym_size.int}
-    return bool(given) and readers == {node} and all(arg.op == "placeholder" for arg in given)
+    may = _is_read_once if "group_name" in op.signature.parameters else _is_input
+    return bool(given) and readers == {node} and all(map(may, given))
+
+
+def _is_input(node: fx.Node) -> bool:
+    return node.op == "placeholder"
 
 
 def _is_read_once(node: Any) -> bool:
@@ -148,7 +154,9 @@ def _shared(graph: fx.Graph, weights: int) -> tuple[frozenset[int], frozenset[in
     inputs = [node for node in nodes if node.op == "placeholder"][weights:]
     slots = [node for node in nodes if isinstance(node.target, Slot) and node.target.in_place]
     written = [node.args[i] for node in slots for i in node.target.op.donates]
-    changed = {(node, result) for node in slots for result in node.target.op.donates.values()}
+    changed = {
+        (node, result) for node in slots for i, result in node.target.op.donates.items() if node.args[i] in inputs
+    }
     (outputs,) = nodes[-1].args
 
     def is_borrowed(output: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import statistics
@@ -107,6 +108,31 @@ def measure_captured(
         for name in finalists:
             times[name] = statistics.median(taken[name] for taken in rounds) / len(arguments)
     return {name: round(us, 3) for name, us in times.items()}
+
+
+def measure_captured_in_step(
+    functions: dict[str, Callable[..., Any]], arguments: Sequence[Any], everywhere: Callable[[bool], bool]
+) -> dict[str, float]:
+    """Microseconds per call of each function, as `measure_captured` finds them, of functions that exchange something
+    with other ranks: no clock decides how often they run, and in turn they run from the start.
+
+    `everywhere` says whether something is so on all ranks; a function that one of them cannot capture runs on none.
+    """
+    memory = GraphMemory()
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    for name, function in functions.items():
+        graph = None
+        with contextlib.suppress(RuntimeError):
+            graph = _chain(function, [arguments] * _CHAIN[1], memory)
+        torch.cuda.synchronize()
+        if everywhere(graph is not None) and graph is not None:
+            graphs[name] = graph
+            replay_us(graph, 1)
+    rounds = [{name: replay_us(graph, _REPLAYS) for name, graph in graphs.items()} for _ in range(_FINAL_ROUNDS)]
+    times = dict.fromkeys(functions, math.inf)
+    for name in graphs:
+        times[name] = round(statistics.median(taken[name] for taken in rounds) / _CHAIN[1], 3)
+    return times
 
 
 def _chain(

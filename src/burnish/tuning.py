@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from burnish import tuning_store
-from burnish.measure import FEWEST_SAMPLES, measure, measure_captured
+from burnish.measure import FEWEST_SAMPLES, measure, measure_captured, measure_captured_in_step, measure_in_step
 from burnish.op import OPS, ImplUnavailable, Op, find_impl
 from burnish.parallel.agreement import Agreement
+from burnish.parallel.graphs import group_of_call
 from burnish.sources import kernels_hash
 from burnish.tuning_store import Families
 
@@ -81,6 +82,10 @@ def key_of(op: Op, args: Sequence[Any], differentiable: bool = False) -> Key:
             sizes.extend(arg.shape)
         else:
             family.append(repr(arg))
+    if group := group_of_call(op, args):  # one group's name says nothing of the next process's
+        from burnish.parallel.group import rank_and_size
+
+        family[2 + list(op.signature.parameters).index("group_name")] = f"{rank_and_size(group)[1]} ranks"
     if any(isinstance(arg, Tensor) and arg.is_cuda for arg in args):
         family.append(kernels_hash(op))
     return Key("|".join(family), tuple(sizes))
@@ -152,6 +157,8 @@ class Tuner:
         key = key_of(op, args)
         known = self.choices.get(key)
         if known is None:
+            if group := group_of_call(op, args):
+                _set_up_exchange(group, args)
             known = self._explicit(op, args) or self._choose(op, key, args, budget_us, thorough, variants)
             if self.agreement.is_shared:
                 known = Choice(**self.agreement.first(asdict(known)))
@@ -176,6 +183,15 @@ class Tuner:
         variants: Sequence[Sequence[Any]],
     ) -> Choice:
         rejected = {name: reasons for name, impl in op.impls.items() if (reasons := impl.why_not(*args))}
+        remembered, in_model = (self._disk.get(prefix + key.family, {}) for prefix in ("", _IN_MODEL))
+        group = group_of_call(op, args)
+        if group:  # all ranks measure it, or none does; so whatever decides that is the same on all of them
+            oks = self.agreement.all_of([name not in rejected for name in op.impls])
+            for name, ok in zip(op.impls, oks, strict=True):
+                if not ok:
+                    rejected.setdefault(name, ["it cannot take them on another rank"])
+            remembered, in_model = self.agreement.first((remembered, in_model))
+            budget_us = self.agreement.first(budget_us)
         able = [name for name in op.impls if name not in rejected]
         device = "cuda" if any(isinstance(arg, Tensor) and arg.is_cuda for arg in args) else "cpu"
         if device == "cuda" and len(able) > 1:  # many passes over memory: not worth the time to measure it
@@ -183,16 +199,15 @@ class Tuner:
         candidates = _candidates(op, args, able)
 
         def chosen(times: Mapping[str, float], source: str, sizes: str) -> Choice:
-            in_model = self._disk.get(_IN_MODEL + key.family, {}).get(sizes, {})
-            winner = next(iter(in_model), None)
+            found = in_model.get(sizes, {})
+            winner = next(iter(found), None)
             if winner not in candidates:
                 winner = _fastest(times, [name for name in candidates if name in times], device)
             impl, config = candidates[winner]
-            return Choice(impl, dict(times), rejected, source, config, dict(in_model))
+            return Choice(impl, dict(times), rejected, source, config, dict(found))
 
         if len(candidates) == 1:
             return Choice(able[0], rejected=rejected, source="only")
-        remembered = self._disk.get(key.family, {})
         sizes = _sizes_text(key.sizes)
         times = remembered.get(sizes)
         if times is not None and _covers(times, candidates):
@@ -211,7 +226,10 @@ class Tuner:
             return Choice(able[0], rejected=rejected, source="default")
         if budget_us <= 0:
             return Choice(able[0], rejected=rejected, source="default")
-        times = self._measure(op, candidates, [args, *variants], device, budget_us)
+        if group:
+            times = self.agreement.first(self._measure_in_step(op, candidates, args, device))
+        else:
+            times = self._measure(op, candidates, [args, *variants], device, budget_us)
         self._remember(key.family, sizes, times)
         return chosen(times, "measured", sizes)
 
@@ -262,6 +280,19 @@ class Tuner:
             warm_up(functools.partial(function, *arguments[0]) for function in functions.values())
         return measure_captured(functions, arguments, op.weights)
 
+    def _measure_in_step(
+        self, op: Op, candidates: Mapping[str, tuple[str, str | None]], args: Sequence[Any], device: str
+    ) -> dict[str, float]:
+        """Of an Op that exchanges something with other ranks. Sums of zeros stay what they are, however often."""
+        args = [torch.zeros_like(arg) if i in op.donates else arg for i, arg in enumerate(args)]
+        functions = {
+            name: _callable(op, args, Choice(impl, config=config), in_place=True)
+            for name, (impl, config) in candidates.items()
+        }
+        if device == "cpu":
+            return measure_in_step({name: functools.partial(function, *args) for name, function in functions.items()})
+        return measure_captured_in_step(functions, args, self.agreement.all)
+
     def prefers_transposed(self, linear: Op, rows: int, weight: Tensor, *, budget_us: float) -> bool:
         """Whether `linear` on `rows` rows is faster with such a weight stored (K, N): by its best Impl for either
         storage.
@@ -298,6 +329,15 @@ class Tuner:
         be written is no error: the next process measures again."""
         if self._dirty and self.cache == "readwrite" and tuning_store.write(self._measured):
             self._dirty = False
+
+
+def _set_up_exchange(group_name: str, args: Sequence[Any]) -> None:
+    """What Impls exchange rows by that need more than the group; where it cannot be had they say so themselves."""
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    if device.type == "cuda":
+        from burnish.parallel import symmetric
+
+        symmetric.set_up(group_name, device)
 
 
 def _with_weights(fn: Callable[..., Any], weights: Sequence[Tensor], x: Tensor) -> Callable[[int], Any]:

@@ -1,9 +1,10 @@
 """Compiles the launches of Triton Impls ahead of time, without a GPU, and reads what the compiler says of each.
 
 Run as `python -m tests.kernels.aot OP...` in a process of its own: the kernels must not be decorated for the
-interpreter. Prints one JSON list of what was compiled; `--barriers`, `--attention`, `--shared-attention`, `--finishing`
-and `--vocabularies` instead what `barriers`, `attention_at_models_sizes`, `shared_attention`, `finishing` and
-`full_vocabularies` find with everything, and `--few` a little of each, as one JSON object.
+interpreter. Prints one JSON list of what was compiled; `--barriers`, `--attention`, `--shared-attention`,
+`--finishing`, `--vocabularies` and `--shared-memory` instead what `barriers`, `attention_at_models_sizes`,
+`shared_attention`, `finishing`, `full_vocabularies` and `shared_memory_of_gpus` find with everything, and `--few` a
+little of each, as one JSON object.
 """
 
 from __future__ import annotations
@@ -316,6 +317,38 @@ def attention_at_models_sizes(everything: bool) -> list[dict[str, Any]]:
     return [compile_launch(launch, 90) for launch in launches]
 
 
+def shared_memory_of_gpus(everything: bool) -> list[dict[str, Any]]:
+    """What `compile_launch` says of rows that are summed by memory that GPUs share, and how they are sent and awaited:
+    of Llama 8B on two GPUs with the first config; with `everything` others too, with each config."""
+    from burnish.kernels.all_reduce_norm import all_reduce_add_norm, all_reduce_norm_configs
+    from burnish.kernels.launch import Launch, Target, recording
+    from burnish.parallel.symmetric import Room
+
+    found = []
+    sizes = [(2, 4096, torch.bfloat16), (4, 768, torch.float16), (8, 4096, torch.float32)]
+    for ranks, N, dtype in sizes if everything else sizes[:1]:
+        addresses, state = torch.zeros(ranks, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
+        room = Room(torch.zeros(2, ranks, 16, dtype=torch.int64), addresses, state, rank=1)
+        x, vector = torch.empty(1, 1, N, dtype=dtype), torch.empty(N, dtype=dtype)
+        for capability in CAPABILITIES if everything else CAPABILITIES[:1]:
+            launches: list[Launch] = []
+            with recording(launches.append, Target(divmod(capability, 10), SMS[capability])):
+                for config in all_reduce_norm_configs(N, dtype.itemsize)[: None if everything else 1]:
+                    rms = ranks == 2
+                    vectors = (vector, None) if rms else (vector, vector)
+                    all_reduce_add_norm(x, None if rms else vector, x, *vectors, 1e-5, rms, rms, room, config)
+            found += [
+                compile_launch(launch, capability) | {"exchange": _exchange(_compile(launch, capability).asm["ptx"])}
+                for launch in launches
+            ]
+    return found
+
+
+def _exchange(ptx: str) -> list[str]:
+    """The kinds of instruction that store to, and load from, what other GPUs load from and store to."""
+    return sorted(set(re.findall(r"\b(?:st\.relaxed\.sys|ld\.volatile)\S*", ptx)))
+
+
 def few() -> dict[str, Any]:
     """A little of all, in one process."""
     rows = [kernels_for_rows(rows) for rows in ([384], [384, 390, 600, 1000])]
@@ -366,6 +399,7 @@ OF_ONE_KIND = {
     "--shared-attention": shared_attention,
     "--finishing": finishing,
     "--vocabularies": full_vocabularies,
+    "--shared-memory": shared_memory_of_gpus,
 }
 
 if __name__ == "__main__":

@@ -100,11 +100,32 @@ def test_sampling_from_full_vocabularies_with_every_config() -> None:
     assert {entry["capability"] for entry in compiled} == set(CAPABILITIES)
 
 
+def test_what_gpus_exchange_arrives_whole(few: Any) -> None:
+    _assert_exchanged_whole(few["--shared-memory"])
+
+
+@pytest.mark.slow
+def test_what_gpus_exchange_arrives_whole_with_every_config() -> None:
+    _assert_exchanged_whole(_aot("--shared-memory"))
+
+
 def test_arrivals_for_other_warps_are_found() -> None:
     arrival, meeting = "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r1];", "bar.sync \t2, 128;"
     for access in ("st.shared.b32 [%r2], %r3;", "ld.shared.v4.b32 {%r4}, [%r2];", "$L__BB0_1:", "stmatrix.sync [%r1]"):
         assert _early_arrivals("\n".join((meeting, access, arrival))) == [arrival]
         assert not _early_arrivals("\n".join((access, meeting, arrival)))
+
+
+def _assert_exchanged_whole(kernels: Any) -> None:
+    """By 64 bits, in the scope of the system: PTX takes a volatile load for a relaxed one in that scope, and each entry
+    of a vector by itself."""
+    assert kernels
+    for kernel in kernels:
+        assert not kernel["spills"], kernel
+        stores, loads = ([i for i in kernel["exchange"] if i.startswith(kind)] for kind in ("st.", "ld."))
+        assert stores == ["st.relaxed.sys.global.b64"]
+        assert loads
+        assert {load.replace(".v2", "") for load in loads} == {"ld.volatile.global.b64"}
 
 
 def _assert_barriers_are_kept(kernels: Any) -> None:

@@ -29,6 +29,8 @@ WITH_GRADIENT = [OPS[name] for name in NAMES if name != "sample_token"]  # whose
 FEATURES = {  # of each Op, samples that together use every argument
     "add_layer_norm": ("odd", "no sum", "transposed"),
     "add_rms_norm": ("odd", "no sum", "transposed"),
+    "all_reduce_add_layer_norm": ("odd", "no sum", "transposed"),
+    "all_reduce_add_rms_norm": ("odd", "no sum", "transposed"),
     "attention": (
         *("left padding, causal", "grouped bias", "window", "scale", "grouped decode"),
         "dropout, grouped causal padding",
@@ -134,6 +136,8 @@ OFFSETS = torch.tensor([0, 3, 4, 4]), torch.tensor([0, 2, 5, 5])  # a query with
 SMALL = {  # float64 inputs small enough for numerical derivatives
     "add_layer_norm": lambda r: (r(2, 5), r(2, 5), r(5), r(5), 1e-2),
     "add_rms_norm": lambda r: (r(2, 5), r(2, 5), r(5), 1e-2),
+    "all_reduce_add_layer_norm": lambda r: (r(2, 5), r(5), r(2, 5), r(5), r(5), 1e-2),
+    "all_reduce_add_rms_norm": lambda r: (r(2, 5), r(5), r(2, 5), r(5), 1e-2),
     "append_kv": lambda r: (r(2, 1, 4, 2), r(2, 1, 4, 3), r(2, 1, 2, 2), r(2, 1, 2, 3), torch.tensor([1, 3])),
     "attention": lambda r: (
         r(2, 2, 3, 2),
@@ -235,13 +239,12 @@ SMALL = {  # float64 inputs small enough for numerical derivatives
 }
 
 ONCE = {
+    "add_rms_norm": "add_rms_norm",
     "all_reduce_add_rms_norm": "add_rms_norm",
     "cross_entropy": "cross_entropy",
+    "linear_add_rms_norm": "add_rms_norm",
     "linear_cross_entropy": "linear_cross_entropy",
 }
-"""By Op the one, itself or a part of it, that keeps too little for a second derivative, unless its reference is run."""
-
-ONCE = {"add_rms_norm": "add_rms_norm", "linear_add_rms_norm": "add_rms_norm"}
 """By Op the one, itself or a part of it, that keeps too little for a second derivative, unless its reference is run."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import _functional_collectives as functional
 
 import burnish
-from burnish import numerics
+from burnish import numerics, ops
 from burnish.parallel import all_gather, all_reduce, copy_to_region, own_slice, reduce_scatter
 from tests.parallel.models import check_served
 from tests.parallel.ranks import RANKS
@@ -55,6 +56,39 @@ def collectives_and_their_gradients(rank: int, folder: Path) -> None:
             collective(x, 0, WORLD)
 
 
+def summed_added_and_normalized(rank: int, folder: Path) -> None:
+    """The Ops that end a branch: what one process has of the sum, with the gradients that each rank wants."""
+    xs = [hidden(3, 2, 6, torch.float64, seed=30 + r).requires_grad_() for r in range(RANKS)]
+    residual = hidden(3, 2, 6, torch.float64, seed=40).requires_grad_()
+    bias, weight, shift = (hidden(1, 1, 6, torch.float64, seed=s)[0, 0].clone().requires_grad_() for s in (41, 42, 43))
+    loss_weights = hidden(3, 4, 6, torch.float64, seed=44)
+    for op, norm in ((ops.all_reduce_add_rms_norm, (weight,)), (ops.all_reduce_add_layer_norm, (weight, shift))):
+        tensors = (xs[rank], bias, residual, *norm)
+
+        def found(function: Callable[..., Any], x: Tensor, group: str, tensors: Any = tensors, norm: Any = norm) -> Any:
+            """Results, and what a loss that all ranks have alike says of each tensor."""
+            results = function(x, bias, residual, *norm, 1e-5, group, True)
+            loss = (torch.cat(results, dim=1) * loss_weights).sum()
+            return *results, *torch.autograd.grad(loss, (x, *tensors[1:]))
+
+        expected = found(op.reference, torch.stack([x.detach() for x in xs]).sum(dim=0).requires_grad_(), "")
+        for way in (op, op.overload, op.reference, op.with_backward("torch")):
+            for mine, whole in zip(found(way, xs[rank], WORLD), expected, strict=True):
+                torch.testing.assert_close(mine, whole, rtol=1e-12, atol=1e-12)
+
+        args = [tensor.detach().clone() for tensor in tensors]
+        before = args[0].clone()
+        given = op.bind(*args, 1e-5, WORLD)
+        with torch.no_grad():
+            for normed, total in (op(*given), op.impls["torch"].fn(*given)):
+                torch.testing.assert_close((normed, total), expected[:2], rtol=1e-12, atol=1e-12)
+            assert torch.equal(args[0], before)
+            in_place = op.impls["torch"].in_place
+            assert in_place is not None
+            torch.testing.assert_close(in_place(*given), expected[:2], rtol=1e-12, atol=1e-12)
+            assert not torch.equal(args[0], before), "it holds the sum now"
+
+
 class Unread(nn.Module):
     """Asks twice for the same sum, and for one that it does not read."""
 
@@ -84,6 +118,8 @@ def no_collective_is_left_out(rank: int, folder: Path) -> None:
             assert torch.equal(fast(x), fast(x))
             numerics.assert_close(fast(x), model(x), copy.deepcopy(model).double()(x.double()))
         check_served(fast)
-        nodes = [node for node in fast.schedule.program.graph_module.graph.nodes if node.target is overload]
-        assert len(nodes) == (3 if overload is ours else 2)
+        graph = fast.schedule.program.graph_module.graph
+        nodes = [node for node in graph.nodes if node.target is overload]
+        fused = [node for node in graph.nodes if node.target is ops.all_reduce_add_layer_norm.overload]
+        assert (len(nodes), len(fused)) == ((2, 1) if overload is ours else (2, 0))
         assert overload is ours or all("wait_tensor" in str(user.target) for node in nodes for user in node.users)

@@ -31,6 +31,10 @@ def clocks_that_differ(rank: int, folder: Path) -> None:
         fast = burnish.optimize(tensor_parallel(MODELS["llama"]()), (), {"input_ids": IDS})
         with torch.no_grad():
             fast(token_ids(4, 16, 101))
+    first, second = fast.schedule.served
+    summing = [name for name in first.choices if name.startswith("all_reduce_add_")]
+    assert {first.choices[name].source for name in summing} == {"measured"}
+    assert {second.choices[name].source for name in summing} == {"nearby"}
     tensors = [p.stride() for p in fast.parameters()]
     said = [str([(s.choices, s.kept_original) for s in fast.schedule.served]), str(tensors)]
     digest = torch.tensor([sum(map(ord, text)) for text in said])

@@ -42,8 +42,10 @@ def optimized(name: str, rank: int, folder: Path) -> None:
     assert not [node for node in graph.nodes if "copy_to_region" in str(node.target)], "of use to gradients alone"
     order = [node.name for node in graph.nodes if "burnish_parallel" in str(node.target)]
     assert order == [n.name for n in fast.schedule.program.captured.graph.nodes if n.name in order]
-    source = fast.serving._prepared[0].executable.source
-    assert source.count("all_reduce_in_place(") == 2 * whole.model.config.num_hidden_layers, "behind the rows"
+    slots = [s for s in fast.serving._prepared[0].executable.slots if s.op.name.startswith("all_reduce_add_")]
+    assert len(slots) == 2 * whole.model.config.num_hidden_layers, "behind the rows"
+    assert all(slot.in_place for slot in slots)
+    assert {served.choices[slots[0].name].impl for served in fast.schedule.served} == {"torch"}
 
     prompt = IDS[:, :5]
     options = {"max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": None}
@@ -52,6 +54,8 @@ def optimized(name: str, rank: int, folder: Path) -> None:
     heads = getattr(whole.model.config, "num_key_value_heads", whole.model.config.num_attention_heads)
     assert fast._session[1].cache.layers[0].keys.shape[1] == heads // RANKS
     assert_alike(fast.generate(prompt, do_sample=True, **options))
+    decoding = fast.serving._prepared[1].executable.slots
+    assert sum(s.op.name.startswith("all_reduce_add_") for s in decoding) == len(slots)
     with pytest.raises(ValueError, match="a model that is divided among ranks is not timed op by op"):
         fast.report((), {"input_ids": IDS})
 

@@ -11,7 +11,11 @@ from burnish.checks import Checks
 from burnish.prepare import Preparer
 from burnish.tuning import Tuner
 from tests.parallel.check_by_hand import divided_by_hand, what_does_not_fit_is_refused
-from tests.parallel.check_collectives import collectives_and_their_gradients, no_collective_is_left_out
+from tests.parallel.check_collectives import (
+    collectives_and_their_gradients,
+    no_collective_is_left_out,
+    summed_added_and_normalized,
+)
 from tests.parallel.check_decisions import a_check_that_fails_on_one_rank, clocks_that_differ
 from tests.parallel.check_loading import loaded_slice_by_slice
 from tests.parallel.check_models import (
@@ -48,6 +52,7 @@ CHECKS: dict[str, Check] = {
     name: partial(without_clocks, check)
     for name, check in {
         "collectives_and_their_gradients": collectives_and_their_gradients,
+        "summed_added_and_normalized": summed_added_and_normalized,
         "no_collective_is_left_out": no_collective_is_left_out,
         "divided_llama": partial(divided, "llama"),
         "divided_llama_tied": partial(divided, "llama_tied"),

@@ -1,4 +1,4 @@
-"""Two processes over gloo that run the same checks one after another."""
+"""Two processes, over gloo or with a GPU each over NCCL, that run the same checks one after another."""
 
 from __future__ import annotations
 
@@ -13,23 +13,27 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from burnish.parallel.group import device_of
+
 RANKS = 2
 Check = Callable[[int, Path], None]
 """What one rank checks; it gets its rank, and a folder that all of them share."""
 
 
-def run(module: str, checks: str, folder: Path) -> list[tuple[str, str]]:
+def run(module: str, checks: str, folder: Path, backend: str = "gloo") -> list[tuple[str, str]]:
     """What was wrong in a module's dictionary of checks: the name of the check, and a rank's traceback. After the first
     check that fails there are no others: the ranks may not be in step any more."""
-    torch.multiprocessing.spawn(_rank, (module, checks, folder), nprocs=RANKS)
+    torch.multiprocessing.spawn(_rank, (module, checks, folder, backend), nprocs=RANKS)
     return [tuple(wrong) for rank in range(RANKS) for wrong in json.loads((folder / f"rank{rank}.json").read_text())]
 
 
-def _rank(rank: int, module: str, checks: str, folder: Path) -> None:
+def _rank(rank: int, module: str, checks: str, folder: Path, backend: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"XDG_CACHE_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{folder / 'store'}",
         rank=rank,
         world_size=RANKS,
@@ -49,6 +53,6 @@ def _rank(rank: int, module: str, checks: str, folder: Path) -> None:
 
 
 def _any_of_all(is_wrong: bool) -> bool:
-    bits = torch.tensor([is_wrong], dtype=torch.int32)
+    bits = torch.tensor([is_wrong], dtype=torch.int32, device=device_of(dist.group.WORLD))  # type: ignore[arg-type]
     dist.all_reduce(bits)
     return bool(bits)

@@ -6,6 +6,8 @@ from burnish.ops._dropout import draw_seed as draw_seed
 from burnish.ops._nested import attention_nested as attention_nested
 from burnish.ops.add_layer_norm import add_layer_norm
 from burnish.ops.add_rms_norm import add_rms_norm
+from burnish.ops.all_reduce_add_layer_norm import all_reduce_add_layer_norm
+from burnish.ops.all_reduce_add_rms_norm import all_reduce_add_rms_norm
 from burnish.ops.append_kv import append_kv
 from burnish.ops.attention import attention
 from burnish.ops.attention_backward import attention_backward
@@ -49,6 +51,8 @@ from burnish.ops.varlen_attention_with_logsumexp import varlen_attention_with_lo
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "all_reduce_add_layer_norm",
+    "all_reduce_add_rms_norm",
     "append_kv",
     "attention",
     "attention_backward",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from burnish.parallel.loading import load_sharded
     from burnish.parallel.plan import STYLES
     from burnish.parallel.shard import Shard, full_state_dict, shard_parameter
+    from burnish.parallel.symmetric import set_up_symmetric_memory
 
 # Loaded on first use: who optimizes a model on one device needs none of them.
 _HOME = {
@@ -26,6 +27,7 @@ _HOME = {
     "missing_syncs": "hooks",
     "own_slice": "collectives",
     "reduce_scatter": "collectives",
+    "set_up_symmetric_memory": "symmetric",
     "shard_parameter": "shard",
     "sync": "hooks",
     "tensor_parallel": "divide",
@@ -43,6 +45,7 @@ __all__ = [
     "missing_syncs",
     "own_slice",
     "reduce_scatter",
+    "set_up_symmetric_memory",
     "shard_parameter",
     "sync",
     "tensor_parallel",

@@ -1,12 +1,16 @@
-"""Collectives in captured graphs: which groups they are of, and which of them inference has no use for."""
+"""Collectives in captured graphs and in Ops: which groups they are of, and which of them inference has no use for."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-_NAMESPACES = ("burnish_parallel", "_c10d_functional", "_c10d_functional_autograd")
+if TYPE_CHECKING:
+    from burnish.op import Op
+
+_NAMESPACES = ("burnish_parallel", "burnish", "_c10d_functional", "_c10d_functional_autograd")
 
 
 def group_names(graph: fx.Graph) -> list[str]:
@@ -22,7 +26,7 @@ def _groups_of(node: fx.Node) -> list[str]:
     parameters = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     given: dict[str, Any] = dict(zip(parameters, node.args, strict=False)) | node.kwargs
     group = given.get("group_name")
-    return [] if group is None else [getattr(group, "group_name", group)]
+    return [getattr(group, "group_name", group)] if group else []
 
 
 def has_copies(graph: fx.Graph) -> bool:
@@ -41,6 +45,14 @@ def drop_copies(graph_module: fx.GraphModule) -> None:
 def is_all_reduce(node: fx.Node) -> bool:
     """Whether it sums a tensor over the ranks."""
     return str(node.target) == "burnish_parallel.all_reduce.default"
+
+
+def group_of_call(op: Op, args: Sequence[Any]) -> str:
+    """The group with whose other ranks an Op exchanges something in this call, with every argument given; "" for
+    none. All of them run such a call, or none does."""
+    names = list(op.signature.parameters)
+    group: str = args[names.index("group_name")] if "group_name" in names else ""
+    return group
 
 
 def _is_copy(node: fx.Node) -> bool:

@@ -38,6 +38,40 @@ def add_rms_norm(
     return rms_norm(total, weight, eps), total if keep_sum else total.new_empty(0)
 
 
+def all_reduce_add_layer_norm(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    group_name: str,
+    keep_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    return add_layer_norm(_of_all_ranks(x, bias, group_name), residual, norm_weight, norm_bias, eps, keep_sum)
+
+
+def all_reduce_add_rms_norm(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    group_name: str,
+    keep_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    return add_rms_norm(_of_all_ranks(x, bias, group_name), residual, norm_weight, eps, keep_sum)
+
+
+def _of_all_ranks(x: Tensor, bias: Tensor | None, group_name: str) -> Tensor:
+    """The sum over the ranks, "" for this one alone, and the bias."""
+    if group_name:
+        from burnish.parallel import all_reduce
+
+        x = all_reduce(x, group_name)
+    return x if bias is None else x + bias
+
+
 def layer_norm_backward(
     grad: Tensor,
     x: Tensor,

@@ -37,6 +37,12 @@ def embedding_backward_arguments(tokens: int, width: int, entries: int) -> Maker
     return arguments
 
 
+def sum_over_ranks(rows: int, n: int, dtype: torch.dtype) -> Arguments:
+    """A branch's end without a bias, of a process by itself."""
+    x, residual, weight = tensors((1, rows, n), (1, rows, n), (n,))(dtype)
+    return x, None, residual, weight, 1e-6
+
+
 def branch_end(rows: int, k: int, n: int, dtype: torch.dtype) -> Arguments:
     x, weight, residual, scale = tensors((1, rows, k), (n, k), (1, rows, n), (n,))(dtype)
     return x, weight, None, residual, scale

@@ -57,6 +57,10 @@ SIZED: dict[str, Sized] = {
     "add_layer_norm": _tokens(lambda a, n: inputs.tensors((1, n, a.width), (1, n, a.width), (a.width,), (a.width,))),
     "rms_norm": _tokens(lambda a, n: inputs.tensors((1, n, a.width), (a.width,))),
     "add_rms_norm": _tokens(lambda a, n: inputs.tensors((1, n, a.width), (1, n, a.width), (a.width,))),
+    "all_reduce_add_layer_norm": _tokens(
+        lambda a, n: inputs.tensors((1, n, a.width), (a.width,), (1, n, a.width), (a.width,), (a.width,))
+    ),
+    "all_reduce_add_rms_norm": _tokens(lambda a, n: lambda dtype: inputs.sum_over_ranks(n, a.width, dtype)),
     "layer_norm_backward": _tokens(lambda a, n: inputs.norm_backward_arguments(1, n, a.width, bias=True)),
     "rms_norm_backward": _tokens(lambda a, n: inputs.norm_backward_arguments(1, n, a.width, bias=False)),
     "linear": _tokens(lambda a, n: inputs.linear_arguments(n, a.width, a.inner, "gelu")),

@@ -2,6 +2,7 @@
 
 from burnish.graph.trace import clean
 from burnish.rewrites.fuse import FUSE as _FUSE
+from burnish.rewrites.fuse_all_reduce import fuse_all_reduce_add_norm
 from burnish.rewrites.fuse_append import fuse_rope_append
 from burnish.rewrites.fuse_cross_entropy import fuse_linear_cross_entropy
 from burnish.rewrites.fuse_embedding import fuse_token_embedding
@@ -25,6 +26,7 @@ RAISE: list[Rewrite | GraphPass] = [*LINEAR, *NORM, *ROPE, *ROPE_TABLES, *ATTENT
 FUSE: list[Rewrite | GraphPass] = [
     GraphPass("linear_cross_entropy", fuse_linear_cross_entropy),  # before a norm takes the product
     *_FUSE,
+    GraphPass("all_reduce_add_norm", fuse_all_reduce_add_norm),
     GraphPass("rope_append", fuse_rope_append),
     GraphPass("linear_rope_append", fuse_linear_rope_append),
     GraphPass("norm prologue", fuse_norm_prologue),  # products that rotate have gone before, and stay

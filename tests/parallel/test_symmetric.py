@@ -1,0 +1,99 @@
+"""When GPUs can exchange rows by memory that they share, and what is said where they cannot."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from burnish.parallel import set_up_symmetric_memory, symmetric
+from burnish.parallel.group import named
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+WORLD = "0"
+
+
+def start() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    start()
+    yield
+    dist.destroy_process_group()
+
+
+def put(device: torch.device, ranks: int = 2, rank: int = 0) -> symmetric.Room:
+    """A room of the group of all processes, as if it had been set up."""
+    capacity = symmetric.capacity_of(ranks)
+    words = torch.empty(2, ranks, capacity, dtype=torch.int64, device="meta")
+    room = symmetric.Room(words, torch.zeros(ranks), torch.zeros(2), rank)
+    symmetric._rooms[WORLD, device] = weakref.ref(named(WORLD)), room
+    return room
+
+
+def test_nothing_is_set_up_by_asking(alone: None) -> None:
+    assert symmetric.find(WORLD, GPU) is None
+    (reason,) = symmetric.why_not(WORLD, GPU, 1, 8192)
+    assert "no symmetric memory is set up for the group" in reason
+    assert symmetric.why_not("", GPU, 1, 8192) == ["this process is alone: there is nothing to exchange"]
+
+
+def test_where_it_cannot_be_it_is_said_and_remembered(alone: None) -> None:
+    reason = "symmetric memory is for CUDA devices, not for cpu"
+    assert set_up_symmetric_memory() == reason
+    assert symmetric.why_not(WORLD, CPU, 1, 8192) == [reason]
+    assert symmetric.set_up(WORLD, GPU) == "the group's backend is gloo, not nccl: its processes may share a GPU"
+    assert symmetric.find(WORLD, GPU) is None
+
+
+def test_what_does_not_fit(alone: None) -> None:
+    room = put(GPU)
+    assert symmetric.find(WORLD, GPU) is room
+    assert symmetric.set_up(WORLD, GPU) is None
+    assert symmetric.why_not(WORLD, GPU, 64, 8192) == []
+    assert symmetric.why_not(WORLD, GPU, 65, 8192) == [
+        "532480 bytes are more than the 524288 up to which each rank sends all that it has to each of 1"
+    ]
+    assert symmetric.why_not(WORLD, GPU, 129, 66) == [
+        "there are 129 rows; up to 128 programs wait for each other at the same time",
+        "rows of 66 bytes are no multiple of 4",
+    ]
+    assert symmetric.why_not(WORLD, GPU, 8, 8192) == []
+    (reason,) = symmetric.why_not(WORLD, GPU, 1, 65536)
+    assert reason == "rows of 65536 bytes do not fit a program's registers; 16384 do"
+    put(GPU, ranks=8)
+    (reason,) = symmetric.why_not(WORLD, GPU, 10, 8192)
+    assert "81920 bytes are more than the 74880 up to which" in reason
+
+
+def test_it_goes_with_the_group(alone: None) -> None:
+    put(GPU)
+    dist.destroy_process_group()
+    assert symmetric.find(WORLD, GPU) is None
+    start()
+    put(GPU)
+    dist.destroy_process_group()
+    start()
+    assert symmetric.find(WORLD, GPU) is None, "another group has the name now"
+
+
+def test_without_processes_to_share_with() -> None:
+    with pytest.raises(RuntimeError, match=r"torch\.distributed is not initialized"):
+        set_up_symmetric_memory()
+
+
+def test_multicast_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before in (None, "0"):
+        if before is None:
+            monkeypatch.delenv(symmetric._NO_MULTICAST, raising=False)
+        else:
+            monkeypatch.setenv(symmetric._NO_MULTICAST, before)
+        with symmetric._without_multicast():
+            assert os.environ[symmetric._NO_MULTICAST] == "1"
+        assert os.environ.get(symmetric._NO_MULTICAST) == before
