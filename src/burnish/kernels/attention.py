@@ -210,7 +210,7 @@ def attention_forward(
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     (batch, heads, lq, d), (_, key_heads, lk, dv) = q.shape, v.shape
     if config is None:
-        config = configs_for(q, k, v, bias, key_padding_mask, dropout_p > 0)[0]
+        config = configs_for(q, k, v, bias, key_padding_mask, training, dropout_p > 0)[0]
     logsumexp = torch.empty((batch, heads, lq), dtype=torch.float32, device=q.device) if training else None
     out = torch.empty((batch, lq, heads, dv), dtype=q.dtype, device=q.device)
     scale = d**-0.5 if scale is None else scale

@@ -30,21 +30,22 @@ _Table = dict[int, list[_Blocks]]  # by the width of a head
 
 # What compiles without spilling for sm_80, 90 and 100, by the most that its inputs may ask for. dk and dv take 128 of a
 # thread's 255 registers at 128 keys of 128 columns, 8 warps; with 64 queries at a time 104 bytes spill there. A bias of
-# all pairs and dropout each want a tile more (SHORT of registers).
+# all pairs and dropout each want a tile more (SHORT of registers). Where both meet, with padding, up to 32 bytes spill.
 _KEYS: _Table = {
     64: [(64, 128, 8, 2, 1), (32, 64, 8, 2, 0), (32, 128, 8, 2, 1)],
     128: [(32, 128, 8, 2, 1), (32, 64, 8, 2, 0), (32, 128, 8, 3, 1)],
     256: [(32, 32, 8, 1, 0)],
 }
 _KEYS_SHORT: _Table = {64: [(32, 64, 8, 2, 0)], 128: [(32, 32, 4, 2, 0)], 256: [(32, 32, 8, 1, 0)]}
-_KEYS_FLOAT32: _Table = {64: [(16, 32, 8, 1, 0)], 128: [(16, 16, 8, 1, 0)]}
+_KEYS_ELSEWHERE: _Table = {64: [(32, 32, 4, 2, 0)], 128: [(32, 32, 4, 2, 0)], 256: [(32, 32, 8, 1, 0)]}
+_KEYS_FLOAT32: _Table = {32: [(16, 16, 8, 2, 0)], 64: [(16, 32, 8, 2, 0)], 128: [(16, 16, 8, 2, 0)]}
 _QUERIES: _Table = {
     64: [(128, 64, 8, 2, 1), (64, 64, 4, 2, 0), (128, 128, 8, 2, 1)],
     128: [(128, 64, 8, 2, 1), (64, 32, 4, 2, 0), (64, 64, 8, 2, 1)],
     256: [(32, 32, 8, 1, 0)],
 }
 _QUERIES_SHORT: _Table = {64: [(64, 32, 4, 2, 0)], 128: [(64, 32, 8, 2, 0)], 256: [(32, 32, 8, 1, 0)]}
-_QUERIES_FLOAT32: _Table = {64: [(32, 32, 8, 1, 0)], 128: [(32, 32, 8, 1, 0)]}
+_QUERIES_FLOAT32: _Table = {128: [(32, 32, 8, 2, 0)]}
 _BIAS: _Table = {64: [(32, 32, 4, 1, 0)], 128: [(32, 32, 4, 1, 0)], 256: [(32, 32, 8, 1, 0)]}
 
 
@@ -53,11 +54,12 @@ def backward_configs_for(
 ) -> list[BackwardConfig]:
     """How `attention_backward` may be run on these inputs, the most promising first."""
     width = max(padded(q.shape[3]), padded(v.shape[3]))
-    tables = (_KEYS, _QUERIES)
+    major = target_of(q).capability[0]
+    tables = (_KEYS_ELSEWHERE if major >= 10 else _KEYS, _QUERIES)
     if q.dtype == torch.float32:
         tables = (_KEYS_FLOAT32, _QUERIES_FLOAT32)
     elif dropout or not is_by_key(bias):
-        tables = (_KEYS_SHORT, _QUERIES_SHORT)
+        tables = (_KEYS_SHORT if major == 9 else _KEYS_ELSEWHERE, _QUERIES_SHORT)
     tma = target_of(q).tma
     keys, queries = (
         [b for b in _of_width(table, width) if not b[4] or (tma and all(map(is_describable, read)))]

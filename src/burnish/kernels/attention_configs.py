@@ -45,7 +45,7 @@ _DESCRIBED: dict[int, list[_Blocks]] = {
     256: [(128, 64, 8, 2), (64, 32, 4, 2)],
     512: [(64, 32, 4, 3, 2), (64, 32, 4, 2, 2)],
 }
-# A bias with an entry for each pair takes registers and shared memory for a tile.
+# A bias with an entry for each pair takes registers and shared memory for a tile; dropout takes registers as well.
 _SHORT_BIASED: dict[int, list[_Blocks]] = {
     64: [(16, 64, 4, 2), (32, 64, 4, 2), (64, 64, 4, 2)],
     128: [(16, 64, 4, 2), (32, 64, 4, 2), (64, 32, 4, 2)],
@@ -69,6 +69,12 @@ _FLOAT32: dict[int, list[_Blocks]] = {
     128: [(32, 32, 8, 1), (16, 32, 4, 2)],
     256: [(32, 32, 8, 1)],
 }
+# 8 bytes of the others are on the stack where the logsumexp is stored, or weights are dropped.
+_FLOAT32_IN_TRAINING: dict[int, list[_Blocks]] = {
+    64: [(16, 32, 4, 1)],
+    128: [(16, 32, 4, 2)],
+    256: [(32, 32, 8, 1)],
+}
 
 
 def configs_for(
@@ -77,6 +83,7 @@ def configs_for(
     v: Tensor,
     bias: Tensor | None,
     key_padding_mask: Tensor | None,
+    training: bool = False,
     dropout: bool = False,
 ) -> list[Config]:
     """How `attention_forward` may be run on these inputs, the most promising first."""
@@ -91,6 +98,8 @@ def configs_for(
         None if bias is None or is_by_key(bias) else bias.dtype,
         target.tma and is_describable(k) and is_describable(v),
         target,
+        training,
+        dropout,
     )
 
 
@@ -119,6 +128,8 @@ def _configs(
     bias: torch.dtype | None,
     tma: bool,
     target: Target,
+    training: bool,
+    dropout: bool,
 ) -> list[Config]:
     """Configs for `heads` heads in all of lq queries and lk keys; d and dv are a head's padded dimensions.
 
@@ -126,12 +137,12 @@ def _configs(
     """
     few = heads * -(-lq // 64) < 2 * target.num_sms
     short = few or lq <= 16
-    if bias is None:
+    if bias is None and not dropout:
         pointers, descriptors = (_SHORT, _SHORT_DESCRIBED) if short else (_LONG, _DESCRIBED)
     else:
         pointers, descriptors = (_SHORT_BIASED if short else _BIASED), _BIASED_DESCRIBED
     if dtype == torch.float32:
-        pointers, tma = _FLOAT32, False
+        pointers, tma = _FLOAT32_IN_TRAINING if training or dropout else _FLOAT32, False
     width = max(d, dv)
     pointed = _of_width(pointers, width)
     if bias == torch.bool and short and width <= 64:

@@ -59,7 +59,7 @@ def _triton_configs(*args: Any) -> Sequence[Any]:
     from burnish.kernels.attention_configs import configs_for
 
     q, k, v, bias, key_padding_mask, *_ = args
-    return configs_for(q, k, v, bias, key_padding_mask, dropout=args[8] > 0)
+    return configs_for(q, k, v, bias, key_padding_mask, training=True, dropout=args[8] > 0)
 
 
 # In the order in which they are tried on a GPU: there cuDNN's is the fastest, up to 1.8 times as fast as flash (H200).
