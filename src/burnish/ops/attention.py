@@ -99,7 +99,7 @@ def _triton_configs(
 ) -> Sequence[Any]:
     from burnish.kernels.attention_configs import configs_for
 
-    return configs_for(q, k, v, bias, key_padding_mask, dropout_p > 0)
+    return configs_for(q, k, v, bias, key_padding_mask, dropout=dropout_p > 0)
 
 
 attention.impl("torch_flash_float32", why_not=_attention_cpu.flash_float32_why_not)(_attention_cpu.torch_flash_float32)
