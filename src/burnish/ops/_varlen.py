@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from burnish.numerics import randn
 from burnish.op import Sample
 from burnish.ops._attention_cpu import torch_flash as flash_on_cpu
+from burnish.ops._attention_training import deterministic
 from burnish.ops._common import HALF_TYPES, check_floating, check_same_dtype, wide
 from burnish.ops._masks import additive_mask, allowed_pairs, attended_pairs
 from burnish.ops._triton import triton_why_not
@@ -238,16 +239,12 @@ def flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """FlashAttention-2's backward pass, on CUDA, in its form that adds dq up in a fixed order."""
     starts_q, starts_k, most_q, most_k = bounds(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    state = torch.empty(2, dtype=torch.uint64, device=q.device)  # of random numbers, which there are none of
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch._C._set_deterministic_algorithms(True, warn_only=True)  # else atomics add up dq, in any order
-    try:
+    nothing = q.new_empty((), dtype=torch.int64)  # where random numbers would have started
+    with deterministic():  # else atomics add up dq, in any order
         dq, dk, dv = torch.ops.aten._flash_attention_backward.default(
-            grad.contiguous(), q, k, v, out, logsumexp, starts_q, starts_k, most_q, most_k, 0.0, is_causal, state,
-            state[:0], scale=scale, **_sides(is_causal, window),
+            grad.contiguous(), q, k, v, out, logsumexp, starts_q, starts_k, most_q, most_k, 0.0, is_causal, nothing,
+            nothing, scale=scale, **_sides(is_causal, window),
         )  # fmt: skip
-    finally:
-        torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
     return dq, dk, dv
 
 
