@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from burnish._files import write_text
 from burnish.hardware import device
@@ -45,7 +44,7 @@ def compare(path: Path, runs: Mapping[str, Run], command: str) -> None:
             "tokens_per_s": round(run.options.batch * run.options.context / median_seconds(run)),
             "prepared_s": round(run.prepared_s, 1),
             "peak_mib": None if run.peak_mib is None else round(run.peak_mib),
-            "threads": torch.get_num_threads(),
+            "load": round(os.getloadavg()[0], 1),  # much above the threads: others took their time from these steps
             "losses": run.losses,
             "held_out": run.held_out,
             "device": info.label,

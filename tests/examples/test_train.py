@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 
 from burnish.numerics import assert_close
 from examples import train_nanogpt
-from examples.checkpoints import RECORD, TOKENIZER, load
-from examples.comparing import LOSSES, PICTURE, compare
+from examples.checkpoints import RECORD, TOKENIZER, Run, load
+from examples.comparing import LOSSES, PICTURE, compare, draw
 from examples.gpt import GPT, PRESETS
 from examples.options import HOW, Options
 from examples.text import SHIPPED, Tokens, draw_batch, load_tokenizer, read_text, train_tokenizer
@@ -173,6 +173,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     run(folder)
     return folder
+
+
+def test_the_first_call_changes_nothing(tokenizer: Tokenizer) -> None:
+    torch.manual_seed(OPTIONS.seed)
+    model = GPT(OPTIONS.config)
+    drawn = torch.get_rng_state()
+    trainer = Trainer(Run(OPTIONS, ""), Tokens.of(TEXT, tokenizer))
+    assert torch.equal(torch.get_rng_state(), drawn)
+    pairs = zip(trainer.model.parameters(), model.parameters(), strict=True)
+    assert all(mine.grad is None and torch.equal(mine, other) for mine, other in pairs)
+    assert trainer.run.step == 0
 
 
 @pytest.mark.parametrize("how", ["eager", "optimize", pytest.param("burnish", marks=pytest.mark.slow)])
@@ -383,3 +394,24 @@ def test_runs_of_different_options_are_not_compared(finished: Path, tmp_path: Pa
     other.options = replace(OPTIONS, how="optimize", lr=0.5)
     with pytest.raises(ValueError, match="optimize: its run was asked for something else"):
         compare(tmp_path / LOSSES, {"eager": one, "optimize": other}, "")
+
+
+# --- what the docs show ---
+
+
+def test_the_picture_in_the_docs_is_drawn_from_the_results(tmp_path: Path) -> None:
+    (results,) = (ROOT / "benchmarks" / "results").glob(f"amd-*/{LOSSES}")
+    draw(results, tmp_path / PICTURE)
+    shown, drawn = (
+        re.findall(r">([^<]+)</text>|<!-- (.+) -->", path.read_text(encoding="utf-8"))
+        for path in (ROOT / "docs" / "images" / PICTURE, tmp_path / PICTURE)
+    )
+    assert shown == drawn
+
+
+def test_the_losses_in_the_docs_are_as_close_as_torch_compiles() -> None:
+    (results,) = (ROOT / "benchmarks" / "results").glob(f"amd-*/{LOSSES}")
+    records = {record["variant"]: record for record in json.loads(results.read_text())}
+    eager = records["eager"]["losses"]
+    apart = {how: max(abs(a - b) for a, b in zip(r["losses"], eager, strict=True)) for how, r in records.items()}
+    assert apart["burnish"] <= 2 * apart["compile"]
