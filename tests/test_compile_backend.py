@@ -139,7 +139,7 @@ def test_settings_reach_inductor(
     given: list[Any] = []
 
     def compile_fx(
-        graph_module: fx.GraphModule, inputs: list[Any], inner_compile: Any, config_patches: Any = None
+        graph_module: fx.GraphModule, inputs: list[Any], config_patches: Any = None, **rest: Any
     ) -> fx.GraphModule:
         given.append((ops_in(graph_module), config_patches))
         return graph_module

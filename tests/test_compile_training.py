@@ -11,9 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._functorch.aot_autograd import aot_function
+from torch._inductor.decomposition import select_decomp_table
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from burnish import compile_backend
+from burnish import compile_backend, ops
 from burnish.compile_choices import choose_impls
 from burnish.lower import op_of
 from burnish.numerics import assert_close
@@ -126,11 +128,11 @@ def test_under_activation_checkpointing(compiled: Compiled, context: dict[str, A
 
 def test_impls_that_are_asked_for(compiled: Compiled) -> None:
     model = zoo.seeded(Loss())
-    options: dict[str, Any] = {"burnish.impls": {"layer_norm": "reference"}, "burnish.cache": "off"}
+    options: dict[str, Any] = {"burnish.impls": {"attention": "reference"}, "burnish.cache": "off"}
     run = torch.compile(model, backend="burnish", options=options)
     check_gradients(run, model, token_ids(2, 8, 50))
-    assert ("layer_norm", "reference") in compiled.impls
-    assert {impl for name, impl in compiled.impls if name == "layer_norm"} == {"reference"}
+    parts = {(name, impl) for name, impl in compiled.impls if name.startswith("attention")}
+    assert parts == {("attention_with_logsumexp", "reference"), ("attention_backward", "reference")}
 
 
 @pytest.mark.parametrize(
@@ -157,3 +159,34 @@ def test_what_cannot_be_rewritten_goes_to_inductor(compiled: Compiled, monkeypat
     run = torch.compile(model, backend="burnish")
     with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="goes to Inductor as it is: no"):
         assert torch.equal(run(x), model(x))
+
+
+def test_a_norm_reads_gradients_as_they_come() -> None:
+    """Its forward pass is Inductor's; its backward pass, an Op, needs no cast of a gradient to float32."""
+    graphs: list[fx.GraphModule] = []
+
+    def note(graph_module: fx.GraphModule, example_inputs: Any) -> fx.GraphModule:
+        choose_impls(graph_module, Tuner("off"))
+        graphs.append(graph_module)
+        return graph_module
+
+    def fn(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        return (ops.rms_norm(x, w, 1e-5).bfloat16() @ v).float().sum()
+
+    x, w, v = torch.randn(8, 32), torch.randn(32), torch.randn(32, 16).bfloat16()
+    decompositions = select_decomp_table()
+    run = aot_function(fn, fw_compiler=note, bw_compiler=note, decompositions=decompositions)
+    found = []
+    for each in (run, fn):
+        inputs = [t.detach().clone().requires_grad_() for t in (x, w, v)]
+        found.append(torch.autograd.grad(each(*inputs), inputs))
+    exact = [t.detach().double().requires_grad_() for t in (x, w, v)]
+    value = (ops.rms_norm(*exact[:2], 1e-5) @ exact[2]).sum()
+    assert_close(list(found[0]), list(found[1]), list(torch.autograd.grad(value, exact)))
+    forward, backward = ([op_of(n.target) for n in g.graph.nodes if n.op == "call_function"] for g in graphs)
+    assert not any(forward)
+    assert ops.rms_norm_backward in backward
+    (node,) = [n for n in graphs[1].graph.nodes if n.target is ops.rms_norm_backward.overload]
+    assert node.args[0].meta["val"].dtype == torch.bfloat16
+    assert node.args[1].meta["val"].dtype == torch.float32
+    assert node.kwargs["impl"] == "torch"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._functorch import config as functorch_config
 
 from burnish.compile_choices import choose_impls
@@ -24,6 +24,7 @@ from burnish.compile_trace import regions, trace_for_compile
 from burnish.graph.autocast import without_autocast
 from burnish.graph.trace import clean
 from burnish.op import find_impl
+from burnish.ops import embedding_backward
 from burnish.record import StepRecord
 from burnish.rewrites import FUSE, RAISE, GraphPass, Rewrite, apply
 from burnish.tuning import Tuner
@@ -59,8 +60,13 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **optio
         return compile_fx_inner(graph_module, example_inputs, **rest)
 
     def compile_with(graph_module: fx.GraphModule) -> Any:
-        inner = functools.wraps(compile_fx_inner)(compile_inner)
-        return compile_fx(graph_module, list(example_inputs), inner_compile=inner, config_patches=given or None)
+        return compile_fx(
+            graph_module,
+            list(example_inputs),
+            inner_compile=functools.wraps(compile_fx_inner)(compile_inner),
+            config_patches=given or None,
+            decompositions=_decompositions(),
+        )
 
     # AOTAutograd's cache knows nothing of the Impls; Inductor's own finds their names in the graph.
     with functorch_config.patch(enable_autograd_cache=False):
@@ -71,6 +77,26 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **optio
             return compile_with(graph_module)
         with without_autocast():
             return compile_with(rewritten)
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's, but that the gradients of tables have the same bits in every run: it makes them by atomic additions."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    found = dict(select_decomp_table())
+    theirs = found[torch.ops.aten.embedding_dense_backward.default]
+
+    def in_order(grad: Tensor, ids: Tensor, entries: int, padding_idx: int, scale_grad_by_freq: bool) -> Tensor:
+        if scale_grad_by_freq:
+            result: Tensor = theirs(grad, ids, entries, padding_idx, scale_grad_by_freq)
+            return result
+        table: Tensor = embedding_backward(grad, ids, entries)
+        if padding_idx < 0:
+            return table
+        return table.masked_fill((torch.arange(entries, device=table.device) == padding_idx)[:, None], 0)
+
+    found[torch.ops.aten.embedding_dense_backward.default] = in_order
+    return found
 
 
 def rewrite(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[StepRecord]]:

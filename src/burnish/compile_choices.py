@@ -9,13 +9,19 @@ from torch import Tensor, fx
 
 from burnish.lower import op_of
 from burnish.op import Op
+from burnish.ops._common import HALF_TYPES
 from burnish.tuning import Tuner
 
 _ENDS = "cu_seqlens"
 
 
 def choose_impls(graph_module: fx.GraphModule, tuner: Tuner) -> None:
-    """Tells every Op node which Impl to prefer, in place; measures what is not known yet, each signature once."""
+    """Tells every Op node which Impl to prefer, in place; measures what is not known yet, each signature once.
+
+    First, casts go that an Op makes itself as it reads: under autocast, of a gradient in bfloat16 to the float32 that
+    was normalized.
+    """
+    _drop_widening_casts(graph_module)
     for node in graph_module.graph.nodes:
         op = op_of(node.target) if node.op == "call_function" else None
         if op is None or len(op.impls) == 1:
@@ -27,6 +33,18 @@ def choose_impls(graph_module: fx.GraphModule, tuner: Tuner) -> None:
             node.kwargs = {**node.kwargs, "impl": choice.candidate}
     tuner.save()
     graph_module.recompile()
+
+
+def _drop_widening_casts(graph_module: fx.GraphModule) -> None:
+    for node in graph_module.graph.nodes:
+        op = op_of(node.target) if node.op == "call_function" else None
+        for place in op.widens if op is not None else ():
+            cast = node.args[place] if place < len(node.args) else None
+            if isinstance(cast, fx.Node) and cast.target is torch.ops.prims.convert_element_type.default:
+                source: Any = cast.args[0]
+                if source.meta["val"].dtype in HALF_TYPES and cast.meta["val"].dtype == torch.float32:
+                    node.update_arg(place, source)
+    graph_module.graph.eliminate_dead_code()
 
 
 def _like(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

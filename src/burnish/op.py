@@ -101,6 +101,7 @@ class Op:
         shape: Callable[..., Result] | None = None,
         donates: Mapping[str, int] | None = None,
         follows: str | None = None,
+        widens: Sequence[str] = (),
     ) -> None:
         functools.update_wrapper(self, reference)
         self.name = reference.__name__
@@ -117,6 +118,7 @@ class Op:
         self.donates = {self._names.index(name): result for name, result in (donates or {}).items()}
         self._required = sum(default is inspect.Parameter.empty for default in self._defaults)
         self.follows = follows
+        self.widens = tuple(self._names.index(name) for name in widens)  # positions of what is read in a wide dtype
         self.training: Callable[..., Result] | None = None  # where gradients are wanted; see `burnish.autograd`
         self._parts: Callable[..., Result] | None = None
         self._with_backward: dict[str, Callable[..., Result]] = {}
@@ -368,6 +370,7 @@ def op(
     shape: Callable[..., Result] | None = None,
     donates: Mapping[str, int] | None = None,
     follows: str | None = None,
+    widens: Sequence[str] = (),
 ) -> Callable[[Callable[..., Result]], Op]:
     """Turn the decorated reference into an Op of the same name and register it. ValueError for a name that is taken.
 
@@ -376,15 +379,15 @@ def op(
     ms, in each layer of a model). `donates` names arguments of which a result is a changed copy, each with that
     result's position: who has no further use for such an argument may have it changed in place (`Impl.in_place`); the
     Op itself writes to none. `follows` names an Op of which this one is a part in training: `use()` of an Impl of that
-    one chooses this one's of the same name. The reference is fully annotated; it returns fresh memory, contiguous
-    unless its docstring says otherwise.
+    one chooses this one's of the same name. `widens` names arguments of which a wider copy would change nothing. The
+    reference is fully annotated; it returns fresh memory, contiguous unless its docstring says otherwise.
     """
 
     def register(reference: Callable[..., Result]) -> Op:
         name = reference.__name__
         if name in OPS:
             raise ValueError(f"an Op named {name!r} is registered already; choose another name")
-        OPS[name] = Op(reference, cost, samples, check, shape, donates, follows)
+        OPS[name] = Op(reference, cost, samples, check, shape, donates, follows, widens)
         return OPS[name]
 
     return register

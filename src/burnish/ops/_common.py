@@ -45,3 +45,8 @@ def not_same_dtype(name: str, tensor: Tensor | None, like_name: str, like: Tenso
     if tensor is None or tensor.dtype == like.dtype:
         return []
     return [f"{name} is {tensor.dtype} where {like_name} is {like.dtype}"]
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether a graph is being recorded (torch.compile, torch.export) rather than a result computed."""
+    return type(x) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0

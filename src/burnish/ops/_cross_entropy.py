@@ -13,7 +13,7 @@ from torch import Tensor
 
 from burnish.numerics import randn
 from burnish.op import Sample
-from burnish.ops._common import check_floating, wide
+from burnish.ops._common import check_floating, is_traced, wide
 
 REDUCTIONS = ("mean", "sum", "none")
 # Rows that are taken at once, in float32: what is made beside the results. 512 x 50257 on one core of a CPU: 380 ms in
@@ -226,11 +226,6 @@ def gradient_at_backward(x: Tensor) -> bool:
     torch.amp.GradScaler prevents by a large gradient of the loss: that has to be known before the gradient is rounded.
     """
     return x.dtype == torch.float16
-
-
-def is_traced(x: Tensor) -> bool:
-    """Whether a graph is being recorded (torch.compile, torch.export) rather than a result computed."""
-    return type(x) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0
 
 
 def may_overwrite(gradient: Tensor) -> bool:

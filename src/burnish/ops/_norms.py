@@ -21,13 +21,14 @@ def check_like_x(x: Tensor, **others: Tensor | None) -> None:
     for name, other in others.items():
         if other is None:
             continue
+        check_floating(name, other)
         if other.shape != x.shape:
             raise ValueError(f"{name} has shape {tuple(other.shape)}; it must be x's, {tuple(x.shape)}")
-        check_same_dtype(name, other, "x", x)
 
 
 def check_residual(x: Tensor, residual: Tensor) -> None:
     check_like_x(x, residual=residual)
+    check_same_dtype("residual", residual, "x", x)
 
 
 def empty_contiguous(x: Tensor) -> Tensor:

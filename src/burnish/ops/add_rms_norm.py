@@ -12,7 +12,7 @@ from torch import Tensor
 from burnish.autograd import Gradients, Saved
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
-from burnish.ops._common import nbytes, not_on_cpu, not_same_dtype
+from burnish.ops._common import is_traced, nbytes, not_on_cpu, not_same_dtype
 from burnish.ops._norms import check_norm, check_residual, empty_contiguous, rms_norm_by_vector_norm, rms_norm_reference
 from burnish.ops._triton_norms import triton_norm_configs, triton_norm_why_not
 from burnish.ops.rms_norm_backward import rms_norm_backward
@@ -118,8 +118,10 @@ def _triton(
 def _forward(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, keep_sum: bool
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
-    """Keeps of x and residual their sum alone, with which the model goes on anyway."""
-    normed, total = add_rms_norm(x, residual, weight, eps)
+    """Keeps of x and residual their sum alone, with which the model goes on anyway. In a recorded graph it is PyTorch's
+    operators: see `layer_norm`."""
+    run = add_rms_norm.reference if is_traced(x) else add_rms_norm
+    normed, total = run(x, residual, weight, eps)
     return (normed, total if keep_sum else total.new_empty(0)), (total, weight)
 
 

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from burnish.autograd import Gradients, Saved
 from burnish.op import Cost, Sample, op
-from burnish.ops._common import check_floating, nbytes, wide
+from burnish.ops._common import check_floating, is_traced, nbytes, wide
 from burnish.ops._cross_entropy import (
     Options,
     check_target,
     gradient_at_backward,
-    is_traced,
     logits_samples,
     loss_reference,
     mean_share,

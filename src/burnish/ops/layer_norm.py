@@ -12,7 +12,7 @@ from torch import Tensor
 from burnish.autograd import Gradients, Saved
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
-from burnish.ops._common import nbytes
+from burnish.ops._common import is_traced, nbytes
 from burnish.ops._norms import check_norm, empty_contiguous, layer_norm_reference, not_mixed_layer_norm
 from burnish.ops._triton_norms import triton_norm_configs, triton_norm_why_not
 from burnish.ops.layer_norm_backward import layer_norm_backward
@@ -91,8 +91,10 @@ def _triton(
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Keeps no statistics: the backward pass has whole rows in registers and works them out again."""
-    return layer_norm(x, weight, bias, eps), (x, weight, bias)
+    """Keeps no statistics: the backward pass has whole rows in registers and works them out again. In a recorded graph
+    it is PyTorch's operators, which Inductor fuses with the additions and casts around them."""
+    run = layer_norm.reference if is_traced(x) else layer_norm
+    return run(x, weight, bias, eps), (x, weight, bias)
 
 
 def _backward(saved: Saved, grad: Tensor | None) -> Gradients:

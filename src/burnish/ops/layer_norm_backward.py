@@ -77,6 +77,8 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("transposed", (transposed, tensor(5, 3, 768, seed=19), weight, bias, 1e-5, transposed))
     rows = tensor(5, 1536, seed=20)[:, 512:1280]
     yield Sample("strided", (rows, tensor(1, 768, seed=21).expand(5, 768), weight, bias, 1e-5))
+    mixed = tensor(19, 768, seed=23).bfloat16(), tensor(19, 768, seed=24), weight, bias, 1e-5
+    yield Sample("gradients of other dtypes", (*mixed, tensor(19, 768, seed=25).float()))
     yield Sample("float32 weights", (tensor(19, 768, seed=22), rows[:1].expand(19, 768), weight.float(), bias, 1e-5))
 
 
@@ -93,7 +95,7 @@ def _shape(
     return empty_contiguous(x), empty_like_asked(weight, weight_grad, x), empty_like_asked(bias, bias_grad, x)
 
 
-@op(cost=_cost, samples=_samples, check=_check, shape=_shape)
+@op(cost=_cost, samples=_samples, check=_check, shape=_shape, widens=("grad", "grad_sum"))
 def layer_norm_backward(
     grad: Tensor,
     x: Tensor,
@@ -110,10 +112,9 @@ def layer_norm_backward(
     values of bias are not read.
     Shapes: grad, x and grad_sum (..., N), dx too, contiguous; weight, bias, dweight and dbias (N,). dweight is empty,
     (0,), where weight is None or without `weight_grad`, and so dbias.
-    Dtypes: grad, x and grad_sum the same floating one, which is dx's; dweight is of weight's and dbias of bias's, which
-    may differ. Computed in float32 (float64 for float64), rounded once. The same inputs give the same bits on the same
-    device.
-    Errors: ValueError for sizes that do not fit, TypeError for dtypes that differ and for integers.
+    Dtypes: all floating, each its own; dx is of x's, dweight of weight's and dbias of bias's. Computed in float32
+    (float64 for float64), rounded once. The same inputs give the same bits on the same device.
+    Errors: ValueError for sizes that do not fit, TypeError for integers.
     Source: the derivative of Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
     """
     dx, dweight, dbias = backward_reference(grad, x, weight, eps, grad_sum, rms=False)
@@ -193,8 +194,9 @@ def _torch(
     values, factor = x, weight
     if x.device.type == "cpu":
         # In half precision it would keep the mean in that, and -20.3 becomes -20.25.
-        grad, values = grad.to(wide(x.dtype)), x.to(wide(x.dtype))
+        values = x.to(wide(x.dtype))
         factor = None if weight is None else weight.to(values.dtype)
+    grad = grad.to(values.dtype)
     _, mean, rstd = torch.native_layer_norm(values, x.shape[-1:], factor, factor, eps)
     of_weight, of_bias = weight is not None and weight_grad, bias is not None and bias_grad
     dx, dweight, dbias = native_layer_norm_backward(grad, values, mean, rstd, factor, (True, of_weight, of_bias))

@@ -12,7 +12,7 @@ from torch import Tensor
 from burnish.autograd import Gradients, Saved
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
-from burnish.ops._common import nbytes, not_on_cpu, not_same_dtype
+from burnish.ops._common import is_traced, nbytes, not_on_cpu, not_same_dtype
 from burnish.ops._norms import check_norm, empty_contiguous, rms_norm_by_vector_norm, rms_norm_reference
 from burnish.ops._triton_norms import triton_norm_configs, triton_norm_why_not
 from burnish.ops.rms_norm_backward import rms_norm_backward
@@ -95,8 +95,9 @@ def _triton(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, confi
 
 
 def _forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Keeps no statistics: the backward pass has whole rows in registers and works them out again."""
-    return rms_norm(x, weight, eps), (x, weight)
+    """Keeps no statistics, and is PyTorch's operators in a recorded graph: see `layer_norm`."""
+    run = rms_norm.reference if is_traced(x) else rms_norm
+    return run(x, weight, eps), (x, weight)
 
 
 def _backward(saved: Saved, grad: Tensor | None) -> Gradients:

@@ -53,6 +53,8 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("transposed", (transposed, tensor(5, 3, 1024, seed=15), weight, 1e-6, transposed))
     rows = tensor(5, 2048, seed=16)[:, 512:1536]
     yield Sample("strided", (rows, tensor(1, 1024, seed=17).expand(5, 1024), weight, 1e-6))
+    mixed = tensor(19, 1024, seed=20).bfloat16(), tensor(19, 1024, seed=21), weight, 1e-6
+    yield Sample("gradients of other dtypes", (*mixed, tensor(19, 1024, seed=22).float()))
     yield Sample("float32 weight", (tensor(19, 1024, seed=18), tensor(19, 1024, seed=19), weight.float(), 1e-6))
 
 
@@ -62,7 +64,7 @@ def _shape(
     return empty_contiguous(x), empty_like_asked(weight, weight_grad, x)
 
 
-@op(cost=_cost, samples=_samples, check=_check, shape=_shape)
+@op(cost=_cost, samples=_samples, check=_check, shape=_shape, widens=("grad", "grad_sum"))
 def rms_norm_backward(
     grad: Tensor,
     x: Tensor,
@@ -76,9 +78,9 @@ def rms_norm_backward(
     `grad_sum` is the gradient of x from elsewhere: after `add_rms_norm`, x is the sum, and it is that of the sum.
     Shapes: grad, x and grad_sum (..., N), dx too, contiguous; weight and dweight (N,). dweight is empty, (0,), where
     weight is None or without `weight_grad`.
-    Dtypes: grad, x and grad_sum the same floating one, which is dx's; dweight is of weight's, which may differ.
-    Computed in float32 (float64 for float64), rounded once. The same inputs give the same bits on the same device.
-    Errors: ValueError for sizes that do not fit, TypeError for dtypes that differ and for integers.
+    Dtypes: all floating, each its own; dx is of x's and dweight of weight's. Computed in float32 (float64 for float64),
+    rounded once. The same inputs give the same bits on the same device.
+    Errors: ValueError for sizes that do not fit, TypeError for integers.
     Source: the derivative of Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
     dx, dweight, _ = backward_reference(grad, x, weight, eps, grad_sum, rms=True)
@@ -136,7 +138,7 @@ def _torch(
     dweight: Tensor | None
     if x.device.type == "cuda":
         wanted = [True, weight is not None and weight_grad]
-        dx, dweight = torch.ops.aten._fused_rms_norm_backward(grad, x, x.shape[-1:], rstd, weight, wanted)
+        dx, dweight = torch.ops.aten._fused_rms_norm_backward(grad.to(x.dtype), x, x.shape[-1:], rstd, weight, wanted)
         dx = dx if grad_sum is None else dx.add_(grad_sum)
         return dx.contiguous(), asked(dweight, weight, weight_grad, x)
     dx, dweight = _through_layer_norm(grad.to(dtype), x.to(dtype), rstd, weight, weight_grad)

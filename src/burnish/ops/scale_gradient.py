@@ -10,8 +10,8 @@ from torch import Tensor
 
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
-from burnish.ops._common import check_floating, nbytes, wide
-from burnish.ops._cross_entropy import is_traced, may_overwrite
+from burnish.ops._common import check_floating, is_traced, nbytes, wide
+from burnish.ops._cross_entropy import may_overwrite
 from burnish.ops._triton import triton_why_not
 
 
