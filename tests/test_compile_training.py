@@ -190,3 +190,19 @@ def test_a_norm_reads_gradients_as_they_come() -> None:
     assert node.args[0].meta["val"].dtype == torch.bfloat16
     assert node.args[1].meta["val"].dtype == torch.float32
     assert node.kwargs["impl"] == "torch"
+
+
+@pytest.mark.parametrize("padding_idx", [None, 1])
+def test_gradients_of_a_table_are_added_in_order(compiled: Compiled, padding_idx: int | None) -> None:
+    model = nn.Embedding(7, 8, padding_idx=padding_idx)
+    run = torch.compile(model, backend="burnish")
+    ids, weights = token_ids(3, 9, 7), torch.randn(3, 9, 8)
+    found = []
+    for each in (run, model):
+        (grad,) = torch.autograd.grad((each(ids) * weights).sum(), model.weight)
+        found.append(grad)
+    exact = torch.zeros(7, 8).double().index_add(0, ids.flatten(), weights.double().flatten(0, 1))
+    if padding_idx is not None:
+        exact[padding_idx] = 0
+    assert_close(*found, exact)
+    assert compiled.ops[-1]["embedding_backward"] == 1

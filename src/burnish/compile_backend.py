@@ -80,7 +80,7 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **optio
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's, but that the gradients of tables have the same bits in every run: it makes them by atomic additions."""
+    """Inductor's, but for the gradients of tables, which it adds up by atomics: other bits in every run."""
     from torch._inductor.decomposition import select_decomp_table
 
     found = dict(select_decomp_table())
