@@ -158,4 +158,4 @@ def rows_by_triton(*args: Any) -> None:
     """As `Rows`, of the memory that `in_chunks` pads."""
     from burnish.kernels.cross_entropy import rows
 
-    rows(*args, None, True)  # config, padded
+    rows(*args, padded=True)  # type: ignore[misc]  # it cannot see how many these are
