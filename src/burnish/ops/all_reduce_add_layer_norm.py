@@ -51,8 +51,8 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
         return randn(*shape, dtype=dtype, device=device, seed=seed)
 
     weight, bias, shift = (tensor(1024, seed=seed) for seed in (2, 3, 4))
-    one = tensor(1, 1, 1024, seed=0), tensor(1, 1, 1024, seed=1)
-    yield Sample("1x1024", (one[0], bias, one[1], weight, shift, 1e-5))
+    one = [tensor(*shape, seed=seed) for seed, shape in enumerate(((1, 1, 2048), (2048,)) * 2)]
+    yield Sample("1x2048", (one[0], one[1], one[2], one[3], one[1], 1e-5))
     yield Sample("no bias", (tensor(5, 1024, seed=5), None, tensor(5, 1024, seed=6), weight, shift))
     vectors = [tensor(33, seed=seed) for seed in (7, 8, 9)]
     yield Sample("odd", (tensor(7, 33, seed=10), vectors[0], tensor(7, 33, seed=11), *vectors[1:]))

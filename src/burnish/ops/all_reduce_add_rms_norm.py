@@ -49,8 +49,8 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
         return randn(*shape, dtype=dtype, device=device, seed=seed)
 
     weight, bias = tensor(1024, seed=2), tensor(1024, seed=3)
-    one = tensor(1, 1, 1024, seed=0), tensor(1, 1, 1024, seed=1)
-    yield Sample("1x1024", (one[0], None, one[1], weight, 1e-5))
+    one = tensor(1, 1, 2048, seed=0), tensor(1, 1, 2048, seed=1)
+    yield Sample("1x2048", (one[0], None, one[1], tensor(2048, seed=16), 1e-5))
     yield Sample("bias", (tensor(5, 1024, seed=4), bias, tensor(5, 1024, seed=5), weight))
     yield Sample("odd", (tensor(7, 33, seed=6), tensor(33, seed=7), tensor(7, 33, seed=8), tensor(33, seed=9)))
     yield Sample("plain", (tensor(2, 16, 1024, seed=10), None, tensor(2, 16, 1024, seed=11)))
