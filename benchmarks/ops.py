@@ -184,6 +184,18 @@ BENCHED: dict[str, tuple[Callable[..., object], dict[str, inputs.Maker]]] = {
             "b1 h12 s512 d64 causal": inputs.attention_backward_arguments(1, 12, 12, 512, 64, causal=True),
         },
     ),
+    "varlen_attention": (
+        eager.varlen_attention,
+        {"t512 h12 d32 causal": inputs.varlen_arguments(12, 12, 512, 32)},
+    ),
+    "varlen_attention_with_logsumexp": (
+        eager.varlen_attention_with_logsumexp,
+        {"t512 h12 d32 causal": inputs.varlen_arguments(12, 12, 512, 32)},
+    ),
+    "varlen_attention_backward": (
+        eager.varlen_attention_backward,
+        {"t512 h12 d32 causal": inputs.varlen_arguments(12, 12, 512, 32, training=True)},
+    ),
     "cached_attention": (
         eager.cached_attention,
         {
