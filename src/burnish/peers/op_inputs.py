@@ -185,8 +185,10 @@ def varlen_arguments(heads: int, kv_heads: int, tokens: int, head_dim: int, trai
         rest = (offsets, None, int(offsets.diff().max()), None, True)
         if not training:
             return q, k, v, *rest
-        out, logsumexp = varlen_attention_with_logsumexp(q, k, v, *rest)
-        return randn(tokens, heads, head_dim, dtype=dtype, seed=9), q, k, v, out, logsumexp, *rest
+        with torch.no_grad():  # exact: eager, which has results of its own, is to find the same gradients
+            out, logsumexp = varlen_attention_with_logsumexp(q.double(), k.double(), v.double(), *rest)
+        grad = randn(tokens, heads, head_dim, dtype=dtype, seed=9)
+        return grad, q, k, v, out.to(dtype), logsumexp.float(), *rest
 
     return arguments
 
