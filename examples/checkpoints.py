@@ -36,7 +36,7 @@ class Run:
         held_out: the loss on text held out, by the number of steps before it.
         seconds: for each stretch of steps, how many steps and how long one took on average.
         prepared_s: seconds of the first call, in which is compiled.
-        peak_mib: the most memory that tensors took on the GPU, None on a CPU.
+        peak_mib: the most memory that tensors took on the GPU during a step, None on a CPU.
     """
 
     options: Options

@@ -7,6 +7,7 @@ python -m examples.train_nanogpt --out runs/compared --how eager --how compile -
 
 from __future__ import annotations
 
+import gc
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -91,6 +92,7 @@ def train_nanogpt(
     runs = {}
     for one, options in asked.items():
         torch.compiler.reset()
+        gc.collect()  # or the run before takes memory yet
         _show(f"[bold]{one}[/bold]")
         runs[one] = _run(out / one, options, typed, read, must_resume=False, may_resume=resumed).run
     compare(out / LOSSES, runs, f"python -m examples.train_nanogpt {shlex.join(sys.argv[1:])}")

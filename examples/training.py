@@ -73,6 +73,9 @@ class Trainer:
     def steps(self, count: int) -> None:
         """Train so many steps; losses and the time of a step go into `run`. ValueError where a loss is not finite."""
         losses = []
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:  # evaluating between steps takes memory for logits
+            torch.cuda.reset_peak_memory_stats(self.device)
         started = time.perf_counter()
         for step in range(self.run.step, self.run.step + count):
             for group in self.optimizer.param_groups:
@@ -88,8 +91,8 @@ class Trainer:
         if not all(map(math.isfinite, found)):
             raise ValueError(f"the loss is {found[-1]} at step {self.run.step + count}: a lower --lr may help")
         self.run.losses += found
-        if self.device.type == "cuda":
-            self.run.peak_mib = torch.cuda.max_memory_allocated(self.device) / 2**20
+        if on_gpu:
+            self.run.peak_mib = max(self.run.peak_mib or 0.0, torch.cuda.max_memory_allocated(self.device) / 2**20)
 
     def evaluate(self) -> None:
         """The loss on text held out, the same windows each time, by the model as it is; into `run`."""
@@ -130,7 +133,6 @@ class Trainer:
         torch.cuda.set_rng_state_all(generators[1])
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
         self.run.prepared_s = time.perf_counter() - started
 
     def _restore(self, tensors: dict[str, Tensor]) -> None:
