@@ -4,6 +4,7 @@ process, and what the others send is there before a rank's turn comes."""
 from __future__ import annotations
 
 from dataclasses import replace
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -155,6 +156,20 @@ def test_calls_take_turns(first: int) -> None:
         xs = [numbers(rows, 48, dtype=BF16, seed=2 * i + r) for r in (0, 1)]
         results = ranks.run(xs, None, residual[:rows], None, None, 1e-5, True, True)
         assert_right(results, xs, None, residual[:rows], (None, None), True)
+
+
+def test_words_of_an_earlier_call_are_waited_out() -> None:
+    ranks, residual = Ranks(2, call=5), numbers(1, 8, dtype=FP16, seed=30)
+    mine, stale, theirs = (numbers(1, 8, dtype=FP16, seed=seed) for seed in (31, 32, 33))
+    room = ranks.rooms[0]
+    ranks.call = 3
+    ranks._deliver(room, 1, stale)
+    ranks.call = 5
+    late = Timer(0.3, ranks._deliver, (room, 1, theirs))
+    late.start()
+    _, total = kernel.all_reduce_add_norm(mine, None, residual, None, None, 1e-5, True, True, room)
+    late.join()
+    assert torch.equal(total, (mine + theirs) + residual)
 
 
 def test_any_strides() -> None:
