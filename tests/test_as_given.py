@@ -32,6 +32,18 @@ def test_only_what_has_changed_is_copied() -> None:
     torch.testing.assert_close(copied(x), model(x))
 
 
+def test_weights_are_stored_again_as_they_were() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+    given, values = AsGiven(model), [weight.detach().clone() for weight in model.parameters()]
+    assert not given.restore()
+    transposed(model[0].weight)
+    model[1].weight = nn.Parameter(torch.zeros(4, 6))  # replaced since: nothing is known of it
+    assert given.restore()
+    assert not given.is_changed
+    assert model[0].weight.stride() == (4, 1)
+    assert torch.equal(model[0].weight, values[0])
+
+
 def test_what_cannot_be_copied_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(4, 6)
     given = AsGiven(model)

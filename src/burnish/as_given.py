@@ -1,4 +1,4 @@
-"""A model with its weights as the user stored them, after packing has stored some of them otherwise."""
+"""A model's weights as the user stored them, after packing has stored some of them otherwise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class AsGiven:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._strides = [weight.stride() for weight in model.parameters()]
+        self._strides = {weight: weight.stride() for weight in model.parameters()}
 
     @property
     def is_changed(self) -> bool:
@@ -40,6 +40,19 @@ class AsGiven:
         except Exception:  # of the user's own attributes: what they raise is no matter here
             return None
 
+    def restore(self) -> bool:
+        """Stores the weights as they were; whether any was stored otherwise.
+
+        The state of an optimizer lies as the weights did at its first step, and PyTorch's fused AdamW on the CPU reads
+        it as if it lay as they do now: it would update the wrong entries, silently (torch 2.13).
+        """
+        changed = [(weight, strides) for weight, strides in self._stored() if weight.stride() != strides]
+        with torch.inference_mode(False), torch.no_grad():
+            for weight, strides in changed:
+                as_it_was = torch.empty_strided(weight.shape, strides, dtype=weight.dtype, device=weight.device)
+                weight.data = as_it_was.copy_(weight.detach())
+        return bool(changed)
+
     def _stored(self) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
-        """The weights and their strides then."""
-        return list(zip(self.model.parameters(), self._strides, strict=True))
+        """The weights that the model had then, and still has, and their strides then."""
+        return [(weight, self._strides[weight]) for weight in self.model.parameters() if weight in self._strides]

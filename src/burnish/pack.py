@@ -43,18 +43,22 @@ class Pack:
 
 
 def pack(
-    graph_module: fx.GraphModule, model: nn.Module, wants_transposed: Callable[[fx.Node], bool]
+    graph_module: fx.GraphModule,
+    model: nn.Module,
+    wants_transposed: Callable[[fx.Node], bool],
+    keeps_layout: bool = False,
 ) -> tuple[list[Pack], StepRecord]:
     """Replaces every `cat` of weights by one packed weight, and stores (K, N) the weights for which `wants_transposed`
     says so.
 
     Args:
         model: owner of the parameters; their `.data` become views.
+        keeps_layout: store no parameter (N, K) that is stored (K, N).
         wants_transposed: asked once for each node that stands for a whole weight matrix which only products read.
     """
     started = time.perf_counter()
     record = StepRecord("pack", nodes_before=len(graph_module.graph.nodes))
-    stored = _store_rows(graph_module, model)
+    stored = 0 if keeps_layout else _store_rows(graph_module, model)
     packs: list[Pack] = []
     misses: list[NearMiss] = []
     done: dict[tuple[str, ...], fx.Node] = {}

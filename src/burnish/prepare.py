@@ -184,7 +184,11 @@ class Packed:
 
 class Preparer:
     """Rewrites (where `rewrites` are given), raises, fuses, quantizes (where `kind` is given) and packs Programs of one
-    model. Remembers how each weight is to be stored, and what was quantized, so that two Programs agree."""
+    model. Remembers how each weight is to be stored, and what was quantized, so that two Programs agree.
+
+    Attributes:
+        keeps_layout: whether no weight may be stored in another order, because the model is trained.
+    """
 
     def __init__(
         self,
@@ -197,6 +201,7 @@ class Preparer:
     ) -> None:
         self.model, self.tuner, self.kind, self.rewrites, self.without = model, tuner, kind, rewrites, without
         self.padding = padding
+        self.keeps_layout = False
         self.quantized = QuantizedWeights(model)
         self._transposed: dict[tuple[str, ...], bool] = {}
 
@@ -263,7 +268,7 @@ class Preparer:
             quantization = self._quantize(program, self.kind)
         packs: list[Pack] = []
         if "pack" not in self.without:
-            packs, record = pack(graph_module, self.model, self._wants_transposed)
+            packs, record = pack(graph_module, self.model, self._wants_transposed, self.keeps_layout)
             program.history.append(record)
         return_freed_memory()
         members = [find_weight((self.model,), member.path) for packed in packs for member in packed.members]
@@ -310,6 +315,8 @@ class Preparer:
     def _wants_transposed(self, weight: fx.Node) -> bool:
         """Whether products read this weight faster when it is stored (K, N): measured on its first reader's sizes."""
         key = (str(weight.target), *(str(source.target) for source in weight.all_input_nodes))
+        if self.keeps_layout:
+            return False
         if key not in self._transposed:
             self._transposed[key] = self._measure_transposed(weight)
         return self._transposed[key]

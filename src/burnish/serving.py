@@ -20,6 +20,7 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from burnish._memory import return_freed_memory
 from burnish.ahead import compile_ahead, launches_ahead
+from burnish.as_given import AsGiven
 from burnish.capture import CaptureError, Program, capture
 from burnish.checks import Checks
 from burnish.choose import choose_by_measuring, choose_differentiable, choose_for_new_size
@@ -94,6 +95,7 @@ class Serving:
         self._preparer = self._new_preparer()
         self._prepared: list[Prepared] = []
         self._uncapturable: dict[Any, str] = {}
+        self._as_given: AsGiven | None = None
         self._graphs = GraphPool()
         self.nested = NestedCalls(model, lambda: self._preparer, self.tuner, self.settings.verify)
 
@@ -150,7 +152,11 @@ class Serving:
             near = difflib.get_close_matches(name, names, n=3) or [*DEFAULT_STEPS]
             raise ValueError(f"undo: there is no default step and no rewrite {name!r}; there are {', '.join(near)}")
         self.settings = replace(self.settings, without=(*self.settings.without, name))
-        self._preparer = self._new_preparer()
+        keeps_layout, self._preparer = self._preparer.keeps_layout, self._new_preparer()
+        self._preparer.keeps_layout = keeps_layout
+        self._forget_entries()
+
+    def _forget_entries(self) -> None:
         module = self._module and self._module()
         (module or self).forget()
 
@@ -193,6 +199,10 @@ class Serving:
         """The entry for one signature, and this call's result if it came by the way (STALE if not). Captures, rewrites,
         tunes and verifies where that has not happened yet."""
         started = time.perf_counter()
+        if self.model.training and not self._preparer.keeps_layout:  # from now on: see `AsGiven.restore`
+            self._preparer.keeps_layout = True
+            if self._as_given is not None and self._as_given.restore():
+                self._forget_entries()
         served, checks, result = Served(_shapes(call)), Checks(self.model, call, self.agreement), STALE
         programs = len(self._prepared)
         with self._making(call):
@@ -312,6 +322,7 @@ class Serving:
             return None, self._uncapturable[structure]
         try:
             program = self._capture(call, checks)
+            self._as_given = self._as_given or AsGiven(self.model)
             if not self.model.training:  # now, while the weights are still stored as the user stored them
                 served.original_us = checks.time_original()
             prepared = self._preparer.prepare(program)

@@ -653,6 +653,34 @@ def test_an_optimizer_made_before_still_trains(model: nn.Module) -> None:
     assert_right(fast, model, x_of())
 
 
+@pytest.mark.usefixtures("untimed")
+def test_weights_are_stored_otherwise_only_until_the_model_is_trained(model: nn.Module) -> None:
+    """The state of a fused optimizer lies as the weights did at its first step, and it takes no other layout."""
+    twin = copy.deepcopy(model)
+    optimizers = [torch.optim.AdamW(each.parameters(), lr=1e-2, fused=True) for each in (model, twin)]
+
+    def step(module: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> float:
+        optimizer.zero_grad()
+        value = (module(x_of(seed=seed)) ** 2).mean()
+        value.backward()
+        optimizer.step()
+        return float(value.detach())
+
+    for each, optimizer in zip((model, twin), optimizers, strict=True):
+        step(each, optimizer, 0)
+    given = [weight.stride() for weight in model.parameters()]
+    fast = burnish.optimize(model, (x_of(),), cache="off")
+    assert [weight.stride() for weight in model.parameters()] != given, "an inference may store them otherwise"
+    for seed in (1, 2, 3):
+        fast.train()
+        losses = [step(each, o, seed) for each, o in zip((fast, twin), optimizers, strict=True)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        assert [weight.stride() for weight in model.parameters()] == given
+        fast.eval()
+        with torch.no_grad():
+            assert_right(fast, model, x_of())
+
+
 def test_what_autocast_casts_is_cast(model: nn.Module, fast: OptimizedModule) -> None:
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         result, eager = fast(x_of()), model(x_of())
