@@ -412,9 +412,25 @@ def test_random_numbers_are_drawn_as_without_it(model: nn.Module) -> None:
             assert not torch.equal(fast(x), first)
 
 
-def test_random_models_are_not_verified_and_say_so(model: nn.Module) -> None:
+def test_dropout_is_switched_off_to_verify(model: nn.Module) -> None:
     model.train()
     fast = burnish.optimize(model, (x_of(),), cache="off")
+    (verification,) = fast.schedule.verifications
+    assert verification.skipped is None
+    assert verification.units
+    assert not verification.failures
+
+
+def test_what_is_random_otherwise_is_not_verified_and_says_so() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(x + torch.randn_like(x))
+
+    fast = burnish.optimize(Noisy(), (torch.randn(2, 16),), cache="off")
     (verification,) = fast.schedule.verifications
     assert "is random" in str(verification.skipped)
     assert any(note.startswith("not verified: ") for note in fast.schedule.history[-1].notes)
