@@ -17,7 +17,7 @@ import burnish
 from benchmarks.runner import CheckError, Record, Session, verdicts
 from burnish import numerics
 from burnish.hardware import device
-from burnish.serving import Served
+from burnish.served import Served
 
 Variant = Callable[[], object]
 Inputs = Mapping[str, Any]

@@ -22,7 +22,7 @@ from benchmarks.prefill import llama
 from benchmarks.runner import CheckError, verdicts
 from burnish import numerics
 from burnish.parallel import tensor_parallel
-from burnish.serving import Served
+from burnish.served import Served
 
 ROUNDS, CALLS = 5, 8
 AT_ONCE = {"decode": 20, "prefill": 1}  # calls that follow each other, as steps of generation do

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from burnish.likelihood import perplexity, perplexity_change
     from burnish.onnx import OnnxFile, to_onnx
     from burnish.op import use, why_not
+    from burnish.optimizing import optimize
     from burnish.report import Report
     from burnish.report.explain import explain
     from burnish.rewrites import Rewrite
     from burnish.scheduling import Schedule, create_schedule, search_schedules
-    from burnish.serving import optimize
 
 __version__ = "0.1.0"
 
@@ -47,7 +47,7 @@ _HOME = {
     "find_matches": "graph.matcher",
     "graph_report": "graph.show",
     "isolate": "isolated",
-    "optimize": "serving",
+    "optimize": "optimizing",
     "perplexity": "likelihood",
     "perplexity_change": "likelihood",
     "replace_pattern": "graph.rewriter",

@@ -24,7 +24,8 @@ from burnish.parallel.graphs import drop_copies, has_copies
 from burnish.places import Places, WeightPlace, find_weight
 from burnish.quantize import Kind
 from burnish.quantized_weights import Quantization, QuantizedWeights, check_kind
-from burnish.ragged.unpad import Refused, Unpadded, unpad
+from burnish.ragged.masks import Refused
+from burnish.ragged.unpad import Unpadded, unpad
 from burnish.record import NearMiss, StepRecord
 from burnish.rewrites import FUSE, RAISE, GraphPass, Rewrite, apply, family, own
 from burnish.rewrites.quantize import passes_after, passes_before, quantize

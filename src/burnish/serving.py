@@ -9,9 +9,9 @@ from __future__ import annotations
 import difflib
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,48 +29,22 @@ from burnish.in_model import ModelContest, choose_in_model
 from burnish.parallel.agreement import Agreement
 from burnish.prepare import DEFAULT_STEPS, GraphEntry, PlainEntry, Prepared, Preparer
 from burnish.program_cache import ProgramCache
-from burnish.quantize import Kind
 from burnish.quantized_weights import Quantization
 from burnish.ragged.entry import PackedEntry
 from burnish.ragged.nested import NestedCalls
 from burnish.record import StepRecord
-from burnish.rewrites import FUSE, RAISE, Rewrite, check_rewrites, family
+from burnish.rewrites import FUSE, RAISE, family
 from burnish.runtime.cuda_graph import GraphPool, why_not_captured
 from burnish.runtime.module import STALE, Call, Entry, OptimizedModule, original_entry
-from burnish.settings import Settings, check_call, check_settings
-from burnish.tuning import CacheMode, Choice, Tuner
+from burnish.served import Served, shapes_of
+from burnish.settings import Settings, check_settings
+from burnish.tuning import Tuner
 from burnish.verify import Verification, random_node
 
 if TYPE_CHECKING:
     from burnish.report import Report
     from burnish.report.data import Explanation
     from burnish.scheduling import Schedule
-
-
-@dataclass
-class Served:
-    """How one input signature is served.
-
-    Attributes:
-        shapes: the tensor inputs' shapes by name.
-        choices: the Impl chosen for each slot, by slot name.
-        original_us, optimized_us: time of one call before and after, measured in turn, where it was measured (see
-            `Checks.compare`).
-        kept_original: why the original model serves this signature, or None.
-        cuda_graph: whether a CUDA graph serves it; `not_captured` says why not, where there could be one.
-        padding: with padding="remove", how many tokens were left out of the first such call, or why none are.
-        seconds: how long it took until the signature could be served.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-    choices: dict[str, Choice] = field(default_factory=dict)
-    original_us: float | None = None
-    optimized_us: float | None = None
-    kept_original: str | None = None
-    cuda_graph: bool = False
-    not_captured: str | None = None
-    padding: str | None = None
-    seconds: float = 0.0
 
 
 class Serving:
@@ -186,7 +160,7 @@ class Serving:
 
     def served_for(self, call: Call) -> Served | None:
         """How calls of these sizes are served; None before the first."""
-        shapes = _shapes(call)
+        shapes = shapes_of(call)
         return next((served for served in reversed(self.served) if served.shapes == shapes), None)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -203,7 +177,7 @@ class Serving:
             self._preparer.keeps_layout = True
             if self._as_given is not None and self._as_given.restore():
                 self._forget_entries()
-        served, checks, result = Served(_shapes(call)), Checks(self.model, call, self.agreement), STALE
+        served, checks, result = Served(shapes_of(call)), Checks(self.model, call, self.agreement), STALE
         programs = len(self._prepared)
         with self._making(call):
             prepared, served.kept_original = self._prepare(call, checks, served)
@@ -434,69 +408,6 @@ class Serving:
         whose = "the original's" if self.settings.quantize is None else "what they are to be"
         served.kept_original = f"the outputs differ from {whose}: {verdict.reason}"
         return original_entry(self.model)
-
-
-def optimize(
-    model: nn.Module,
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    verify: bool = True,
-    impls: Mapping[str, str] | None = None,
-    cache: CacheMode = "readwrite",
-    cuda_graphs: str = "auto",
-    static_outputs: bool = False,
-    quantize: Kind | None = None,
-    rewrites: Sequence[Rewrite] = (),
-    padding: str = "keep",
-) -> OptimizedModule:
-    """Makes `model` fast: captures it, fuses what Ops can do, chooses each Op's fastest Impl here, and verifies it.
-
-    Args:
-        model: any nn.Module. Its weights are shared, not copied; some become views of packed tensors.
-        args, kwargs: example inputs. With them everything happens now, without them at the first call.
-        verify: compare every rewritten value with a float64 oracle on the first call's activations; what fails is
-            undone. Of a batch with many tokens, some samples are compared.
-        impls: Impl names by Op name that are to be used, e.g. `{"attention": "torch_flash"}`; never falls back.
-        cache: measured choices and captured graphs on disk: "readwrite", "readonly" or "off".
-        cuda_graphs: "auto" or "never". With "auto" each signature on a CUDA device becomes a CUDA graph, the 64 used
-            last are kept; `.report()` says why one could not be captured. On the CPU there are none.
-        static_outputs: return a CUDA graph's own output tensors, which the next call overwrites, instead of copies.
-        quantize: "int8", "int4" or "fp8": products read copies of their weights in so many bits, which changes what the
-            model computes: `.report()` says by how much. Every value is verified against the dequantized weights. Where
-            gradients are wanted, the float weights are used. See docs/quantization.md.
-        rewrites: your own, in order: they run before the built-in ones, which take what they leave, and are verified
-            like them. See docs/tutorial-new-model.md.
-        padding: "keep" or "remove". With "remove" calls compute the real tokens of their padding mask alone; results
-            have zeros at padding. `.report()` says what kept a model from it. See docs/ragged.md.
-
-    Returns:
-        A module with the same forward, outputs and parameters. New batch and sequence sizes need no new capture. What
-        cannot be captured runs as it was: `.report()` says why.
-
-    Raises:
-        TypeError, ValueError: a bad argument; a rewrite whose pattern cannot be matched, or whose replacement does not
-            fit it; the model's own error for bad example inputs.
-    """
-    check_call(model, args, kwargs)
-    if isinstance(model, OptimizedModule):
-        raise TypeError("model: this one is optimized already; give the module it was made from")
-    check_rewrites(rewrites)
-    settings = Settings(
-        verify, impls or {}, cache, cuda_graphs, static_outputs, quantize, tuple(rewrites), padding=padding
-    )
-    fast = Serving(model, settings).build()
-    if args or kwargs:
-        with torch.no_grad():
-            fast(*args, **(kwargs or {}))
-    return fast
-
-
-def _shapes(call: Call) -> dict[str, tuple[int, ...]]:
-    names = [*(f"args[{i}]" for i in range(len(call.args))), *call.kwargs]
-    if len(names) != len(call.leaves):
-        names = [f"input {i}" for i in range(len(call.leaves))]
-    return {name: tuple(leaf.shape) for name, leaf in zip(names, call.leaves, strict=True) if isinstance(leaf, Tensor)}
 
 
 def _cuda_indices(call: Call) -> list[int]:

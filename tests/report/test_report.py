@@ -19,7 +19,7 @@ import burnish
 from burnish.numerics import Verdict
 from burnish.record import NearMiss, StepRecord
 from burnish.report import Report
-from burnish.serving import Served
+from burnish.served import Served
 from burnish.tuning import Choice
 from burnish.verify import Verification
 

@@ -17,8 +17,8 @@ from burnish.capture import CaptureError, Program, capture
 from burnish.choose import choose_by_measuring, choose_differentiable, choose_for_new_size
 from burnish.ops._nested import longest, offsets_of
 from burnish.prepare import Packed, Preparer
+from burnish.ragged.masks import Refused
 from burnish.ragged.rules import Dims
-from burnish.ragged.unpad import Refused
 from burnish.runtime.module import STALE, Call, Entry
 from burnish.tuning import Tuner
 from burnish.verify import check_outputs, outputs_in_float64, random_node

@@ -20,16 +20,12 @@ from torch._guards import detect_fake_mode
 
 from burnish import ops
 from burnish.graph_json import add_symbol
+from burnish.ragged.masks import Refused, bound, is_mask, mask_function, mask_of
 from burnish.ragged.rules import Dims, NotTokens, Sizes, expression_of, picks, why_mixed
-from burnish.rewrites.rewrite import arguments, same, set_value
+from burnish.rewrites.rewrite import arguments, set_value
 
 aten = torch.ops.aten
-_CONVERSIONS = (aten.to.device, aten.to.dtype, aten._to_copy.default, aten.ne.Scalar, aten.contiguous.default)
 _TOKEN_HINT, _LONGEST_HINT = 96, 48
-
-
-class Refused(Exception):
-    """Padding cannot be removed from a graph: the node and the reason in one line."""
 
 
 @dataclass
@@ -99,10 +95,10 @@ class _Unpadding:
         self.graph.output(tuple(results))
         self.graph.eliminate_dead_code()
         module = fx.GraphModule(self.source, self.graph)
-        windows = [_bound(node)["window"] for node in self.attention]
+        windows = [bound(node)["window"] for node in self.attention]
         return Unpadded(
             module,
-            None if self.nested else self._mask_function(),
+            None if self.mask is None else mask_function(self.source, self.mask, self.light),
             [self.dims(each) if isinstance(each, fx.Node) else Dims() for each in outputs],
             self.picked,
             any(window is not None for window in windows),
@@ -114,7 +110,7 @@ class _Unpadding:
     def _mask(self) -> fx.Node:
         found: dict[fx.Node, None] = {}
         for node in self.attention:
-            found[_mask_of(node)] = None
+            found[mask_of(node)] = None
         if len(found) > 1:
             raise Refused(f"{', '.join(n.name for n in found)}: there are several padding masks")
         return next(iter(found))
@@ -310,13 +306,7 @@ class _Unpadding:
         """Whether the value is known to be zero at padding: multiplied by the mask."""
         if node.target is not aten.mul.Tensor:
             return False
-        return any(self._is_mask(factor) for factor in node.args)
-
-    def _is_mask(self, node: Any) -> bool:
-        kept = (*_CONVERSIONS, aten.unsqueeze.default, aten.expand.default, aten.clone.default)
-        while isinstance(node, fx.Node) and node is not self.mask and node.target in kept:
-            node = node.args[0]
-        return node is self.mask
+        return self.mask is not None and any(is_mask(factor, self.mask) for factor in node.args)
 
     def scatter(self, node: fx.Node) -> fx.Node:
         """Packed tokens back in their places, zeros elsewhere."""
@@ -404,19 +394,19 @@ class _Unpadding:
         return self.call(aten.index_select.default, source, dim, index)
 
     def _attention(self, node: fx.Node) -> fx.Node:
-        bound = _bound(node)
-        q, k, v = (bound[name] for name in "qkv")
+        given = bound(node)
+        q, k, v = (given[name] for name in "qkv")
         expected = Dims(row=0, position=2)
         if any(self.dims(t) != expected for t in (q, k, v)):
             raise Refused(f"{node.name}: its queries are of other tokens than its keys")
-        if self.nested and (bound["bias"] is not None or bound["key_padding_mask"] is not None):
+        if self.nested and (given["bias"] is not None or given["key_padding_mask"] is not None):
             raise Refused(f"{node.name}: the attention has a mask")
-        if bound.get("dropout_p"):
+        if given.get("dropout_p"):
             raise Refused(f"{node.name}: the attention has dropout")
         rows = [self.call(aten.transpose.int, self.call(aten.squeeze.dim, self.packed(t), 0), 0, 1) for t in (q, k, v)]
         out = self.call(
             ops.varlen_attention.overload, *rows, self.made["cu_seqlens"], None, self.length(), self.length(),
-            bound["is_causal"], bound["window"], bound["scale"], like=node,
+            given["is_causal"], given["window"], given["scale"], like=node,
         )  # fmt: skip
         return self.call(aten.unsqueeze.default, self.call(aten.transpose.int, out, 0, 1), 0)
 
@@ -434,49 +424,6 @@ class _Unpadding:
                 raise Refused(f"{node.name}: its shape does not start with rows and positions")
             return self.call(aten.squeeze.dim, self.packed(node), 0)
         return self.scatter(node)
-
-    def _mask_function(self) -> Callable[[Sequence[Any]], Tensor]:
-        inputs = [n for n in self.source.graph.nodes if n.op == "placeholder"]
-        if self.mask in inputs:
-            place = inputs.index(self.mask)
-            return lambda leaves: leaves[place]
-        if self.mask not in self.light:
-            raise Refused(f"{self.mask.name}: the mask is computed of more than inputs")  # type: ignore[union-attr]
-        graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {n: graph.placeholder(str(n.target)) for n in inputs}
-        for node in self.source.graph.nodes:
-            if node in self.light and node not in copies:
-                copies[node] = graph.node_copy(node, copies.__getitem__)
-        graph.output(copies[self.mask])
-        graph.eliminate_dead_code()
-        module = fx.GraphModule(self.source, graph)
-        return lambda leaves: module(*leaves)
-
-
-def _bound(node: fx.Node) -> dict[str, Any]:
-    return dict(zip(ops.attention.signature.parameters, ops.attention.bind(*node.args, **node.kwargs), strict=True))
-
-
-def _mask_of(node: fx.Node) -> fx.Node:
-    """What says which keys are real: the padding mask, or a boolean bias (B, 1, 1, S) that was made of it."""
-    bound = _bound(node)
-    mask, bias = bound["key_padding_mask"], bound["bias"]
-    if bias is not None:
-        if mask is not None or bias.meta["val"].dtype != torch.bool or bias.meta["val"].dim() != 4:
-            raise Refused(f"{node.name}: the attention has a bias")
-        mask, kept = bias, {*_CONVERSIONS, aten.unsqueeze.default, aten.expand.default, aten.slice.Tensor}
-    else:
-        kept = {*_CONVERSIONS}
-    if mask is None:
-        raise Refused(f"{node.name}: the attention has no padding mask")
-    while mask.op == "call_function" and mask.target in kept:
-        mask = mask.args[0]
-    if bias is not None:
-        shape, of_mask = bias.meta["val"].shape, mask.meta["val"].shape
-        expected = (of_mask[0], 1, 1, of_mask[1]) if len(of_mask) == 2 else None
-        if expected is None or not same(tuple(shape), expected):
-            raise Refused(f"{node.name}: the attention has a mask of pairs of tokens")
-    return mask
 
 
 def _attribute(graph_module: fx.GraphModule, path: str) -> Any:

@@ -28,7 +28,8 @@ from burnish.report.rows import Rows, Seen, folding_of, rows_of
 from burnish.report.sizes import work_on_fakes
 from burnish.report.timing import in_turns
 from burnish.runtime.module import Call, OptimizedModule
-from burnish.serving import Served, Serving
+from burnish.served import Served
+from burnish.serving import Serving
 from burnish.settings import check_call
 from burnish.tuning import Tuner
 

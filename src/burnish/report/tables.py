@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from burnish.record import StepRecord
-    from burnish.serving import Served
+    from burnish.served import Served
     from burnish.tuning import Choice
     from burnish.verify import Unit
 

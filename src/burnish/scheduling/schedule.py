@@ -27,7 +27,8 @@ from burnish.scheduling.tracer import Known
 from burnish.scheduling.tracing import TracedModule
 from burnish.scheduling.tree import Tree, join
 from burnish.scheduling.whole_model import WholeModel
-from burnish.serving import Served, Serving
+from burnish.served import Served
+from burnish.serving import Serving
 from burnish.settings import Settings
 from burnish.verify import Verification
 

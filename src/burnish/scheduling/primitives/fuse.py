@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def _burnish(body: nn.Module) -> Callable[..., Any]:
-    from burnish.serving import optimize
+    from burnish.optimizing import optimize
 
     return optimize(body)
 
