@@ -463,6 +463,21 @@ def test_an_overload_can_be_told_its_impl(toy: Toy) -> None:
         toy.op.overload(three, impl="none")
 
 
+def test_an_impl_that_is_preferred_is_asked_again_about_other_addresses(toy: Toy) -> None:
+    @toy.op.impl("aligned", why_not=lambda x, *_: ["x is not aligned"] if x.data_ptr() % 16 else [])
+    def aligned(
+        x: Tensor, shift: Tensor | None = None, factor: float = 2.0, label: str = "none"
+    ) -> tuple[Tensor, Tensor]:
+        """Loads 16 bytes at once."""
+        toy.ran.append("aligned")
+        return x * factor, x + 1
+
+    memory = torch.ones(8)
+    for start in (0, 1, 4):
+        toy.op.overload(memory[start : start + 3], impl="aligned")
+    assert toy.ran == ["aligned", "fast", "aligned"]
+
+
 def test_an_overload_can_be_told_how_to_run_its_impl(toy: Toy) -> None:
     ran: list[Any] = []
 
