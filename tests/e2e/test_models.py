@@ -121,7 +121,7 @@ def test_masks_of_transformers_reach_attention_by_their_meaning() -> None:
     apply("raise", RAISE, program.graph_module)
     graph = program.graph_module.graph
     calls = [ops.attention.bind(*n.args, **n.kwargs) for n in graph.nodes if n.target is ops.attention.overload]
-    for q, k, _, bias, padding, is_causal, window, _ in calls:
+    for q, k, _, bias, padding, is_causal, window, *_ in calls:
         assert (bias, is_causal, window) == (None, True, None)
         assert padding.meta["val"].dim() == 2
         assert (q.meta["val"].shape[1], k.meta["val"].shape[1]) == (4, 2)

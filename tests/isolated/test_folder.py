@@ -105,7 +105,9 @@ def test_layers_of_torch_build_themselves(tmp_path: Path) -> None:
         isolated = burnish.isolate(model, (torch.randn(2, 4),), path)
         assert isolated.save(tmp_path / path)
         loaded = Isolated.load(tmp_path / path)
-        assert same(loaded.module(*loaded.args), isolated.module(*isolated.args))
+        assert str(loaded.module) == str(isolated.module)
+        # Not the results' bits: where a weight begins in memory decides how MKL adds.
+        assert same((loaded.module.state_dict(), loaded.args), (isolated.module.state_dict(), isolated.args))
 
 
 def test_code_of_the_users_is_given_to_load(saved: Path) -> None:

@@ -31,6 +31,7 @@ _NAME_NO_SIZE = (
     "linear",
     "rms_norm",
 )
+_OF_TRAINING = ("dropout_p",)  # 0 in inference
 _TABLES_AS_THEY_WERE = (torch.ops.aten.unsqueeze.default, torch.ops.aten.squeeze.dim, operator.getitem)
 
 
@@ -108,7 +109,11 @@ def _signature(node: fx.Node, op: Op) -> Signature:
         if isinstance(argument, fx.Node):
             value = argument.meta["val"]
             tensors.append((name, value.dtype, tuple(map(size, value.shape))))
-    settings = tuple((name, _setting(a)) for name, a in given.items() if a is not None and not isinstance(a, fx.Node))
+    settings = tuple(
+        (name, _setting(a))
+        for name, a in given.items()
+        if a is not None and not isinstance(a, fx.Node) and name not in _OF_TRAINING
+    )
     value = node.meta["val"]
     results = sum(tuple(result.shape) != (0,) for result in (value if isinstance(value, tuple) else (value,)))
     tables = [given[name] for name in ("cos", "sin") if name in given]

@@ -188,7 +188,7 @@ def varlen_arguments(heads: int, kv_heads: int, tokens: int, head_dim: int, trai
         with torch.no_grad():  # exact: eager, which has results of its own, is to find the same gradients
             out, logsumexp = varlen_attention_with_logsumexp(q.double(), k.double(), v.double(), *rest)
         grad = randn(tokens, heads, head_dim, dtype=dtype, seed=9)
-        return grad, q, k, v, out.to(dtype), logsumexp.float(), *rest
+        return grad, q, k, v, out.to(dtype), logsumexp.to(torch.promote_types(dtype, torch.float32)), *rest
 
     return arguments
 
@@ -201,7 +201,15 @@ def attention_backward_arguments(
         q, k, v, *rest = args
         with torch.no_grad():  # exact: eager, which has results of its own, is to find the same gradients
             out, logsumexp = attention_with_logsumexp(q.double(), k.double(), v.double(), *rest)
-        return *tensors(tuple(out.shape))(dtype), q, k, v, out.to(dtype), logsumexp.float(), *rest
+        return (
+            *tensors(tuple(out.shape))(dtype),
+            q,
+            k,
+            v,
+            out.to(dtype),
+            logsumexp.to(torch.promote_types(dtype, torch.float32)),
+            *rest,
+        )
 
     return arguments
 
