@@ -235,11 +235,14 @@ class Op:
             self._preferred[key] = known
         return known
 
-    def differentiate(self, forward: Forward, backward: Backward, on_cpu: str | None = None) -> None:
+    def differentiate(
+        self, forward: Forward, backward: Backward, on_cpu: str | None = None, in_graphs: bool = True
+    ) -> None:
         """Give the Op a forward pass for training and a backward pass; see `burnish.autograd`.
 
         Both are made of Ops and PyTorch's operators, so that who traces them sees those. `on_cpu` names a
-        differentiable Impl to take on the CPU instead, wherever it takes the inputs.
+        differentiable Impl to take on the CPU instead, wherever it takes the inputs; without `in_graphs` not where a
+        graph is recorded, in which Python costs nothing.
         """
         passes = by_passes(self.name, forward, backward, self.reference)
         if on_cpu is None:
@@ -249,8 +252,9 @@ class Op:
 
         def training(*args: Any) -> Result:
             first = next(a for a in args if isinstance(a, Tensor))
-            chosen = first.device.type != "cpu" or self.name in chosen_impls() or impl.reasons(*args)
-            return passes(*args) if chosen else impl.fn(*args)
+            on_cpu = first.device.type == "cpu" and (in_graphs or not _is_traced(args))
+            takes = on_cpu and self.name not in chosen_impls() and not impl.reasons(*args)
+            return impl.fn(*args) if takes else passes(*args)
 
         self.training = training
 

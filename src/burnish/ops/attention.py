@@ -237,4 +237,5 @@ def _backward(saved: Saved, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     return dq, dk, dv, dbias if bias_grad else None, *rest
 
 
-attention.differentiate(_forward, _backward)
+# The same kernels on a CPU by PyTorch's own autograd, in C++: two passes in Python take 0.5 ms of 7 at 2x12x128x64.
+attention.differentiate(_forward, _backward, on_cpu="torch_sdpa", in_graphs=False)
