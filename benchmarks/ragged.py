@@ -1,6 +1,6 @@
 """Group `ragged`: encoders on batches of unequal lengths, padded as a tokenizer pads them, with and without padding.
 
-Lengths are uniform from 16 to 128 tokens of 128. "padded" and "removed" are the same model optimized with
+Lengths are uniform from 16 to 128 tokens of 128. "burnish, padded" and "burnish" are the same model optimized with
 padding="keep" and padding="remove", timed in turn in one run. Real tokens are checked against eager by the numerics
 rule before anything is timed.
 """
@@ -56,8 +56,8 @@ def _run(session: Session, name: str, model: nn.Module, inputs: dict[str, Any]) 
     real = inputs["attention_mask"].bool()
     ready: dict[str, Callable[[], Any]] = {}
     optimized = {
-        "padded": burnish.optimize(copy.deepcopy(model)),
-        "removed": burnish.optimize(copy.deepcopy(model), padding="remove"),
+        "burnish, padded": burnish.optimize(copy.deepcopy(model)),
+        "burnish": burnish.optimize(copy.deepcopy(model), padding="remove"),
     }
     with torch.no_grad():
         truth = numerics.oracle(copy.deepcopy(model).double(), **inputs)[0][real]
@@ -71,5 +71,5 @@ def _run(session: Session, name: str, model: nn.Module, inputs: dict[str, Any]) 
                 raise CheckError(f"{variant}: {reason}")
         result = session.time(ready)
     session.console.print(result)
-    session.console.print(f"  {optimized['removed'].serving.served[0].padding}", style="dim")  # type: ignore[attr-defined]
+    session.console.print(f"  {optimized['burnish'].serving.served[0].padding}", style="dim")  # type: ignore[attr-defined]
     return result.records(name, session.command(name))
