@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from burnish.impl import Result
 from burnish.selection import choosing, chosen_impls, without_autocast
 
-Result: TypeAlias = Any  # a Tensor, or a tuple of Tensors
 Gradients: TypeAlias = tuple[Tensor | None, ...]
 
 
