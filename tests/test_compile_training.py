@@ -206,3 +206,34 @@ def test_gradients_of_a_table_are_added_in_order(compiled: Compiled, padding_idx
         exact[padding_idx] = 0
     assert_close(*found, exact)
     assert compiled.ops[-1]["embedding_backward"] == 1
+
+
+class Residual(nn.Module):
+    """Two pre-normed branches, by the Op whose backward pass is one on the CPU too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ParameterList([torch.linspace(0.5, 1.5, 32), torch.linspace(1.5, 0.5, 32)])
+        self.up, self.down = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = ids.unsqueeze(-1) * torch.linspace(-1, 1, 32) + self.up.bias
+        x = x + self.up(ops.rms_norm(x, self.norms[0], 1e-5))
+        return x + self.down(ops.rms_norm(x, self.norms[1], 1e-5))
+
+
+def test_gradients_over_residual_connections_are_added_in_the_norms(
+    compiled: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[bool] = []
+
+    def note(graph_module: fx.GraphModule, tuner: Tuner) -> None:
+        compiled(graph_module, tuner)
+        nodes = [n for n in graph_module.graph.nodes if n.target is ops.rms_norm_backward.overload]
+        found.extend(len(n.args) > 4 and n.args[4] is not None for n in nodes)
+
+    monkeypatch.setattr(compile_backend, "choose_impls", note)
+    model = zoo.seeded(Residual())
+    check_gradients(torch.compile(model, backend="burnish", fullgraph=True), model, torch.randn(4, 6))
+    assert found == [True, True]
+    assert compiled.ops[-1] == Counter(rms_norm_backward=2)
