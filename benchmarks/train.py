@@ -67,10 +67,23 @@ def llama_with_loss(tokens: int) -> tuple[nn.Module, tuple[Tensor, Tensor], bool
 
 
 def _liger(model: nn.Module) -> Callable[..., Tensor]:
+    """Its rotation takes the place of a function of the module that all Llamas share: only while this one runs."""
     from liger_kernel.transformers import apply_liger_kernel_to_llama
+    from transformers.models.llama import modeling_llama
 
+    original = modeling_llama.apply_rotary_pos_emb
     apply_liger_kernel_to_llama(model=model.model)
-    return model
+    theirs, modeling_llama.apply_rotary_pos_emb = modeling_llama.apply_rotary_pos_emb, original
+
+    def run(*inputs: Tensor) -> Tensor:
+        modeling_llama.apply_rotary_pos_emb = theirs
+        try:
+            loss: Tensor = model(*inputs)
+        finally:
+            modeling_llama.apply_rotary_pos_emb = original
+        return loss
+
+    return run
 
 
 def ways(model: nn.Module, session: Session) -> dict[str, Way]:
@@ -80,7 +93,7 @@ def ways(model: nn.Module, session: Session) -> dict[str, Way]:
         "burnish": partial(torch.compile, backend="burnish"),
     }
     if isinstance(model, WithLoss) and importlib.util.find_spec("liger_kernel") is not None:
-        found["liger"] = _liger
+        found["liger"] = _liger  # last: classes that it replaces are those of models yet to be made
     return {name: way for name, way in found.items() if name == "burnish" or session.wants(name)}
 
 
