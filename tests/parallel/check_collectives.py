@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,20 +73,26 @@ def summed_added_and_normalized(rank: int, folder: Path) -> None:
 
         expected = found(op.reference, torch.stack([x.detach() for x in xs]).sum(dim=0).requires_grad_(), "")
         for way in (op, op.overload, op.reference, op.with_backward("torch")):
-            for mine, whole in zip(found(way, xs[rank], WORLD), expected, strict=True):
-                torch.testing.assert_close(mine, whole, rtol=1e-12, atol=1e-12)
+            assert_same_sums(found(way, xs[rank], WORLD), expected)
 
         args = [tensor.detach().clone() for tensor in tensors]
         before = args[0].clone()
         given = op.bind(*args, 1e-5, WORLD)
         with torch.no_grad():
             for normed, total in (op(*given), op.impls["torch"].fn(*given)):
-                torch.testing.assert_close((normed, total), expected[:2], rtol=1e-12, atol=1e-12)
+                assert_same_sums((normed, total), expected[:2])
             assert torch.equal(args[0], before)
             in_place = op.impls["torch"].in_place
             assert in_place is not None
-            torch.testing.assert_close(in_place(*given), expected[:2], rtol=1e-12, atol=1e-12)
+            assert_same_sums(in_place(*given), expected[:2])
             assert not torch.equal(args[0], before), "it holds the sum now"
+
+
+def assert_same_sums(mine: Sequence[Tensor], whole: Sequence[Tensor]) -> None:
+    """Both in float64, so that only a difference in meaning is left; judged in float32: ranks add in another order."""
+    numerics.assert_close(
+        [t.detach().float() for t in mine], [t.detach().float() for t in whole], [t.detach() for t in whole]
+    )
 
 
 class Unread(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from burnish.autograd import Gradients, Saved
 from burnish.op import Cost, Sample, op
-from burnish.ops import _varlen
+from burnish.ops import _varlen, _varlen_inputs
 from burnish.ops._common import nbytes
 from burnish.ops.attention import attention
 from burnish.ops.varlen_attention_with_logsumexp import gradients, varlen_attention_with_logsumexp
@@ -34,7 +34,7 @@ def _cost(
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
-    return _varlen.samples(device, dtype)
+    return _varlen_inputs.samples(device, dtype)
 
 
 def _shape(
@@ -52,7 +52,7 @@ def _shape(
     return q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
 
 
-@op(cost=_cost, samples=_samples, check=_varlen.check, shape=_shape)
+@op(cost=_cost, samples=_samples, check=_varlen_inputs.check, shape=_shape)
 def varlen_attention(
     q: Tensor,
     k: Tensor,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
-from burnish.ops import _varlen
+from burnish.ops import _varlen, _varlen_inputs
 from burnish.ops._common import check_same_dtype, nbytes, wide
 from burnish.ops._masks import additive_mask, allowed_pairs
 
@@ -31,7 +31,7 @@ def _check(
     scale: float | None,
     grad_logsumexp: Tensor | None,
 ) -> None:
-    _varlen.check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, window, scale)
+    _varlen_inputs.check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, window, scale)
     shape = (q.shape[0], q.shape[1], v.shape[2])
     for name, tensor in (("grad", grad), ("out", out)):
         check_same_dtype(name, tensor, "q", q)
@@ -70,7 +70,7 @@ def _cost(
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     from burnish.ops.varlen_attention_with_logsumexp import varlen_attention_with_logsumexp
 
-    for sample in _varlen.samples(device, dtype):
+    for sample in _varlen_inputs.samples(device, dtype):
         args = varlen_attention_with_logsumexp.bind(*sample.args, **sample.kwargs)
         out, logsumexp = varlen_attention_with_logsumexp.reference(*args)
         grad = randn(*out.shape, dtype=dtype, device=device, seed=9)

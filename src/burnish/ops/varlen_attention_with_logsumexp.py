@@ -10,7 +10,7 @@ from torch import Tensor
 
 from burnish.autograd import Gradients, Saved
 from burnish.op import Cost, Sample, op
-from burnish.ops import _varlen
+from burnish.ops import _varlen, _varlen_inputs
 from burnish.ops._common import nbytes, wide
 from burnish.ops._masks import additive_mask, allowed_pairs
 from burnish.ops.attention import attention
@@ -35,7 +35,7 @@ def _cost(
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
-    return _varlen.samples(device, dtype)
+    return _varlen_inputs.samples(device, dtype)
 
 
 def _shape(
@@ -56,7 +56,7 @@ def _shape(
     )
 
 
-@op(cost=_cost, samples=_samples, check=_varlen.check, shape=_shape, follows="varlen_attention")
+@op(cost=_cost, samples=_samples, check=_varlen_inputs.check, shape=_shape, follows="varlen_attention")
 def varlen_attention_with_logsumexp(
     q: Tensor,
     k: Tensor,
