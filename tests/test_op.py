@@ -438,6 +438,15 @@ def test_second_derivatives_need_every_argument(scale: Callable[..., Scale]) -> 
         torch.autograd.grad(toy.op(x * 1, w)[0].sum(), w, create_graph=True)
 
 
+@pytest.mark.parametrize("way", ["function", "overload"])
+def test_the_reference_that_is_asked_for_has_second_derivatives(scale: Callable[..., Scale], way: str) -> None:
+    toy = scale()
+    run = toy.op if way == "function" else toy.op.overload
+    with use(**{toy.op.name: "reference"}):
+        assert torch.autograd.gradgradcheck(lambda x, w: run(x, w), _xw())
+    assert not toy.seen
+
+
 def test_an_explicit_impl_of_a_composition_runs_its_forward_pass(scale: Callable[..., Scale]) -> None:
     toy = scale(compose=True)
     x, w = _xw(torch.float32)

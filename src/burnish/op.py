@@ -303,10 +303,13 @@ class Op:
             args = self.bind(*args)
             if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
                 return below(*args)
-            if self.training is None or (self._parts is not None and (impl or self.name in chosen_impls())):
-                return by_recomputing(below, self._parts or self.reference)(*args)
+            asked_for = self._explicit(args) if chosen_impls() and not _is_traced(args) else None
+            if self.training is None or (self._parts is not None and impl):
+                run = by_recomputing(below, self._parts or self.reference)
+            else:
+                run = self.training
             with without_autocast(args):
-                return self.training(*args)
+                return (run if asked_for is None else self.with_backward(asked_for))(*args)
 
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl(self.name, eager, key)
