@@ -119,7 +119,7 @@ def _time(
     # Each config of the forward pass, which does all the work where the loss's gradient is 1.
     bound = training.bind(*(leaf.detach() for leaf in leaves), target)
     with torch.no_grad():
-        choice = Tuner("off").choose(training, bound, budget_us=1e6)[1]
+        choice = Tuner("off").choose(training, bound, budget_us=1e6, thorough=True)[1]
     session.console.print(f"  forward: {choice.impl} {choice.config}: {choice.times_us}")
     kernels = {variant: len(kernels_of(run)) for variant, run in variants.items()}
     memory = {variant: _peak_mib(run) for variant, run in variants.items() if not variant.endswith("graph")}

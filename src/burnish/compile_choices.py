@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from burnish.lower import op_of
 from burnish.op import Op
@@ -24,15 +25,15 @@ def choose_impls(graph_module: fx.GraphModule, tuner: Tuner) -> None:
     """
     _drop_widening_casts(graph_module)
     _add_within_norms(graph_module)
-    for node in graph_module.graph.nodes:
-        op = op_of(node.target) if node.op == "call_function" else None
-        if op is None or len(op.impls) == 1:
-            continue
-        args = _like(op, op.bind(*node.args, **node.kwargs))
-        if args is not None:
-            with torch.no_grad():
-                _, choice = tuner.choose(op, args, budget_us=tuner.FIRST_BUDGET_US)
-            node.kwargs = {**node.kwargs, "impl": choice.candidate}
+    with unset_fake_temporarily(), torch.no_grad():  # AOTAutograd compiles under the mode that it traced with
+        for node in graph_module.graph.nodes:
+            op = op_of(node.target) if node.op == "call_function" else None
+            if op is None or len(op.impls) == 1:
+                continue
+            args = _like(op, op.bind(*node.args, **node.kwargs))
+            if args is not None:
+                _, choice = tuner.choose(op, args, budget_us=tuner.FIRST_BUDGET_US, thorough=True)
+                node.kwargs = {**node.kwargs, "impl": choice.candidate}
     tuner.save()
     graph_module.recompile()
 
@@ -100,7 +101,11 @@ def _tensor_like(fake: Tensor, evenly: bool, rows: int) -> Tensor | None:
     real = torch.empty_strided(sizes, strides, dtype=fake.dtype, device=fake.device)  # type: ignore[arg-type]
     if evenly:
         return real.copy_(torch.linspace(0, rows, real.numel()))
-    return real.normal_() if fake.is_floating_point() else real.fill_(1)
+    if fake.is_floating_point():
+        return real.normal_(
+            generator=torch.Generator(fake.device).manual_seed(0)
+        )  # the model's own draws stay as they are
+    return real.fill_(1)
 
 
 def _known(size: int | torch.SymInt) -> int | None:

@@ -202,6 +202,9 @@ class _Takeover:
             out = ops.cached_attention(query, key, value, filled + query.shape[2], padding, window, scaling, bias)
             return out.transpose(1, 2), None
         drawn = (dropout, ops.draw_seed(query.device)) if dropout else ()
+        if torch.is_autocast_enabled(query.device.type):  # as it does to PyTorch's; rotated queries come in float32
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         out = ops.attention(query, key, value, bias, padding, causal, window, scaling, *drawn)
         return out.transpose(1, 2), None
 

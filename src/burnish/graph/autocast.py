@@ -7,7 +7,7 @@ holds for it, and the casts that PyTorch makes are watched.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -54,7 +54,8 @@ def make_casts_explicit(gm: fx.GraphModule, fakes: Sequence[Any] | None = None) 
     placeholders = gm.graph.find_nodes(op="placeholder")
     fakes = [node.meta["val"] for node in placeholders] if fakes is None else fakes
     given, mode = iter(fakes), detect_fake_mode(fakes)
-    with _regions() as enter_or_leave:
+    # The mode makes tensors of symbolic sizes, where an operator is given none.
+    with mode or nullcontext(), _regions() as enter_or_leave:
         for node in list(gm.graph.nodes):
             if node.op == "placeholder":
                 values[node] = next(given)

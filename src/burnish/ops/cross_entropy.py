@@ -90,23 +90,6 @@ def cross_entropy(
     return loss_reference(logits, target, options)
 
 
-@cross_entropy.impl("torch")
-def _torch(
-    logits: Tensor,
-    target: Tensor,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    """PyTorch's log_softmax, in blocks of rows: nothing of the logits' size is made."""
-    losses = logits.new_empty(logits.shape[0], dtype=wide(logits.dtype))
-    rows_by_torch(logits, target, None, None, losses, None, ignore_index, label_smoothing, z_loss, softcap)
-    share = mean_share(target, ignore_index, losses.dtype) if reduction == "mean" else None
-    return reduce(losses, share, reduction)
-
-
 def _triton_why_not(logits: Tensor, target: Tensor, *options: Any) -> list[str]:
     return triton_why_not(logits)
 
@@ -135,6 +118,23 @@ def _triton(
 
     numbers = ignore_index, label_smoothing, z_loss, softcap, reduction
     return kernels.cross_entropy(logits, target, None, *numbers, backward=False, config=config)[0]
+
+
+@cross_entropy.impl("torch")
+def _torch(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """PyTorch's log_softmax, in blocks of rows: nothing of the logits' size is made."""
+    losses = logits.new_empty(logits.shape[0], dtype=wide(logits.dtype))
+    rows_by_torch(logits, target, None, None, losses, None, ignore_index, label_smoothing, z_loss, softcap)
+    share = mean_share(target, ignore_index, losses.dtype) if reduction == "mean" else None
+    return reduce(losses, share, reduction)
 
 
 def _forward(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -93,25 +93,6 @@ def cross_entropy_with_gradient(
     return loss_reference(logits, target, options), gradient.to(logits.dtype).contiguous()
 
 
-@cross_entropy_with_gradient.impl("torch")
-def _torch(
-    logits: Tensor,
-    target: Tensor,
-    grad_loss: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    reduction: str = "mean",
-) -> tuple[Tensor, Tensor]:
-    """PyTorch's log_softmax, and in its place the gradient, in blocks of rows."""
-    losses = logits.new_empty(logits.shape[0], dtype=wide(logits.dtype))
-    gradient = logits.new_empty(logits.shape)
-    share = mean_share(target, ignore_index, losses.dtype) if reduction == "mean" else None
-    rows_by_torch(logits, target, share, grad_loss, losses, gradient, ignore_index, label_smoothing, z_loss, softcap)
-    return reduce(losses, share, reduction), gradient
-
-
 def _triton_why_not(logits: Tensor, target: Tensor, grad_loss: Tensor | None, *options: Any) -> list[str]:
     return triton_why_not(logits)
 
@@ -143,3 +124,22 @@ def _triton(
     loss, gradient = kernels.cross_entropy(logits, target, grad_loss, *numbers, backward=True, config=config)
     assert gradient is not None
     return loss, gradient
+
+
+@cross_entropy_with_gradient.impl("torch")
+def _torch(
+    logits: Tensor,
+    target: Tensor,
+    grad_loss: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's log_softmax, and in its place the gradient, in blocks of rows."""
+    losses = logits.new_empty(logits.shape[0], dtype=wide(logits.dtype))
+    gradient = logits.new_empty(logits.shape)
+    share = mean_share(target, ignore_index, losses.dtype) if reduction == "mean" else None
+    rows_by_torch(logits, target, share, grad_loss, losses, gradient, ignore_index, label_smoothing, z_loss, softcap)
+    return reduce(losses, share, reduction), gradient

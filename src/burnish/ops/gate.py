@@ -61,13 +61,6 @@ def gate(gate_up: Tensor, activation: str = "silu") -> Tensor:
     return (activate(gates, activation) * up).contiguous()
 
 
-@gate.impl("torch")
-def _torch(gate_up: Tensor, activation: str = "silu") -> Tensor:
-    """The activation in a fresh tensor, which the product is computed in."""
-    gates, up = gate_up.chunk(2, dim=-1)
-    return activate(gates, activation).mul_(up).contiguous()
-
-
 def _triton_why_not(gate_up: Tensor, activation: str) -> list[str]:
     return triton_why_not(gate_up)
 
@@ -84,6 +77,13 @@ def _triton(gate_up: Tensor, activation: str = "silu", config: Any = None) -> Te
     from burnish.kernels.gate import gate
 
     return gate(gate_up, activation, config=config)
+
+
+@gate.impl("torch")
+def _torch(gate_up: Tensor, activation: str = "silu") -> Tensor:
+    """The activation in a fresh tensor, which the product is computed in."""
+    gates, up = gate_up.chunk(2, dim=-1)
+    return activate(gates, activation).mul_(up).contiguous()
 
 
 def _forward(gate_up: Tensor, activation: str) -> tuple[Tensor, tuple[Tensor]]:

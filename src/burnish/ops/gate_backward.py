@@ -85,26 +85,6 @@ def _through(grad: Tensor, gate: Tensor, activation: str) -> Tensor:
     return torch.ops.aten.gelu_backward(grad, gate, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-@gate_backward.impl("torch")
-def _torch(
-    grad_hidden: Tensor, gate_up: Tensor, activation: str = "silu", keep_hidden: bool = True
-) -> tuple[Tensor, Tensor]:
-    """PyTorch's operators, each writing right into a result."""
-    (gate, up), d_gate_up = gate_up.chunk(2, dim=-1), gate_up.new_empty(gate_up.shape)
-    d_gate, d_up = d_gate_up.chunk(2, dim=-1)
-    hidden = activate(gate, activation)
-    torch.mul(grad_hidden, hidden, out=d_up)
-    torch.mul(grad_hidden, up, out=d_gate)
-    if activation == "silu":
-        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
-    else:
-        approximate = "tanh" if activation == "gelu_tanh" else "none"
-        torch.ops.aten.gelu_backward.grad_input(d_gate, gate, approximate=approximate, grad_input=d_gate)
-    if not keep_hidden:
-        return d_gate_up, gate_up.new_empty(0)
-    return d_gate_up, hidden.mul_(up).contiguous()
-
-
 def _triton_why_not(grad_hidden: Tensor, gate_up: Tensor, activation: str, keep_hidden: bool) -> list[str]:
     return triton_why_not(grad_hidden)
 
@@ -123,3 +103,23 @@ def _triton(
     from burnish.kernels.gate_backward import gate_backward
 
     return gate_backward(grad_hidden, gate_up, activation, keep_hidden, config=config)
+
+
+@gate_backward.impl("torch")
+def _torch(
+    grad_hidden: Tensor, gate_up: Tensor, activation: str = "silu", keep_hidden: bool = True
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's operators, each writing right into a result."""
+    (gate, up), d_gate_up = gate_up.chunk(2, dim=-1), gate_up.new_empty(gate_up.shape)
+    d_gate, d_up = d_gate_up.chunk(2, dim=-1)
+    hidden = activate(gate, activation)
+    torch.mul(grad_hidden, hidden, out=d_up)
+    torch.mul(grad_hidden, up, out=d_gate)
+    if activation == "silu":
+        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+    else:
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        torch.ops.aten.gelu_backward.grad_input(d_gate, gate, approximate=approximate, grad_input=d_gate)
+    if not keep_hidden:
+        return d_gate_up, gate_up.new_empty(0)
+    return d_gate_up, hidden.mul_(up).contiguous()

@@ -85,26 +85,6 @@ def _configs(x: Tensor, weight: Tensor, *rest: Any) -> list[Chunks]:
     return chunk_configs(x, weight)
 
 
-@linear_cross_entropy.impl("torch", configs=_configs)
-def _torch(
-    x: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    reduction: str = "mean",
-    *,
-    config: Any = None,
-) -> Tensor:
-    """PyTorch's product and its log_softmax, in chunks of rows."""
-    options = Options(ignore_index, label_smoothing, z_loss, softcap, reduction)
-    chunk = (config or chunk_configs(x, weight)[0]).rows
-    return in_chunks(x, weight, target, bias, None, options, _NO_GRADIENT, rows_by_torch, chunk)[0]
-
-
 def _triton_why_not(x: Tensor, *rest: Any) -> list[str]:
     return triton_why_not(x)
 
@@ -127,6 +107,26 @@ def _torch_triton(
     options = Options(ignore_index, label_smoothing, z_loss, softcap, reduction)
     chunk = (config or chunk_configs(x, weight)[0]).rows
     return in_chunks(x, weight, target, bias, None, options, _NO_GRADIENT, rows_by_triton, chunk)[0]
+
+
+@linear_cross_entropy.impl("torch", configs=_configs)
+def _torch(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    *,
+    config: Any = None,
+) -> Tensor:
+    """PyTorch's product and its log_softmax, in chunks of rows."""
+    options = Options(ignore_index, label_smoothing, z_loss, softcap, reduction)
+    chunk = (config or chunk_configs(x, weight)[0]).rows
+    return in_chunks(x, weight, target, bias, None, options, _NO_GRADIENT, rows_by_torch, chunk)[0]
 
 
 def _forward(

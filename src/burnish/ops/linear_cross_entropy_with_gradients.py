@@ -185,31 +185,6 @@ def _configs(x: Tensor, weight: Tensor, *rest: Any) -> list[Chunks]:
     return chunk_configs(x, weight)
 
 
-@linear_cross_entropy_with_gradients.impl("torch", configs=_configs)
-def _torch(
-    x: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None = None,
-    grad_loss: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    reduction: str = "mean",
-    needs_x: bool = True,
-    needs_weight: bool = True,
-    needs_bias: bool = False,
-    *,
-    config: Any = None,
-) -> Results:
-    """PyTorch's products and its log_softmax, in chunks of rows whose gradient takes the logits' place."""
-    options = Options(ignore_index, label_smoothing, z_loss, softcap, reduction)
-    wanted = Wanted(needs_x, needs_weight, needs_bias)
-    chunk = (config or chunk_configs(x, weight)[0]).rows
-    return in_chunks(x, weight, target, bias, grad_loss, options, wanted, rows_by_torch, chunk)
-
-
 def _triton_why_not(x: Tensor, *rest: Any) -> list[str]:
     return triton_why_not(x)
 
@@ -237,3 +212,28 @@ def _torch_triton(
     wanted = Wanted(needs_x, needs_weight, needs_bias)
     chunk = (config or chunk_configs(x, weight)[0]).rows
     return in_chunks(x, weight, target, bias, grad_loss, options, wanted, rows_by_triton, chunk)
+
+
+@linear_cross_entropy_with_gradients.impl("torch", configs=_configs)
+def _torch(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    grad_loss: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    needs_x: bool = True,
+    needs_weight: bool = True,
+    needs_bias: bool = False,
+    *,
+    config: Any = None,
+) -> Results:
+    """PyTorch's products and its log_softmax, in chunks of rows whose gradient takes the logits' place."""
+    options = Options(ignore_index, label_smoothing, z_loss, softcap, reduction)
+    wanted = Wanted(needs_x, needs_weight, needs_bias)
+    chunk = (config or chunk_configs(x, weight)[0]).rows
+    return in_chunks(x, weight, target, bias, grad_loss, options, wanted, rows_by_torch, chunk)

@@ -91,21 +91,6 @@ def scaled_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
     return result
 
 
-def _torch_in_place(gradient: Tensor, factor: Tensor) -> Tensor:
-    # On a CPU a look at the factor waits for nothing.
-    if factor.dim() == 0 and factor.device.type == "cpu" and float(factor) == 1:
-        return gradient
-    return gradient.mul_(factor if factor.dim() == 0 else factor[:, None])
-
-
-@scale_gradient.impl("torch", in_place=_torch_in_place)
-def _torch(gradient: Tensor, factor: Tensor) -> Tensor:
-    """PyTorch's product."""
-    factor = factor if factor.dim() == 0 else factor[:, None]
-    out = gradient.new_empty(gradient.shape)
-    return torch.mul(gradient, factor.to(wide(gradient.dtype)), out=out)
-
-
 def _triton_why_not(gradient: Tensor, factor: Tensor) -> list[str]:
     return triton_why_not(gradient)
 
@@ -134,3 +119,18 @@ def _triton(gradient: Tensor, factor: Tensor, *, config: Any = None) -> Tensor:
     out = gradient.new_empty(gradient.shape)
     scale(gradient, factor, out, config)
     return out
+
+
+def _torch_in_place(gradient: Tensor, factor: Tensor) -> Tensor:
+    # On a CPU a look at the factor waits for nothing.
+    if factor.dim() == 0 and factor.device.type == "cpu" and float(factor) == 1:
+        return gradient
+    return gradient.mul_(factor if factor.dim() == 0 else factor[:, None])
+
+
+@scale_gradient.impl("torch", in_place=_torch_in_place)
+def _torch(gradient: Tensor, factor: Tensor) -> Tensor:
+    """PyTorch's product."""
+    factor = factor if factor.dim() == 0 else factor[:, None]
+    out = gradient.new_empty(gradient.shape)
+    return torch.mul(gradient, factor.to(wide(gradient.dtype)), out=out)
