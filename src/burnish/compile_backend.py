@@ -16,21 +16,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._functorch import config as functorch_config
 
 from burnish.compile_choices import choose_impls
+from burnish.compile_decompositions import decompositions
 from burnish.compile_trace import regions, trace_for_compile
 from burnish.graph.autocast import without_autocast
 from burnish.graph.trace import clean
 from burnish.op import find_impl
-from burnish.ops import embedding_backward
 from burnish.record import StepRecord
 from burnish.rewrites import FUSE, RAISE, GraphPass, Rewrite, apply
 from burnish.tuning import Tuner
 
 _NEEDS_PACKING = {"gated_mlp", "parallel linears"}
-_OPTIONS = ("burnish.cache", "burnish.impls")
+_OPTIONS = ("burnish.cache", "burnish.impls", "burnish.recompute")
 
 
 def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
@@ -38,7 +38,9 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **optio
 
     Args:
         options: as `torch.compile(..., mode=..., options=...)` gives them: for Inductor, except `"burnish.impls"`, Impl
-            names by Op name that are to be used, and `"burnish.cache"`, both as of `burnish.optimize`.
+            names by Op name that are to be used, and `"burnish.cache"`, both as of `burnish.optimize`, and
+            `"burnish.recompute"`: whether the backward pass computes activations and norms again, from what is kept
+            anyway, rather than have them kept as inputs of the products that follow (default True).
 
     Raises:
         ValueError: an option of ours that there is not; an Op or Impl that there is not.
@@ -65,11 +67,12 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **optio
             list(example_inputs),
             inner_compile=functools.wraps(compile_fx_inner)(compile_inner),
             config_patches=given or None,
-            decompositions=_decompositions(),
+            decompositions=decompositions(),
         )
 
+    keeps = not own.get("burnish.recompute", True)
     # AOTAutograd's cache knows nothing of the Impls; Inductor's own finds their names in the graph.
-    with functorch_config.patch(enable_autograd_cache=False):
+    with functorch_config.patch(enable_autograd_cache=False, ban_recompute_materialized_backward=keeps):
         try:
             rewritten, _ = rewrite(graph_module, example_inputs)
         except ValueError as error:
@@ -77,26 +80,6 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **optio
             return compile_with(graph_module)
         with without_autocast():
             return compile_with(rewritten)
-
-
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's, but for the gradients of tables, which it adds up by atomics: other bits in every run."""
-    from torch._inductor.decomposition import select_decomp_table
-
-    found = dict(select_decomp_table())
-    theirs = found[torch.ops.aten.embedding_dense_backward.default]
-
-    def in_order(grad: Tensor, ids: Tensor, entries: int, padding_idx: int, scale_grad_by_freq: bool) -> Tensor:
-        if scale_grad_by_freq:
-            result: Tensor = theirs(grad, ids, entries, padding_idx, scale_grad_by_freq)
-            return result
-        table: Tensor = embedding_backward(grad, ids, entries)
-        if padding_idx < 0:
-            return table
-        return table.masked_fill((torch.arange(entries, device=table.device) == padding_idx)[:, None], 0)
-
-    found[torch.ops.aten.embedding_dense_backward.default] = in_order
-    return found
 
 
 def rewrite(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[StepRecord]]:
