@@ -6,12 +6,13 @@ import inspect
 import itertools
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from burnish.autograd import Saved
 from burnish.op import OPS, Cost, ImplUnavailable, Op, Sample, find_impl, find_op, op, use, why_not
@@ -500,4 +501,104 @@ def test_an_overload_can_be_told_how_to_run_its_impl(toy: Toy) -> None:
 
     for size, impl in ((3, "tiled b"), (3, "tiled b"), (3, "tiled"), (2, "tiled b"), (2, "tiled c")):
         toy.op.overload(torch.ones(size), impl=impl)
-    assert ran == ["b", "b", None, None, "c"]
+    assert ran == ["b", "b", "a", "c", "c"]
+
+
+def test_an_impl_that_is_preferred_is_not_looked_for_again(toy: Toy) -> None:
+    asked: list[str] = []
+
+    def why_not(x: Tensor, *_: Any) -> list[str]:
+        asked.append("why_not")
+        return []
+
+    def configs(x: Tensor, *_: Any) -> list[str]:
+        asked.append("configs")
+        return ["a"]
+
+    @toy.op.impl("tiled", why_not=why_not, configs=configs)
+    def tiled(
+        x: Tensor, shift: Tensor | None = None, factor: float = 2.0, label: str = "none", *, config: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Tiles."""
+        return x * factor, x + 1
+
+    for _ in range(3):
+        toy.op.overload(torch.ones(3), impl="tiled")
+    assert asked == ["why_not", "configs"]
+    toy.op.overload(torch.ones(4), impl="tiled")
+    toy.op.overload(torch.ones(3), torch.ones(3), impl="tiled")
+    toy.op.overload(torch.ones(6)[::2], impl="tiled")
+    toy.op.overload(torch.ones(3), factor=3.0, impl="tiled")
+    assert asked == ["why_not", "configs"] * 5
+
+
+def test_an_impl_that_is_preferred_gives_way_to_use_and_keeps_out_autocast(toy: Toy) -> None:
+    @toy.op.impl("product")
+    def product(
+        x: Tensor, shift: Tensor | None = None, factor: float = 2.0, label: str = "none"
+    ) -> tuple[Tensor, Tensor]:
+        """Which autocast would do in bfloat16."""
+        toy.ran.append("product")
+        return x.diag() @ x, x + 1
+
+    x = torch.ones(3)
+    for _ in range(2):
+        toy.op.overload(x, impl="product")
+        with use(**{toy.op.name: "fast"}):
+            toy.op.overload(x, impl="product")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert toy.op.overload(x, impl="product")[0].dtype == torch.float32
+    assert toy.ran == ["product", "fast", "product"] * 2
+
+
+def test_what_is_remembered_of_preferred_impls_is_bounded(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("burnish.op._MOST_PREFERRED", 4)
+    for size in range(3, 20):
+        toy.op.overload(torch.ones(size), impl="fast")
+        assert 1 <= len(toy.op._preferred) <= 4
+    assert set(toy.ran) == {"fast"}
+
+
+def test_values_on_a_cpu_are_checked_in_each_call() -> None:
+    def check(x: Tensor) -> None:
+        if x.device.type == "cpu" and (x < 0).any():
+            raise ValueError("x has a number below 0")
+
+    def reference(x: Tensor) -> Tensor:
+        """Copies."""
+        return x.clone()
+
+    reference.__name__ = f"toy_{next(_numbers)}"
+    toy = op(cost=lambda x: Cost(1, 1), samples=_samples, check=check)(reference)
+    try:
+        toy.overload(torch.ones(3), impl="reference")
+        with pytest.raises(ValueError, match="below 0"):
+            toy.overload(-torch.ones(3), impl="reference")
+    finally:
+        del OPS[toy.name]
+
+
+@pytest.mark.parametrize("impl", ["", "fast"])
+@pytest.mark.parametrize("gradients", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_who_looks_on_sees_the_overload_in_any_mode(
+    toy: Toy, impl: str, gradients: Callable[[], AbstractContextManager[None]]
+) -> None:
+    seen: list[Any] = []
+
+    class Listen(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(3)
+    with gradients():
+        toy.op.overload(x, impl=impl)  # nobody looks on
+        with Listen():
+            toy.op.overload(x, impl=impl)
+        with FakeTensorMode() as mode:
+            assert type(toy.op.overload(mode.from_tensor(x), impl=impl)[0]) is FakeTensor
+        assert type(toy.op.overload(x.to("meta"), impl=impl)[0]) is Tensor
+    assert seen == [toy.op.overload]
+    assert toy.ran == ["fast", "fast", "reference", "reference"]
+    functional = torch.func.functionalize(lambda x: toy.op.overload(x, impl=impl)[0])
+    assert functional(x).tolist() == [2.0, 2.0, 2.0]

@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from burnish.arguments import computes_next, is_traced, is_transformed, signature_of
 from burnish.autograd import Backward, Forward, by_passes, by_recomputing
 from burnish.impl import Cost as Cost
 from burnish.impl import Impl as Impl
@@ -72,7 +72,8 @@ class Op:
         self._parts: Callable[..., Result] | None = None
         self._with_backward: dict[str, Callable[..., Result]] = {}
         self._nested: Callable[..., Result] | None = None  # for nested tensors
-        self._preferred: dict[Any, Callable[..., Result]] = {}  # by Impl and signature, for `preferring`
+        # By Impl and signature: what runs, and whether it is checked each time, as on a CPU a check may read values.
+        self._preferred: dict[Any, tuple[Callable[..., Result], bool]] = {}
         self.impls: dict[str, Impl] = {}
         self.impl("reference", differentiable=True)(reference)
         self._register()
@@ -84,7 +85,7 @@ class Op:
         bound = self.bind(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self.overload(*bound)
-        if _is_traced(bound):
+        if is_traced(bound):
             if any(isinstance(a, Tensor) and a.is_nested for a in bound):
                 if self._nested is not None:
                     return self._nested(*bound)
@@ -92,7 +93,7 @@ class Op:
             return self.overload(*bound)
         self._check(*bound)
         with without_autocast(bound):
-            if _is_transformed():  # vmap, jvp and their like know the reference's operators
+            if is_transformed():  # vmap, jvp and their like know the reference's operators
                 return self.reference(*bound)
             if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in bound):
                 return self._select_differentiable(bound)(*bound)
@@ -166,23 +167,33 @@ class Op:
                 return impl
         raise AssertionError(f"{self.name}: the reference takes everything")  # it has no why_not
 
-    def preferring(self, impl: str, args: tuple[Any, ...]) -> Callable[..., Result]:
-        """The function of the Impl "name" or "name config" for bound arguments, or, where it cannot take these, of the
-        one that `select` gives. `use()` goes before."""
-        key = (impl, *(_signature(a) for a in args))
-        known = self._preferred.get(key)
-        if known is None or chosen_impls():
-            name, _, config = impl.partition(" ")
-            found = find_impl(self, name)
-            if found.reasons(*args) or self._explicit(args) is not None:
-                return self.select(*args).fn
-            configs = found.configs(*args) if config and found.configs is not None else ()
-            given = next((c for c in configs if str(c) == config), None)
-            known = found.fn if given is None else functools.partial(found.fn, config=given)
-            if len(self._preferred) >= _MOST_PREFERRED:
-                self._preferred.clear()
-            self._preferred[key] = known
-        return known
+    def _run_preferring(self, impl: str, args: tuple[Any, ...]) -> Result:
+        """The result for bound arguments by the Impl "name" or "name config", or, where it cannot take these, by the
+        one that `select` gives. `use()` goes before.
+
+        A graph calls this with arguments of the same few signatures, for which there is nothing to find out again.
+        """
+        key = impl, *signature_of(args)
+        known = None if chosen_impls() else self._preferred.get(key)
+        if known is None or known[1]:
+            self._check(*args)
+        with without_autocast(args):
+            fn = self._preferring(impl, args, key) if known is None else known[0]
+            return fn(*args)
+
+    def _preferring(self, impl: str, args: tuple[Any, ...], key: Any) -> Callable[..., Result]:
+        name, _, config = impl.partition(" ")
+        found = find_impl(self, name)
+        if found.reasons(*args) or self._explicit(args) is not None:
+            return self.select(*args).fn
+        # Without the keyword it is the first one, which `fn` would look for in each call (35 us for attention).
+        configs = found.configs(*args) if found.configs is not None else ()
+        given = next((c for c in configs if str(c) == config), configs[0] if configs else None)
+        fn = found.fn if given is None else functools.partial(found.fn, config=given)
+        if len(self._preferred) >= _MOST_PREFERRED:
+            self._preferred.clear()
+        self._preferred[key] = fn, any(isinstance(a, Tensor) and not a.is_cuda for a in args)
+        return fn
 
     def differentiate(
         self, forward: Forward, backward: Backward, on_cpu: str | None = None, in_graphs: bool = True
@@ -201,7 +212,7 @@ class Op:
 
         def training(*args: Any) -> Result:
             first = next(a for a in args if isinstance(a, Tensor))
-            on_cpu = first.device.type == "cpu" and (in_graphs or not _is_traced(args))
+            on_cpu = first.device.type == "cpu" and (in_graphs or not is_traced(args))
             takes = on_cpu and self.name not in chosen_impls() and not impl.reasons(*args)
             return impl.fn(*args) if takes else passes(*args)
 
@@ -285,9 +296,11 @@ class Op:
 
         def eager(*args: Any, impl: str = "") -> Result:
             args = self.bind(*args)  # the dispatcher drops trailing arguments that equal their defaults
+            if impl:
+                return self._run_preferring(impl, args)
             self._check(*args)
             with without_autocast(args):
-                return (self.preferring(impl, args) if impl else self.select(*args).fn)(*args)
+                return self.select(*args).fn(*args)
 
         def fake(*args: Any, impl: str = "") -> Result:
             args = self.bind(*args)
@@ -298,12 +311,14 @@ class Op:
         def differentiable(keyset: Any, *args: Any, impl: str = "") -> Result:
             def below(*args: Any) -> Result:
                 with torch._C._AutoDispatchBelowAutograd():
+                    if computes_next(keyset.raw_repr()):  # through the dispatcher it is 5 us more, of 9
+                        return eager(*args, impl=impl)
                     return self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, impl=impl)
 
-            args = self.bind(*args)
             if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
                 return below(*args)
-            asked_for = self._explicit(args) if chosen_impls() and not _is_traced(args) else None
+            args = self.bind(*args)
+            asked_for = self._explicit(args) if chosen_impls() and not is_traced(args) else None
             if self.training is None or (self._parts is not None and impl):
                 run = by_recomputing(below, self._parts or self.reference)
             else:
@@ -380,29 +395,6 @@ def find_impl(op: str | Op, name: str) -> Impl:
     if name not in op.impls:
         raise ValueError(f"{op.name} has no Impl {name!r}; it has: {', '.join(op.impls)}")
     return op.impls[name]
-
-
-_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
-
-
-def _is_traced(args: tuple[Any, ...]) -> bool:
-    """Whether someone wants to see one node instead of a result: fx, fake tensors, tensor subclasses, active modes."""
-    return (
-        not _PLAIN_TYPES.issuperset(map(type, args))
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-    )
-
-
-def _signature(arg: Any) -> Any:
-    """All that an Impl's reasons may go by: of a tensor also whether 16 bytes can be loaded at once."""
-    if not isinstance(arg, Tensor):
-        return arg
-    return arg.dtype, arg.device, arg.shape, arg.stride(), arg.data_ptr() % 16
-
-
-def _is_transformed() -> bool:
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def _always_available(*args: Any) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from burnish.kernels.attention_blocks import attend, block_of, key_terms, load_rows, shown_keys
 from burnish.kernels.attention_configs import configs_for, padded
 from burnish.kernels.attention_inputs import as_bytes, described, prepared_bias
-from burnish.kernels.launch import Config, launch, launch_dependents, target_of, wait_for_inputs
+from burnish.kernels.launch import Config, cdiv, launch, launch_dependents, target_of, wait_for_inputs
 from burnish.ops._dropout import threshold_of
 
 # With more keys it pays to read the padding mask once beforehand. H200: 1x12x384x64 7.5 -> 6.3 us, but 32x12x128x64
@@ -223,7 +223,7 @@ def attention_forward(
     scan = key_padding_mask is not None and lk > _SCANNED
     tma, parts = bool(config["TMA"]), dict(config.blocks).get("PARTS", 1)
     widths = padded(d), padded(dv) // parts
-    blocks = triton.cdiv(lq, config["BLOCK_M"])
+    blocks = cdiv(lq, config["BLOCK_M"])
     launch(
         attention_kernel,
         (blocks * batch * heads * parts,),

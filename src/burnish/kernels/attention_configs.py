@@ -7,10 +7,9 @@ table is for (bfloat16; for sm_100 ptxas puts up to 16 bytes of six of them on t
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
-from burnish.kernels.launch import Config, Target, target_of
+from burnish.kernels.launch import Config, Target, next_power_of_2, target_of
 
 _Blocks = tuple[int, ...]  # BLOCK_M queries, BLOCK_N keys, warps, stages, and of a head of 512 columns the PARTS
 
@@ -104,7 +103,7 @@ def configs_for(
 
 
 def padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(16, next_power_of_2(width))
 
 
 def is_by_key(bias: Tensor | None) -> bool:

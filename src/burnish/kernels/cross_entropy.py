@@ -23,7 +23,17 @@ import triton.language as tl
 from torch import Tensor
 
 from burnish.kernels.activations import tanh
-from burnish.kernels.launch import Config, Target, launch, launch_dependents, target_of, wait_for_inputs
+from burnish.kernels.launch import (
+    Config,
+    Target,
+    cdiv,
+    first_config,
+    launch,
+    launch_dependents,
+    next_power_of_2,
+    target_of,
+    wait_for_inputs,
+)
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -235,7 +245,7 @@ def cross_entropy_configs(rows: int, size: int, dtype: torch.dtype, backward: bo
     rows; HINTS tells the cache what is wanted again.
     """
     E = 16 // dtype.itemsize
-    vectors = triton.next_power_of_2(triton.cdiv(size, E))
+    vectors = next_power_of_2(cdiv(size, E))
     row_bytes = size * dtype.itemsize
     if vectors <= 512:  # short rows: one tile each, and many of them
         warps = max(1, min(8, vectors // 32))
@@ -284,7 +294,7 @@ def rows(
     count, size = logits.shape
     target_device = target_of(logits)
     if config is None:
-        config = cross_entropy_configs(count, size, logits.dtype, gradient is not None, target_device)[0]
+        config = first_config(cross_entropy_configs, count, size, logits.dtype, gradient is not None, target_device)
     grad_step = 0 if grad_loss is None or grad_loss.dim() == 0 else grad_loss.stride(0)
     width = -(-size // 16) * 16 if padded else size
     aligned = width % config["E"] == 0 and all(
@@ -322,7 +332,7 @@ def scale_gradient(gradient: Tensor, factor: Tensor, out: Tensor, config: Config
     size = gradient.shape[-1] if gradient.dim() else 1
     count = gradient.numel() // size
     target = target_of(gradient)
-    config = config or scale_configs(size)[0]
+    config = config or first_config(scale_configs, size)
     launch(
         _scale_kernel, (min(count, config["PER_SM"] * target.num_sms),), gradient, factor, out, count, size,
         factor.stride(0) if factor.dim() else 0, config=config, like=gradient, PER_ROW=factor.dim() == 1,
@@ -332,7 +342,7 @@ def scale_gradient(gradient: Tensor, factor: Tensor, out: Tensor, config: Config
 
 def scale_configs(size: int) -> list[Config]:
     """How to scale rows of `size` entries, the most promising first."""
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     pairs = ((4096, 4, 8), (8192, 8, 4), (2048, 4, 8))
     found = [Config.of(num_warps=max(1, min(w, block // 256)), BLOCK=min(b, block), PER_SM=n) for b, w, n in pairs]
     return list(dict.fromkeys(found))

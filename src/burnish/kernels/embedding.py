@@ -10,7 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from burnish.kernels.launch import Config, Target, launch, launch_dependents, target_of, wait_for_inputs
+from burnish.kernels.launch import (
+    Config,
+    Target,
+    cdiv,
+    first_config,
+    launch,
+    launch_dependents,
+    next_power_of_2,
+    target_of,
+    wait_for_inputs,
+)
 from burnish.kernels.norms import load_vector, norm_configs, normalize
 
 
@@ -89,10 +99,10 @@ def embedding(
     """
     B, S = ids.shape
     N = word.shape[1]
-    config = config or lookup_configs(N)[0]
+    config = config or first_config(lookup_configs, N)
     out = torch.empty((B, S, N), dtype=word.dtype, device=word.device)
     launch(
-        _embedding_kernel, (B * S, triton.cdiv(N, config["BLOCK_N"])), ids, word, position_ids, position, out, S,
+        _embedding_kernel, (B * S, cdiv(N, config["BLOCK_N"])), ids, word, position_ids, position, out, S,
         *_steps(ids, position_ids), *_sizes(word, position), config=config, like=word, N=N,
     )  # fmt: skip
     return out
@@ -100,7 +110,7 @@ def embedding(
 
 def lookup_configs(N: int) -> list[Config]:
     """How to look up rows of N entries, the most promising first."""
-    widest = max(128, triton.next_power_of_2(N))
+    widest = max(128, next_power_of_2(N))
     return list(dict.fromkeys(Config.of(w, BLOCK_N=min(n, widest)) for n, w in ((512, 2), (1024, 4), (256, 1))))
 
 
@@ -126,13 +136,13 @@ def embedding_layer_norm(
     """
     B, S = ids.shape
     N = word.shape[1]
-    config = config or embedding_configs(B * S, N, word.dtype, target_of(word))[0]
+    config = config or first_config(embedding_configs, B * S, N, word.dtype, target_of(word))
     out = torch.empty((B, S, N), dtype=word.dtype, device=word.device)
     vector_steps = (1 if v is None else v.stride(0) for v in (weight, bias))
     launch(
         _embedding_layer_norm_kernel, (B * S,), ids, word, position_ids, position, type_ids, type, weight, bias, out, S,
         *_steps(ids, position_ids, type_ids), *_sizes(word, position, type), *vector_steps, eps, config=config,
-        like=word, N=N, BLOCK_N=triton.next_power_of_2(N),
+        like=word, N=N, BLOCK_N=next_power_of_2(N),
     )  # fmt: skip
     return out
 

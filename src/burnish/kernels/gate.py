@@ -9,7 +9,15 @@ import triton.language as tl
 from torch import Tensor
 
 from burnish.kernels.activations import activate, in_half
-from burnish.kernels.launch import Config, launch, launch_dependents, wait_for_inputs
+from burnish.kernels.launch import (
+    Config,
+    cdiv,
+    first_config,
+    launch,
+    launch_dependents,
+    next_power_of_2,
+    wait_for_inputs,
+)
 
 
 @triton.jit
@@ -41,7 +49,7 @@ def gate_configs(columns: int) -> list[Config]:
     """Configs of `gate` for rows of `columns` results, the most promising first."""
     # Loads of 16 bytes of a half type, two of each half in flight in every thread, or one.
     shapes = [(2048, 4), (1024, 4)]
-    longest = max(32, triton.next_power_of_2(columns))
+    longest = max(32, next_power_of_2(columns))
     return list(dict.fromkeys(Config.of(num_warps=warps, BLOCK=min(block, longest)) for block, warps in shapes))
 
 
@@ -53,13 +61,13 @@ def gate(gate_up: Tensor, activation: str, config: Config | None = None) -> Tens
     Source: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
     """
     columns = gate_up.shape[-1] // 2
-    config = config or gate_configs(columns)[0]
+    config = config or first_config(gate_configs, columns)
     gate_up = gate_up.contiguous()
     out = gate_up.new_empty((*gate_up.shape[:-1], columns))
     constants: dict[str, Any] = {
         "ACTIVATION": in_half(activation, gate_up.dtype),
         "EVEN": columns % config["BLOCK"] == 0,
     }
-    programs = gate_up.numel() // (2 * columns) * triton.cdiv(columns, config["BLOCK"])
+    programs = gate_up.numel() // (2 * columns) * cdiv(columns, config["BLOCK"])
     launch(gate_kernel, (programs,), gate_up, out, columns, config=config, like=gate_up, **constants)
     return out

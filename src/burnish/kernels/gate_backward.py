@@ -9,7 +9,15 @@ import triton.language as tl
 from torch import Tensor
 
 from burnish.kernels.activations import sigmoid
-from burnish.kernels.launch import Config, launch, launch_dependents, wait_for_inputs
+from burnish.kernels.launch import (
+    Config,
+    cdiv,
+    first_config,
+    launch,
+    launch_dependents,
+    next_power_of_2,
+    wait_for_inputs,
+)
 
 
 @triton.jit
@@ -72,7 +80,7 @@ def gate_backward_configs(columns: int) -> list[Config]:
     """Configs of `gate_backward` for rows of `columns` gates, the most promising first."""
     # Loads of 16 bytes of a half type, one of each of the three inputs in flight in every thread, or two.
     shapes = [(1024, 4), (2048, 4), (2048, 8)]
-    longest = max(32, triton.next_power_of_2(columns))
+    longest = max(32, next_power_of_2(columns))
     return list(dict.fromkeys(Config.of(num_warps=warps, BLOCK=min(block, longest)) for block, warps in shapes))
 
 
@@ -85,7 +93,7 @@ def gate_backward(
     Inputs that are not contiguous are copied first. `activation` is silu, gelu or gelu_tanh.
     """
     columns = gate_up.shape[-1] // 2
-    config = config or gate_backward_configs(columns)[0]
+    config = config or first_config(gate_backward_configs, columns)
     grad_hidden, gate_up = grad_hidden.contiguous(), gate_up.contiguous()
     d_gate_up = gate_up.new_empty(gate_up.shape)
     hidden = gate_up.new_empty(grad_hidden.shape if keep_hidden else 0)
@@ -94,7 +102,7 @@ def gate_backward(
         "KEEP": keep_hidden,
         "EVEN": columns % config["BLOCK"] == 0,
     }
-    programs = grad_hidden.numel() // columns * triton.cdiv(columns, config["BLOCK"])
+    programs = grad_hidden.numel() // columns * cdiv(columns, config["BLOCK"])
     args = (grad_hidden, gate_up, d_gate_up, hidden, columns)
     launch(gate_backward_kernel, (programs,), *args, config=config, like=gate_up, **constants)
     return d_gate_up, hidden

@@ -13,7 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from burnish.kernels.launch import Config, Target, launch, launch_dependents, target_of, wait_for_inputs
+from burnish.kernels.launch import (
+    Config,
+    Target,
+    cdiv,
+    first_config,
+    launch,
+    launch_dependents,
+    next_power_of_2,
+    target_of,
+    wait_for_inputs,
+)
 
 MAX_COLUMNS = 16384
 """The longest row that one program of 32 warps holds in registers (16 entries a thread)."""
@@ -157,7 +167,7 @@ def _norm(
     N = x.shape[-1]
     rows = x.numel() // N
     target = target_of(x)
-    config = config or norm_configs(rows, N, x.dtype, residual is not None, target)[0]
+    config = config or first_config(norm_configs, rows, N, x.dtype, residual is not None, target)
     sizes, strides = collapse(x) if residual is None else collapse(x, residual)
     if len(sizes) > 3 or any(stride[-1] != 1 for stride in strides):
         x, residual = x.contiguous(), None if residual is None else residual.contiguous()
@@ -168,13 +178,13 @@ def _norm(
     vector_steps = (1 if v is None else v.stride(0) for v in (weight, bias))
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty_like(out) if keep_sum else None
-    tiles = triton.cdiv(rows, config["ROWS"])
+    tiles = cdiv(rows, config["ROWS"])
     grid = tiles
     if config["PER_SM"]:  # no more programs than share the tiles evenly
-        grid = triton.cdiv(tiles, triton.cdiv(tiles, config["PER_SM"] * target.num_sms))
+        grid = cdiv(tiles, cdiv(tiles, config["PER_SM"] * target.num_sms))
     launch(
         _norm_kernel, (grid,), x, residual, weight, bias, out, total, rows, size1, size2, *steps,
-        *vector_steps, eps, config=config, like=x, N=N, BLOCK_N=triton.next_power_of_2(N), RMS=rms,
+        *vector_steps, eps, config=config, like=x, N=N, BLOCK_N=next_power_of_2(N), RMS=rms,
         STAGES=config.num_stages,
     )  # fmt: skip
     return out, total
@@ -211,7 +221,7 @@ def norm_configs(rows: int, N: int, dtype: torch.dtype, added: bool, target: Tar
 
     ROWS rows a program; PER_SM programs for each multiprocessor loop over them, or, where it is 0, each has one tile.
     """
-    block = triton.next_power_of_2(N)
+    block = next_power_of_2(N)
     row_bytes = block * dtype.itemsize
     most = max(1, min(32, row_bytes // 512))  # one 16-byte load a thread
     base = max(1, most // 2)

@@ -14,7 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from burnish.kernels.launch import Config, Target, launch, launch_dependents, prefetch, target_of, wait_for_inputs
+from burnish.kernels.launch import (
+    Config,
+    Target,
+    cdiv,
+    first_config,
+    launch,
+    launch_dependents,
+    next_power_of_2,
+    prefetch,
+    target_of,
+    wait_for_inputs,
+)
 from burnish.kernels.norms import collapse, load_vector, row_offsets
 
 _STAGED_BYTES = 144 << 10  # shared memory of one multiprocessor for rows on their way; sm_80 has 164 KiB
@@ -187,13 +198,13 @@ def _norm_backward(
     N = x.shape[-1]
     rows = x.numel() // N
     target = target_of(x)
-    config = config or norm_backward_configs(rows, N, x.dtype, grad_sum is not None, target)[0]
+    config = config or first_config(norm_backward_configs, rows, N, x.dtype, grad_sum is not None, target)
     given, sizes, strides = _in_rows(x, grad, *(() if grad_sum is None else (grad_sum,)))
     size1, size2 = (*sizes[1:], 1, 1)[:2]
     x_steps, g_steps, s_steps = ((*stride[:-1], 0, 0, 0)[:3] for stride in (*strides, (0,))[:3])
-    tiles = triton.cdiv(rows, config["ROWS"])
+    tiles = cdiv(rows, config["ROWS"])
     # No more programs than share the tiles evenly.
-    programs = triton.cdiv(tiles, triton.cdiv(tiles, config["PER_SM"] * target.num_sms))
+    programs = cdiv(tiles, cdiv(tiles, config["PER_SM"] * target.num_sms))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     weight_parts, bias_parts = (
         None if like is None else torch.empty(programs, N, dtype=torch.float32, device=x.device)
@@ -203,7 +214,7 @@ def _norm_backward(
         _norm_backward_kernel, (programs,), given[1], given[0], weight, None if grad_sum is None else given[2], dx,
         weight_parts, bias_parts, rows, size1, size2, *g_steps, *x_steps, *s_steps,
         1 if weight is None else weight.stride(0), eps, config=config, like=x, N=N,
-        BLOCK_N=triton.next_power_of_2(N), RMS=rms, STAGES=config.num_stages,
+        BLOCK_N=next_power_of_2(N), RMS=rms, STAGES=config.num_stages,
     )  # fmt: skip
     dweight, dbias = (
         dx.new_empty(0) if like is None else torch.empty(N, dtype=like.dtype, device=x.device)
@@ -212,7 +223,7 @@ def _norm_backward(
     if weight_parts is not None or bias_parts is not None:
         both = weight_parts is not None and bias_parts is not None
         launch(
-            _add_parts_kernel, (triton.cdiv(N, _COLUMNS), 2 if both else 1), weight_parts, bias_parts, dweight, dbias,
+            _add_parts_kernel, (cdiv(N, _COLUMNS), 2 if both else 1), weight_parts, bias_parts, dweight, dbias,
             programs, config=_PARTS_CONFIG, like=x, N=N,
         )  # fmt: skip
     return dx, dweight, dbias
@@ -238,7 +249,7 @@ def norm_backward_configs(rows: int, N: int, dtype: torch.dtype, added: bool, ta
     PER_SM programs for each multiprocessor loop over tiles of ROWS rows; all but the last of their stages are tiles on
     their way to shared memory. With AGAIN = 1 rows are read anew for each use.
     """
-    block = triton.next_power_of_2(N)
+    block = next_power_of_2(N)
     if block > _WIDEST:
         # 512 threads of 128 registers: in half precision none is spilled for RMS norm and 8 bytes for layer norm with a
         # bias, in float32 40 and 104; 1024 threads spill up to 104.
