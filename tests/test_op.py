@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from burnish.autograd import Saved
 from burnish.op import OPS, Cost, ImplUnavailable, Op, Sample, find_impl, find_op, op, use, why_not
+from burnish.tuning import Tuner
 
 _numbers = itertools.count()
 
@@ -121,6 +122,22 @@ def test_the_first_impl_without_reasons_runs(toy: Toy) -> None:
     assert toy.ran == ["fast", "reference", "reference"]
     assert toy.op.select(torch.ones(3)).name == "fast"
     assert toy.op.select(x=torch.ones(2)).name == "reference"
+
+
+def test_an_impl_that_is_only_taken_by_name(toy: Toy) -> None:
+    @toy.op.impl("odd", named_only="it is odd")
+    def odd(x: Tensor, shift: Tensor | None = None, factor: float = 2.0, label: str = "none") -> tuple[Tensor, Tensor]:
+        toy.ran.append("odd")
+        return x * factor, x + 1
+
+    toy.op(torch.ones(2))
+    with use(**{toy.op.name: "odd"}):
+        toy.op(torch.ones(2))
+    assert toy.ran == ["reference", "odd"]
+    assert why_not(toy.op, "odd", torch.ones(2)) == []
+    choice = Tuner("off").choose(toy.op, toy.op.bind(torch.ones(2)), budget_us=0)[1]
+    assert (choice.impl, choice.rejected["odd"]) == ("reference", ["it is odd"])
+    assert Tuner("off", {toy.op.name: "odd"}).choose(toy.op, toy.op.bind(torch.ones(2)), budget_us=0)[1].impl == "odd"
 
 
 def test_why_not_gives_every_reason(toy: Toy) -> None:

@@ -42,7 +42,26 @@ def trace_for_compile(graph_module: fx.GraphModule, example_inputs: Sequence[Any
         enters = any(node.target is autocast_mode._enter_autocast for node in traced.graph.nodes)
         if enters or autocast_dtypes():
             make_casts_explicit(traced, fakes)
+    _say_where_inputs_come_from(traced, graph_module)
     return traced
+
+
+def _say_where_inputs_come_from(traced: fx.GraphModule, graph_module: fx.GraphModule) -> None:
+    """What Dynamo tells AOTAutograd of each input: which ones stay where they are. CUDA graphs copy all others at every
+    replay, of GPT-2 498 MB of weights, 0.43 ms of a training step."""
+    sources = getattr(graph_module, "_param_name_to_source", None)
+    pairs = list(zip(*(g.graph.find_nodes(op="placeholder") for g in (traced, graph_module)), strict=False))
+    own = any(
+        True for g in (traced, graph_module) for _ in g.named_parameters()
+    )  # not inputs: Dynamo left them modules'
+    if sources is None or own or not all(hasattr(node, "_dynamo_source") for _, node in pairs):
+        return
+    traced.meta |= graph_module.meta
+    traced._param_name_to_source = sources
+    for node, origin in pairs:
+        node._dynamo_source = origin._dynamo_source
+        if "tensor_dict" in origin.meta:
+            node.meta["tensor_dict"] = origin.meta["tensor_dict"]
 
 
 def regions(graph_module: fx.GraphModule) -> list[fx.GraphModule]:

@@ -46,6 +46,7 @@ class Impl:
     them, lists ways to run `fn` on given inputs (its keyword `config`), the most promising first; each has a distinct
     str(). Without the keyword `fn` uses the first. `in_place`, of an Op that donates, takes what `fn` takes, writes
     into the donated arguments, which share memory with nothing, and returns these same tensors in the results' places.
+    `named_only` says why it is taken only where it is asked for by name; empty for all others.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Impl:
     bind: Callable[..., tuple[Any, ...]]
     configs: Callable[..., Sequence[Any]] | None = None
     in_place: Callable[..., Result] | None = None
+    named_only: str = ""
 
     def why_not(self, *args: Any, **kwargs: Any) -> list[str]:
         """Every reason why this Impl cannot take these inputs; empty when it can."""

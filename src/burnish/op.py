@@ -129,11 +129,13 @@ class Op:
         differentiable: bool = False,
         configs: Callable[..., Sequence[Any]] | None = None,
         in_place: Callable[..., Result] | None = None,
+        named_only: str = "",
     ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
         """Register the decorated function as an Impl, preferred after those registered before it.
 
         `why_not` takes all arguments of the Op positionally and returns every reason against; without it the Impl takes
         everything. `configs` takes the same arguments. `in_place` is the Impl without copies of what the Op donates.
+        With `named_only`, a reason, it is never chosen but by name.
         ValueError for a name that is taken, and for an `in_place` where the Op donates nothing.
         """
         if name in self.impls:
@@ -144,7 +146,7 @@ class Op:
         def register(fn: Callable[..., Result]) -> Callable[..., Result]:
             description = (inspect.getdoc(fn) or "").split("\n")[0]
             reasons = why_not or _always_available
-            impl = Impl(name, fn, differentiable, description, reasons, self.bind, configs, in_place)
+            impl = Impl(name, fn, differentiable, description, reasons, self.bind, configs, in_place, named_only)
             reference = self.impls.pop("reference", None)
             self.impls[name] = impl
             if reference is not None:  # the fallback stays last
@@ -163,7 +165,7 @@ class Op:
         if explicit is not None:
             return explicit
         for impl in self.impls.values():
-            if not impl.reasons(*args):
+            if not impl.named_only and not impl.reasons(*args):
                 return impl
         raise AssertionError(f"{self.name}: the reference takes everything")  # it has no why_not
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from burnish import tuning_store
+from burnish.impl import Impl
 from burnish.measure import FEWEST_SAMPLES, measure, measure_captured, measure_captured_in_step, measure_in_step
 from burnish.op import OPS, ImplUnavailable, Op, find_impl
 from burnish.parallel.agreement import Agreement
@@ -182,7 +183,7 @@ class Tuner:
         thorough: bool,
         variants: Sequence[Sequence[Any]],
     ) -> Choice:
-        rejected = {name: reasons for name, impl in op.impls.items() if (reasons := impl.why_not(*args))}
+        rejected = {name: reasons for name, impl in op.impls.items() if (reasons := _reasons_against(impl, args))}
         remembered, in_model = (self._disk.get(prefix + key.family, {}) for prefix in ("", _IN_MODEL))
         group = group_of_call(op, args)
         if group:  # all ranks measure it, or none does; so whatever decides that is the same on all of them
@@ -329,6 +330,10 @@ class Tuner:
         be written is no error: the next process measures again."""
         if self._dirty and self.cache == "readwrite" and tuning_store.write(self._measured):
             self._dirty = False
+
+
+def _reasons_against(impl: Impl, args: Sequence[Any]) -> list[str]:
+    return impl.why_not(*args) or ([impl.named_only] if impl.named_only else [])
 
 
 def _set_up_exchange(group_name: str, args: Sequence[Any]) -> None:

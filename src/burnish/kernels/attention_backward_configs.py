@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from burnish.kernels.attention_configs import is_by_key, is_describable, padded
+from burnish.kernels.attention_left_scores import can_be_left
 from burnish.kernels.launch import Config, target_of
 
 _Blocks = tuple[int, int, int, int, int]  # BLOCK_M queries, BLOCK_N keys, warps, stages, TMA
@@ -16,14 +17,19 @@ _Blocks = tuple[int, int, int, int, int]  # BLOCK_M queries, BLOCK_N keys, warps
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """Of one backward pass: the kernel that goes over queries, that which goes over keys, and that of the bias."""
+    """Of one backward pass: the kernel that goes over queries, that which goes over keys, and that of the bias.
+
+    Attributes:
+        leaves_scores: the gradients of scores are left in memory for the kernel of the queries.
+    """
 
     keys: Config
     queries: Config
     bias: Config
+    leaves_scores: bool = False
 
     def __str__(self) -> str:
-        return f"keys {self.keys}, queries {self.queries}"
+        return f"keys {self.keys}, queries {self.queries}{', left scores' if self.leaves_scores else ''}"
 
 
 _Table = dict[int, list[_Blocks]]  # by the width of a head
@@ -46,11 +52,15 @@ _QUERIES: _Table = {
 }
 _QUERIES_SHORT: _Table = {64: [(64, 32, 4, 2, 0)], 128: [(64, 32, 8, 2, 0)], 256: [(32, 32, 8, 1, 0)]}
 _QUERIES_FLOAT32: _Table = {128: [(32, 32, 8, 2, 0)]}
+_LEFT: dict[int, list[tuple[int, int, int, int]]] = {
+    64: [(128, 64, 8, 3), (128, 64, 4, 4), (64, 128, 4, 3)],
+    128: [(128, 64, 8, 3)],
+}
 _BIAS: _Table = {64: [(32, 32, 4, 1, 0)], 128: [(32, 32, 4, 1, 0)], 256: [(32, 32, 8, 1, 0)]}
 
 
 def backward_configs_for(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: bool = False
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: bool = False, padded_keys: bool = False
 ) -> list[BackwardConfig]:
     """How `attention_backward` may be run on these inputs, the most promising first."""
     width = max(padded(q.shape[3]), padded(v.shape[3]))
@@ -68,7 +78,17 @@ def backward_configs_for(
     block_m, block_n, warps, stages, _ = _of_width(_BIAS, width)[0]
     of_bias = Config.of(warps, stages, BLOCK_M=block_m, BLOCK_N=block_n)
     pairs = itertools.zip_longest(keys, queries)
-    return [BackwardConfig(_config(a or keys[0]), _config(b or queries[0]), of_bias) for a, b in pairs]
+    found = [BackwardConfig(_config(a or keys[0]), _config(b or queries[0]), of_bias) for a, b in pairs]
+    plain = q.dtype != torch.float32 and bias is None and not padded_keys
+    if tma and plain and width in _LEFT and is_describable(k) and can_be_left(q, k):
+        found = [
+            BackwardConfig(_config(a), _of_left(*b), of_bias, True) for a in keys for b in _LEFT[width] if a[4]
+        ] + found
+    return found
+
+
+def _of_left(block_m: int, block_n: int, warps: int, stages: int) -> Config:
+    return Config.of(warps, stages, BLOCK_M=block_m, BLOCK_N=block_n)
 
 
 def _of_width(table: _Table, width: int) -> list[_Blocks]:

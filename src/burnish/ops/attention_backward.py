@@ -108,16 +108,19 @@ def attention_backward(
 def _triton_configs(*args: Any) -> Sequence[Any]:
     from burnish.kernels.attention_backward_configs import backward_configs_for
 
-    grad, q, k, v, _, _, bias = args[:7]
-    return backward_configs_for(grad, q, k, v, bias, dropout=args[11] > 0)
+    grad, q, k, v, _, _, bias, padding = args[:8]
+    return backward_configs_for(grad, q, k, v, bias, dropout=args[11] > 0, padded_keys=padding is not None)
 
 
 _impl = attention_backward.impl
 _impl("torch_flash_float32", why_not=backward_reasons(_attention_cpu.flash_float32_why_not))(
     _attention_training.flash_float32_backward
 )
-_impl("torch_cudnn", why_not=backward_reasons(_attention_cuda.cudnn_why_not))(_attention_training.cudnn_backward)
-_impl("torch_flash", why_not=backward_reasons(_attention_training.flash_reasons))(_attention_training.flash_backward)
+_impl(
+    "torch_cudnn",
+    why_not=backward_reasons(_attention_cuda.cudnn_why_not),
+    named_only="it adds up dq by atomics, in another order at every run; name it where that does not matter",
+)(_attention_training.cudnn_backward)
 
 
 @attention_backward.impl("triton", why_not=_attention_training.triton_backward_reasons, configs=_triton_configs)
@@ -161,6 +164,7 @@ def _triton(
     return dq, dk, dv, q.new_empty((0,)) if dbias is None else dbias
 
 
+_impl("torch_flash", why_not=backward_reasons(_attention_training.flash_reasons))(_attention_training.flash_backward)
 _impl("torch_efficient", why_not=backward_reasons(_attention_cuda.efficient_why_not))(
     _attention_training.efficient_backward
 )

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from burnish import ops
 from burnish.places import find_weight
+from burnish.rewrites.position_masks import causal_shift
 from burnish.rewrites.rewrite import Outcome, arguments, same, value
 
 aten = torch.ops.aten
@@ -48,6 +49,12 @@ def raise_causal_masks(graph_module: fx.GraphModule) -> Outcome:
         args = list(ops.attention.bind(*node.args, **node.kwargs))
         mask = _mask_of(args[_BIAS])
         if mask is None:
+            shift = causal_shift(args[_BIAS])
+            queries, keys = (value(t).shape[2] for t in args[:2])
+            if shift is not None and same(shift, keys - queries) and not args[_IS_CAUSAL]:
+                args[_BIAS], args[_IS_CAUSAL] = None, True
+                node.args, node.kwargs = tuple(args), {}
+                count += 1
             continue
         if reason := _why_not_causal(graph_module, mask, args[0], args[1], args[_BIAS]):
             refused.append(f"{node.name}: {reason}")
