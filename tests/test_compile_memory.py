@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+import burnish
 from burnish import compile_backend, ops
 from burnish.compile_decompositions import decompositions
 from burnish.lower import op_of
@@ -22,15 +23,23 @@ from tests.zoo.hugging_face import llama_like
 pytestmark = pytest.mark.usefixtures("untimed")
 
 
-class Block(nn.Module):
-    """The feed-forward half of a GPT."""
+class Half(nn.Module):
+    """The feed-forward half of a GPT's block."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 64), nn.Linear(64, 16)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x + self.down(F.gelu(self.up(self.norm(x))))).square().mean()
+        result: Tensor = x + self.down(F.gelu(self.up(self.norm(x))))
+        return result
+
+
+class Block(Half):
+    """With a loss."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).square().mean()
 
 
 class Inner:
@@ -115,3 +124,17 @@ def test_gelu_by_one_polynomial(dtype: torch.dtype) -> None:
     assert_close(table[aten.gelu_backward.default](grad, x), eager, exact.grad)
     half = (table[operator](*args, approximate="tanh") for operator, args in ((aten.gelu.default, (x,)),))
     assert_close(*half, F.gelu(x, approximate="tanh"), F.gelu(x.double(), approximate="tanh"))
+
+
+def test_a_schedules_checkpoints_are_in_the_graph(inner: Inner) -> None:
+    model, x = zoo.seeded(nn.Sequential(Half(), Half())).train(), randn(32, 16, outliers=0.0)
+    kept = []
+    for checkpointed in (False, True):
+        torch._dynamo.reset()
+        schedule = burnish.create_schedule(model)
+        if checkpointed:
+            schedule.find_all("*").checkpoint()
+        torch.compile(schedule.build(), backend="burnish", fullgraph=True)(x).sum().backward()
+        kept.append(entries_kept(inner.graphs[-2]))
+    assert (32, 64) in kept[0]
+    assert kept[1] == [(32, 16)], "what the second half gets"

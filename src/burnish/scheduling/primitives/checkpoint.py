@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -51,7 +52,7 @@ def is_checkpointed(module: nn.Module) -> bool:
 
 
 def _recomputed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    forward = MethodType(type(module).forward, module)
+    forward = partial(type(module).forward, module)
     leaves = pytree.tree_leaves((args, kwargs), is_leaf=_is_cache)
     traced = any(isinstance(value, fx.Proxy) for value in leaves)
     if traced or not module.training or not torch.is_grad_enabled():
