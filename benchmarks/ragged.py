@@ -2,12 +2,15 @@
 
 Lengths are uniform from 16 to 128 tokens of 128. "burnish, padded" and "burnish" are the same model optimized with
 padding="keep" and padding="remove", timed in turn in one run. Real tokens are checked against eager by the numerics
-rule before anything is timed.
+rule before anything is timed. On CUDA both also say what their time is made of: the kernels of one call, the host's
+part of it, and what runs each Op.
 """
 
 from __future__ import annotations
 
 import copy
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -16,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 import burnish
+from benchmarks.gpu import Variant, kernels_of, model_floor_us, print_choices, print_kernels
 from benchmarks.runner import Case, CheckError, Record, Session, verdicts
 from burnish import numerics
 from burnish.models import MINILM, Wanted, load
+from burnish.ragged.tokens import TokenMemory, tokens_of
 from tests.zoo import BIG
 
 _SHORTEST, _LONGEST = 16, 128
@@ -69,7 +74,47 @@ def _run(session: Session, name: str, model: nn.Module, inputs: dict[str, Any]) 
         for variant, reason in verdicts(outputs, outputs["eager"], truth).items():
             if reason:
                 raise CheckError(f"{variant}: {reason}")
+        kernels = _explain(session, model, ready, optimized, inputs) if real.is_cuda else {}
         result = session.time(ready)
     session.console.print(result)
     session.console.print(f"  {optimized['burnish'].serving.served[0].padding}", style="dim")  # type: ignore[attr-defined]
-    return result.records(name, session.command(name))
+    return result.records(name, session.command(name), kernels=kernels)
+
+
+def _explain(
+    session: Session, model: nn.Module, ready: dict[str, Variant], optimized: dict[str, Any], inputs: dict[str, Any]
+) -> dict[str, int]:
+    """Prints what one call of each optimized variant is made of. Returns how much every variant launches."""
+    mask, dtype = inputs["attention_mask"], next(model.parameters()).dtype
+    launched = {variant: kernels_of(run) for variant, run in ready.items()}
+    for variant, fast in optimized.items():
+        served, found = fast.serving.served[0], launched[variant]
+        session.console.print(f"{variant}: {len(found)} launches, {sum(k.us for k in found):.1f} us on the device")
+        print_kernels(session, found)
+        print_choices(session, served)
+        graph = "by a CUDA graph" if served.cuda_graph else f"without a graph: {served.not_captured}"
+        host, until_done = _host_us(ready[variant])
+        session.console.print(
+            f"  {graph}; the host is back after {host:.1f} us, the device done after {until_done:.1f}"
+        )
+    memory = TokenMemory(mask)
+    found_after = _host_us(lambda: tokens_of(mask, memory=memory))[0]
+    session.console.print(f"  the host knows the number of tokens after {found_after:.1f} us")
+    tokens = {"real tokens": int((mask != 0).sum()), "all places": mask.numel()}
+    floors = (f"{n} {what} {model_floor_us(model, n, dtype):.1f} us" for what, n in tokens.items())
+    session.console.print(f"  floors of the products: {', '.join(floors)}")
+    return {variant: len(kernels) for variant, kernels in launched.items()}
+
+
+def _host_us(run: Variant, calls: int = 50) -> tuple[float, float]:
+    """Medians of calls on an idle device: until the call returned, and until the device was done."""
+    times = []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        back = time.perf_counter()
+        torch.cuda.synchronize()
+        times.append(((back - began) * 1e6, (time.perf_counter() - began) * 1e6))
+    host, done = zip(*times, strict=True)
+    return statistics.median(host), statistics.median(done)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,12 +63,21 @@ class PlainEntry:
 class GraphEntry:
     """The same as a CUDA graph, captured at its first call. What cannot be captured runs as plain code.
 
+    Args:
+        fixed: which of the leaves lie at the same addresses in every call.
+
     Attributes:
         refused: why there is no graph, or None.
     """
 
     def __init__(
-        self, plain: PlainEntry, pool: GraphPool, call: Call, static_outputs: bool, on_buffers: bool = False
+        self,
+        plain: PlainEntry,
+        pool: GraphPool,
+        call: Call,
+        static_outputs: bool,
+        on_buffers: bool = False,
+        fixed: Collection[int] = (),
     ) -> None:
         self.plain = plain
         self.refused: str | None = None
@@ -78,7 +87,7 @@ class GraphEntry:
             plain.run,
             call.leaves,
             static_outputs,
-            donated=plain.donated,
+            donated={*plain.donated, *fixed},
             borrowed=plain.borrowed,
             on_buffers=on_buffers,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from burnish.program_cache import ProgramCache
 from burnish.quantized_weights import Quantization
 from burnish.ragged.entry import PackedEntry
 from burnish.ragged.nested import NestedCalls
+from burnish.ragged.tokens import INPUTS
 from burnish.record import StepRecord
 from burnish.rewrites import FUSE, RAISE, family
 from burnish.runtime.cuda_graph import GraphPool, why_not_captured
@@ -225,12 +226,16 @@ class Serving:
             with self._making(call):
                 return self._entry_of(prepared, call, checks, served, differentiable)[0]
 
+        records = iter([served])  # of the first number of tokens; the others are served likewise
+
         def make(inner: Call) -> Entry:
             with self._making(inner):
-                return self._entry_of_tokens(packed.prepared, inner, served, differentiable)
+                record = next(records, Served(served.shapes))
+                return self._entry_of_tokens(packed.prepared, inner, record, differentiable)
 
         first = None if prepared.verified or differentiable else padded()
-        entry = PackedEntry(prepared, padded if first is None else lambda: first, make)
+        graphs = None if differentiable else self._graphs
+        entry = PackedEntry(prepared, padded if first is None else lambda: first, make, graphs)
         if self.agreement.is_shared:
             prepared.packed, prepared.not_packed = None, "the model is divided among ranks"
             served.padding = f"padding is kept: {prepared.not_packed}"
@@ -274,7 +279,9 @@ class Serving:
         self.tuner.save()
         served.choices = chosen.choices
         plain = packed.bind(chosen.functions, self.model)
-        return plain if self.model.training else self._captured(packed, plain, inner, served)
+        # By a kernel of ours they are written to the same places in every call.
+        fixed = () if inner.leaves[-1] is None else range(len(inner.leaves))[-len(INPUTS) :]
+        return plain if self.model.training else self._captured(packed, plain, inner, served, fixed)
 
     def forget(self) -> None:
         """Drops every Program: the weights have moved (`.to()`, a parameter replaced,
@@ -369,11 +376,15 @@ class Serving:
             return entry, STALE
         return entry, prepared.program.out_spec.unflatten(chosen.outputs)
 
-    def _captured(self, prepared: Prepared, plain: PlainEntry, call: Call, served: Served) -> Entry:
-        """The entry as a CUDA graph, where the device, the inputs and the settings allow one."""
+    def _captured(
+        self, prepared: Prepared, plain: PlainEntry, call: Call, served: Served, fixed: Sequence[int] = ()
+    ) -> Entry:
+        """The entry as a CUDA graph, where the device, the inputs and the settings allow one. `fixed`: see
+        `GraphEntry`."""
         reason = self._why_not_captured(prepared, call)
         if reason is None:
-            entry = GraphEntry(plain, self._graphs, call, self.settings.static_outputs, self.agreement.is_shared)
+            static, shared = self.settings.static_outputs, self.agreement.is_shared
+            entry = GraphEntry(plain, self._graphs, call, static, shared, fixed)
             reason = entry.check(call)
             if reason is None:
                 served.cuda_graph = True

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import burnish
 from burnish.numerics import assert_close
+from burnish.ragged.tokens import INPUTS, TokenMemory, tokens_of
+from tests.kernels.test_tokens import MASKS as ANY_MASKS
 from tests.ragged.test_nested import LENGTHS, CausalSelfAttention, assert_each, jagged
 from tests.ragged.test_unpad import MASKS, Encoder, batch, pooled, real
 
@@ -31,6 +37,61 @@ def test_masks_of_any_pattern_by_graphs(dtype: torch.dtype) -> None:
             if mask.any():
                 assert_close(*(real(t, mask) for t in (result, eager, true)))
             assert name == "full rows" or not result[mask == 0].any()
+
+
+@pytest.mark.parametrize("ask", [False, True])
+@pytest.mark.parametrize("name", ANY_MASKS)
+def test_tokens_by_the_kernel(name: str, ask: bool) -> None:
+    mask = ANY_MASKS[name].cuda()
+    true = tokens_of(ANY_MASKS[name], ask, step=128)
+    for found in (tokens_of(mask, ask), tokens_of(mask, ask, memory=TokenMemory(mask))):
+        assert (found.real, found.contiguous) == (true.real, true.contiguous)
+        for part in INPUTS[:-1]:
+            assert torch.equal(getattr(found, part).cpu(), getattr(true, part)), part
+
+
+def test_one_wait_and_one_graph_in_each_call() -> None:
+    torch.manual_seed(0)
+    model = Encoder().eval().to("cuda", torch.float16)
+    args = tuple(t.cuda() for t in batch(MASKS["right padding"]()))
+    fast = burnish.optimize(model, args, padding="remove", cache="off")
+    with torch.no_grad():
+        fast(*args)
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], acc_events=True) as trace:
+            fast(*args)
+    calls = Counter(event.name for event in trace.events() if event.name.startswith("cu"))
+    assert calls["cudaGraphLaunch"] == 1, calls
+    assert calls["cudaStreamSynchronize"] == 1, calls
+    launches = [name for name in calls if "LaunchKernel" in name or "Memcpy" in name or "Memset" in name]
+    assert sum(calls[name] for name in launches) <= 2, calls  # the tokens, and the result's copy
+
+
+def test_threads_with_streams_of_their_own() -> None:
+    """All tokens are found in one place: nobody may write there while another's graph reads."""
+    torch.manual_seed(0)
+    model = Encoder().eval().to("cuda", torch.float16)
+    calls = [tuple(t.cuda() for t in batch(MASKS[name]())) for name in ("right padding", "left padding", "gaps")]
+    fast = burnish.optimize(copy.deepcopy(model), calls[0], padding="remove", cache="off")
+    with torch.no_grad():
+        expected = [fast(*args) for args in calls]
+    torch.cuda.synchronize()
+    wrong: list[Any] = []
+
+    def run(number: int) -> None:
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(50):
+                result = fast(*calls[number])
+                torch.cuda.current_stream().synchronize()
+                if not torch.equal(result, expected[number]):
+                    wrong.append(number)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_gradients() -> None:

@@ -2,9 +2,9 @@
 
 Run as `python -m tests.kernels.aot OP...` in a process of its own: the kernels must not be decorated for the
 interpreter. Prints one JSON list of what was compiled; `--barriers`, `--attention`, `--shared-attention`,
-`--finishing`, `--vocabularies` and `--shared-memory` instead what `barriers`, `attention_at_models_sizes`,
-`shared_attention`, `finishing`, `full_vocabularies` and `shared_memory_of_gpus` find with everything, and `--few` a
-little of each, as one JSON object.
+`--finishing`, `--vocabularies`, `--shared-memory` and `--tokens` instead what `barriers`, `attention_at_models_sizes`,
+`shared_attention`, `finishing`, `full_vocabularies`, `shared_memory_of_gpus` and `tokens_of_padded_batches` find with
+everything, and `--few` a little of each, as one JSON object.
 """
 
 from __future__ import annotations
@@ -344,6 +344,28 @@ def shared_memory_of_gpus(everything: bool) -> list[dict[str, Any]]:
     return found
 
 
+def tokens_of_padded_batches(everything: bool) -> list[dict[str, Any]]:
+    """What `compile_launch` says of finding the real tokens of a padded batch, and of putting them back; with
+    `everything` also of masks of bool, and for every generation."""
+    from burnish.kernels.launch import Launch, Target, recording
+    from burnish.kernels.tokens import put_back
+    from burnish.ragged.tokens import TokenMemory
+
+    found = []
+    for capability in CAPABILITIES if everything else CAPABILITIES[:1]:
+        launches: list[Launch] = []
+        with recording(launches.append, Target(divmod(capability, 10), SMS[capability])):
+            for dtype in (torch.int64, torch.bool) if everything else (torch.int64,):
+                mask = torch.ones(32, 128, dtype=dtype)
+                memory = TokenMemory(mask)
+                memory.found.zero_()
+                for ask_contiguous in (False, True):
+                    memory.find(mask, ask_contiguous)
+            put_back(torch.empty(2176, 768, dtype=torch.float16), memory.sources)
+        found += [{"label": "tokens", **compile_launch(launch, capability)} for launch in launches]
+    return found
+
+
 def _exchange(ptx: str) -> list[str]:
     """The kinds of instruction that store to, and load from, what other GPUs load from and store to."""
     return sorted(set(re.findall(r"\b(?:st\.relaxed\.sys|ld\.volatile)\S*", ptx)))
@@ -400,6 +422,7 @@ OF_ONE_KIND = {
     "--finishing": finishing,
     "--vocabularies": full_vocabularies,
     "--shared-memory": shared_memory_of_gpus,
+    "--tokens": tokens_of_padded_batches,
 }
 
 if __name__ == "__main__":

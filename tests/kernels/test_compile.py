@@ -109,6 +109,17 @@ def test_what_gpus_exchange_arrives_whole_with_every_config() -> None:
     _assert_exchanged_whole(_aot("--shared-memory"))
 
 
+def test_tokens_of_padded_batches(few: Any) -> None:
+    _assert_fit(few["--tokens"])
+
+
+@pytest.mark.slow
+def test_tokens_of_padded_batches_on_every_generation() -> None:
+    compiled = _aot("--tokens")
+    _assert_fit(compiled)
+    assert {entry["capability"] for entry in compiled} == set(CAPABILITIES)
+
+
 def test_arrivals_for_other_warps_are_found() -> None:
     arrival, meeting = "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r1];", "bar.sync \t2, 128;"
     for access in ("st.shared.b32 [%r2], %r3;", "ld.shared.v4.b32 {%r4}, [%r2];", "$L__BB0_1:", "stmatrix.sync [%r1]"):

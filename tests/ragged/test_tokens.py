@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import burnish
 from burnish.capture import capture
 from burnish.numerics import assert_close
-from burnish.ragged.tokens import tokens_of
+from burnish.ragged import entry
+from burnish.ragged import tokens as ragged
+from burnish.ragged.tokens import INPUTS, tokens_of
 from burnish.ragged.unpad import unpad
 from burnish.rewrites import RAISE, apply
+from burnish.runtime.cuda_graph import GraphPool
 from tests.ragged.test_unpad import MASKS, Encoder, batch, real
 
 
 def test_places_and_offsets() -> None:
     tokens = tokens_of(torch.tensor([[0, 1, 1], [0, 0, 0], [1, 0, 1]]), ask_contiguous=True)
     assert tokens.places.tolist() == [1, 2, 6, 8]
+    assert tokens.columns.tolist() == [1, 2, 0, 2]
     assert tokens.cu_seqlens.tolist() == [0, 2, 2, 4]
     assert tokens.cu_seqlens.dtype == torch.int32
     assert (tokens.real, tokens.contiguous) == (4, False)
@@ -34,6 +40,7 @@ def test_dummies(count: int, step: int) -> None:
     assert tokens.places.shape[0] == max(step, -(-count // step) * step)
     assert tokens.places[:count].tolist() == list(range(count))
     assert (tokens.places[count:] == 20).all()
+    assert tokens.nearest.tolist() == [*range(count), *[19] * (tokens.places.shape[0] - count)]
     lengths = tokens.cu_seqlens.diff()
     assert lengths.shape[0] == 4 + -(-step // 5)  # whatever the mask: a captured graph counts on it
     assert int(lengths.sum()) == tokens.places.shape[0]
@@ -52,8 +59,34 @@ def test_dummies_change_nothing(name: str) -> None:
     ids, mask = batch(MASKS[name]())
     with torch.no_grad():
         tokens = tokens_of(unpadded.mask([ids, mask]), step=16)
-        result: Tensor = unpadded.graph_module(ids, mask, tokens.places, tokens.cu_seqlens)[0]
+        result: Tensor = unpadded.graph_module(ids, mask, *tokens[: len(INPUTS)])[0]
         eager, true = model(ids, mask), copy.deepcopy(model).double()(ids, mask)
     assert not result[mask == 0].any()
     if mask.any():
         assert_close(*(real(t, mask) for t in (result, eager, true)))
+
+
+def test_a_model_on_tokens_found_by_the_kernel(monkeypatch: Any) -> None:
+    """As on CUDA, but for the graphs: every mask's tokens in the same memory, put back by a kernel."""
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    seen: list[Any] = []
+    monkeypatch.setattr(entry, "has_kernel", lambda mask: True)
+    monkeypatch.setattr(ragged, "triton_why_not", lambda x: [])
+    monkeypatch.setattr(GraphPool, "enter", lambda self, device: seen.append(device))
+    fast = burnish.optimize(copy.deepcopy(model), batch(MASKS["right padding"]()), padding="remove", cache="off")
+    assert fast.serving.served[0].padding == "21 of 36 tokens are real"  # type: ignore[attr-defined]
+    for name in ("gaps", "a row without tokens", "one token", "no token at all", "other sizes", "right padding"):
+        ids, mask = batch(MASKS[name]())
+        before = len(seen)
+        with torch.no_grad():
+            result, eager, true = fast(ids, mask), model(ids, mask), copy.deepcopy(model).double()(ids, mask)
+        assert len(seen) > before
+        if mask.any():
+            assert_close(*(real(t, mask) for t in (result, eager, true)))
+        assert not result[mask == 0].any()
+    before = len(seen)
+    args = batch(MASKS["right padding"]())
+    fast(*args).sum().backward()  # gradients read tokens of their own
+    assert len(seen) == before

@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from burnish.prepare import Prepared
 from burnish.ragged.rules import Dims
-from burnish.ragged.tokens import tokens_of
+from burnish.ragged.tokens import INPUTS, TokenMemory, Tokens, has_kernel, tokens_of
+from burnish.runtime.cuda_graph import GraphPool
 from burnish.runtime.module import STALE, Call, Entry
 
 _STEP = 128  # calls whose numbers of tokens are equal when rounded up to it share their choice of Impls on the CPU
@@ -27,24 +28,45 @@ class PackedEntry:
     Args:
         prepared: the padded Program; its `packed` is what runs.
         padded: makes the padded Program's entry.
-        make: makes the packed Program's entry for a call of it.
+        make: makes the packed Program's entry for a call of it, whose last `INPUTS` are the tokens.
+        graphs: where entries may be graphs: what they share. The tokens on CUDA then lie at the same places in every
+            call, so that nothing is copied to where graphs read them. Without it each call's have memory of their own,
+            as gradients want it.
     """
 
-    def __init__(self, prepared: Prepared, padded: Callable[[], Entry], make: Callable[[Call], Entry]) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        padded: Callable[[], Entry],
+        make: Callable[[Call], Entry],
+        graphs: GraphPool | None = None,
+    ) -> None:
         assert prepared.packed is not None
         self.unpadded = prepared.packed.unpadded
         self._out_spec = prepared.program.out_spec
         self._make_padded, self._make = padded, make
         self._padded: Entry | None = None
-        self._entries: dict[tuple[int, ...], Entry] = {}
-        self._lock = threading.RLock()
+        self._entries: dict[Any, Entry] = {}
+        self._graphs = graphs
+        self._memory: dict[tuple[int, ...], TokenMemory] = {}  # a part of the batch is verified: of another shape
+        # The pool's own, which graphs take in turn: two locks could be taken in two orders.
+        self._lock = threading.RLock() if graphs is None else graphs.lock
         self.tokens: tuple[int, int] | None = None  # of the last call: real ones, and places
         self.not_packed: str | None = None  # why the last call was served padded
 
     def __call__(self, call: Call) -> Any:
         assert self.unpadded.mask is not None
         mask = self.unpadded.mask(call.leaves)
-        tokens = tokens_of(mask, ask_contiguous=self.unpadded.windowed)
+        if self._graphs is None or not has_kernel(mask):
+            return self._serve(call, mask, tokens_of(mask, ask_contiguous=self.unpadded.windowed))
+        with self._lock:  # the tokens stay what they are until what reads them is launched
+            self._graphs.enter(mask.device.index)
+            memory = self._memory.get(mask.shape)
+            if memory is None:
+                memory = self._memory[mask.shape] = TokenMemory(mask)
+            return self._serve(call, mask, tokens_of(mask, self.unpadded.windowed, memory=memory))
+
+    def _serve(self, call: Call, mask: Tensor, tokens: Tokens) -> Any:
         self.tokens, self.not_packed = (tokens.real, mask.numel()), None
         if tokens.real == mask.numel():
             self.not_packed = "there is no padding"
@@ -52,9 +74,9 @@ class PackedEntry:
         if tokens.contiguous is False:
             self.not_packed = "real tokens have gaps between them, which windows count"
             return self._zeroed(self.padded(call), mask)
-        inner = Call((), {}, [*call.leaves, tokens.places, tokens.cu_seqlens], None)
+        inner = Call((), {}, [*call.leaves, *tokens[: len(INPUTS)]], None)
         count = tokens.places.shape[0]
-        key = (count if mask.is_cuda or count <= 2 else -(-count // _STEP), tokens.cu_seqlens.shape[0])
+        key = (count if mask.is_cuda or count <= 2 else -(-count // _STEP), mask.shape)
         entry = self._entries.get(key)
         if entry is None:
             with self._lock:

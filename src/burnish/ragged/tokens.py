@@ -2,40 +2,97 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from burnish.ops._triton import triton_why_not
 
 _STEP = 128  # on CUDA the number of tokens is rounded up to a multiple of it: each multiple is a graph of its own
 
 
 class Tokens(NamedTuple):
-    """The real tokens of a padded batch, row by row.
+    """The real tokens of a padded batch, row by row; the packed graph takes all but the last two.
 
     Attributes:
         places: (T,) int64, row * length + column of each token. A dummy's is rows * length, one past the last.
+        nearest: (T,) int64, the same, but for a dummy the last place: to read at.
+        columns: (T,) int64, that of `nearest`.
         cu_seqlens: int32, where each row's tokens start among them, and the end; dummies are sequences of their own.
+        sources: (rows * length,) int32, which token is at each place, -1 at padding; None where no kernel reads it.
         real: how many of them are no dummies.
         contiguous: whether each row's real tokens follow each other; None where nobody asked.
     """
 
     places: Tensor
+    nearest: Tensor
+    columns: Tensor
     cu_seqlens: Tensor
+    sources: Tensor | None
     real: int
     contiguous: bool | None
 
 
-def tokens_of(mask: Tensor, ask_contiguous: bool = False, step: int | None = None) -> Tokens:
+INPUTS = ("places", "nearest", "columns", "cu_seqlens", "sources")
+"""What the packed graph takes of Tokens, in order."""
+
+
+class TokenMemory:
+    """Where the tokens of masks like `mask` are written, call after call, so that a CUDA graph finds them. What reads
+    them there must be done, or be on the same stream, before the next ones are written."""
+
+    def __init__(self, mask: Tensor, step: int = _STEP) -> None:
+        rows, length = mask.shape
+        most = -(-rows * length // step) * step
+        with torch.inference_mode(False):  # whoever is in it now, others may not be
+            self.places, self.nearest, self.columns = torch.empty((3, most), dtype=torch.int64, device=mask.device)
+            sizes = [rows + 1 + -(-step // length), rows * length]
+            self.cu_seqlens, self.sources = (torch.empty(n, dtype=torch.int32, device=mask.device) for n in sizes)
+            # The kernel writes to the host's memory: to copy two numbers there would take as long as to find them.
+            self.found = torch.empty(2, dtype=torch.int32, pin_memory=mask.is_cuda)
+        self.step = step
+        self._numbers = self.found.numpy()
+        self._views: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def find(self, mask: Tensor, ask_contiguous: bool) -> Tokens:
+        """By a kernel. On CUDA the host waits for the device once."""
+        from burnish.kernels.tokens import find_tokens
+
+        of_tokens = (self.places, self.nearest, self.columns)
+        find_tokens(mask, *of_tokens, self.cu_seqlens, self.sources, self.found, self.step, ask_contiguous)
+        if mask.is_cuda:
+            torch.cuda.current_stream(mask.device).synchronize()
+        real, gaps = self._numbers.tolist()
+        wanted = max(1, -(-real // self.step)) * self.step
+        if wanted not in self._views:  # to slice three tensors takes 5 us
+            self._views[wanted] = (self.places[:wanted], self.nearest[:wanted], self.columns[:wanted])
+        contiguous = gaps == 0 if ask_contiguous else None
+        return Tokens(*self._views[wanted], self.cu_seqlens, self.sources, real, contiguous)
+
+
+def tokens_of(
+    mask: Tensor, ask_contiguous: bool = False, step: int | None = None, memory: TokenMemory | None = None
+) -> Tokens:
     """Of a mask (B, S), nonzero for a real token. On CUDA the host waits for the device once, to learn how many there
-    are (twice where `ask_contiguous`).
+    are.
 
     There are as many dummies as make the number of tokens a multiple of `step` (128 on CUDA, 1 on the CPU), and at
     least one token.
+
+    Args:
+        memory: for masks of this shape, where the tokens are to be written; without it, in memory of their own.
     """
-    rows, length = mask.shape
+    if memory is not None:
+        return memory.find(mask, ask_contiguous)
     step = step or (_STEP if mask.is_cuda else 1)
+    if has_kernel(mask):
+        return TokenMemory(mask, step).find(mask, ask_contiguous)
+    rows, length = mask.shape
     real = mask != 0
     places = real.reshape(-1).nonzero().squeeze(1)
     count = places.shape[0]
@@ -51,4 +108,32 @@ def tokens_of(mask: Tensor, ask_contiguous: bool = False, step: int | None = Non
         most = -(-step // length)
         ends = [min(wanted, count + (i + 1) * length) for i in range(most - 1)] + [wanted]
         cu_seqlens = torch.cat([cu_seqlens, torch.tensor(ends, dtype=torch.int32).to(mask.device)])
-    return Tokens(places, cu_seqlens, count, contiguous)
+    nearest = places.clamp_max(rows * length - 1)
+    return Tokens(places, nearest, nearest % length, cu_seqlens, None, count, contiguous)
+
+
+def has_kernel(mask: Tensor) -> bool:
+    """Whether a kernel of ours finds the tokens: on CUDA, where Triton runs."""
+    return mask.is_cuda and mask.numel() > 0 and _runs_triton(mask.device)
+
+
+@functools.cache
+def _runs_triton(device: torch.device) -> bool:
+    return not triton_why_not(torch.empty(1, device=device))
+
+
+def put_back(packed: Tensor, places: Tensor, sources: Tensor | None, rows: int, length: int) -> Tensor:
+    """Packed tokens (T, ...) back in their places, zeros elsewhere: (rows, length, ...)."""
+    shape: Sequence[Any] = [rows, length, *packed.shape[1:]]
+    needs_gradients = torch.is_grad_enabled() and packed.requires_grad
+    if (
+        sources is not None
+        and not needs_gradients
+        and not isinstance(packed, FakeTensor)
+        and not triton_why_not(packed)
+    ):
+        from burnish.kernels.tokens import put_back as by_kernel
+
+        return by_kernel(packed, sources).view(shape)
+    whole = packed.new_zeros([rows * length + 1, *packed.shape[1:]])  # one more, for dummies
+    return whole.index_copy_(0, places, packed)[:-1].view(shape)

@@ -22,6 +22,7 @@ from burnish import ops
 from burnish.graph_json import add_symbol
 from burnish.ragged.masks import Refused, bound, is_mask, mask_function, mask_of
 from burnish.ragged.rules import Dims, NotTokens, Sizes, expression_of, picks, why_mixed
+from burnish.ragged.tokens import INPUTS, put_back
 from burnish.rewrites.rewrite import arguments, set_value
 
 aten = torch.ops.aten
@@ -33,9 +34,9 @@ class Unpadded:
     """What `unpad` made.
 
     Attributes:
-        graph_module: takes the padded graph's inputs, then `places` and `cu_seqlens` of `tokens_of`; of nested inputs
-            their values, then `columns`, `cu_seqlens` and `span`. Returns the same outputs, zeros for padding; of
-            nested inputs the values.
+        graph_module: takes the padded graph's inputs, then the `INPUTS` of `tokens_of`; of nested inputs their values,
+            then `columns`, `cu_seqlens` and `span`. Returns the same outputs, zeros for padding; of nested inputs the
+            values.
         mask: for the padded graph's flat inputs, the mask (B, S); None for nested inputs.
         outputs: of each flat output which dimension counts rows and which positions; None where it counts neither.
         picked: positions of which tokens are taken; None among them stands for ones that depend on inputs.
@@ -200,13 +201,17 @@ class _Unpadding:
     def _take_tokens(self) -> None:
         device = self.attention[0].meta["val"].device
         tokens = self.tokens_size
-        shapes = {"columns" if self.nested else "places": tokens, "cu_seqlens": self._offsets_size}
+        sizes = {"cu_seqlens": self._offsets_size}
         if self.nested:
-            shapes["span"] = add_symbol(self._mode().shape_env, _LONGEST_HINT)
-        for name, size in shapes.items():
-            new = self.graph.placeholder(f"burnish_{name}")
+            sizes["span"] = add_symbol(self._mode().shape_env, _LONGEST_HINT)
+        else:
+            assert self.mask is not None
+            rows, length = self.mask.meta["val"].shape
+            sizes["sources"] = rows * length
+        for name in ("columns", "cu_seqlens", "span") if self.nested else INPUTS:
+            new, size = self.graph.placeholder(f"burnish_{name}"), sizes.get(name, tokens)
             with self._mode():
-                dtype = torch.int32 if name == "cu_seqlens" else torch.int64
+                dtype = torch.int32 if name in ("cu_seqlens", "sources") else torch.int64
                 new.meta["val"] = torch.empty(size, dtype=dtype, device=device)
             self.made[name] = new
 
@@ -234,34 +239,18 @@ class _Unpadding:
 
     def tokens(self) -> fx.Node:
         """T."""
-        source = self.made["columns" if self.nested else "places"]
-        return self.once("tokens", lambda: self.call(aten.sym_size.int, source, 0))
+        return self.once("tokens", lambda: self.call(aten.sym_size.int, self.made["columns"], 0))
 
     def all_places(self) -> fx.Node:
         """B * S."""
         return self.once("all places", lambda: self.call(operator.mul, self.rows(), self.length()))
-
-    def real_places(self) -> fx.Node:
-        """Each token's place, a dummy's the last one."""
-
-        def make() -> fx.Node:
-            last = self.call(operator.sub, self.all_places(), 1)
-            return self.call(aten.clamp_max.default, self.made["places"], last)
-
-        return self.once("real places", make)
-
-    def columns(self) -> fx.Node:
-        def make() -> fx.Node:
-            return self.call(aten.remainder.Scalar, self.real_places(), self.length())
-
-        return self.made["columns"] if self.nested else self.once("columns", make)
 
     def row_of_token(self) -> fx.Node:
         if self.nested:
             raise Refused("a value for each row meets nested tokens")
         return self.once(
             "rows of tokens",
-            lambda: self.call(aten.div.Scalar_mode, self.real_places(), self.length(), rounding_mode="floor"),
+            lambda: self.call(aten.div.Scalar_mode, self.made["nearest"], self.length(), rounding_mode="floor"),
         )
 
     # --- values as they are in the padded graph -----------------------------------------------------
@@ -316,13 +305,9 @@ class _Unpadding:
             dims, packed = self.dims(node), self.packed(node)
             if (dims.row, dims.position) != (0, 1):
                 raise Refused(f"{node.name}: its shape does not start with rows and positions")
-            rest = list(packed.meta["val"].shape[2:])
             flat = self.call(aten.squeeze.dim, packed, 0)
-            with_spare = self.call(operator.add, self.all_places(), 1)
-            zeros = self.call(aten.new_zeros.default, flat, [with_spare, *rest])
-            whole = self.call(aten.index_copy.default, zeros, 0, self.made["places"], flat)
-            real = self.call(aten.slice.Tensor, whole, 0, 0, self.all_places())
-            self.scattered[node] = self.call(aten.view.default, real, [self.rows(), self.length(), *rest], like=node)
+            given = (self.made["places"], self.made["sources"], self.rows(), self.length())
+            self.scattered[node] = self.call(put_back, flat, *given, like=node)
         return self.scattered[node]
 
     # --- values of packed tokens --------------------------------------------------------------------
@@ -379,12 +364,12 @@ class _Unpadding:
             if dims.position != 1:
                 copy = self.call(aten.movedim.int, copy, dims.position, 1)
             flat = self.call(aten.flatten.using_ints, copy, 0, 1)
-            new = self.call(aten.unsqueeze.default, self._select(flat, 0, self.real_places()), 0)
+            new = self.call(aten.unsqueeze.default, self._select(flat, 0, self.made["nearest"]), 0)
             return new if dims.position == 1 else self.call(aten.movedim.int, new, 1, dims.position)
         if dims.position is not None:
-            return self._select(copy, dims.position, self.columns())
+            return self._select(copy, dims.position, self.made["columns"])
         if dims.both is not None:
-            return self._select(copy, dims.both, self.real_places())
+            return self._select(copy, dims.both, self.made["nearest"])
         shape = copy.meta["val"].shape
         if dims.row != 0 or len(shape) < 2 or shape[1] != 1:
             raise Refused(f"{copy.name}: a value for each row does not spread over its tokens")

@@ -129,8 +129,8 @@ class CapturedCall:
             every kernel is compiled and every library set up.
         leaves: the flat inputs of one call; those that are no tensors are constants.
         static_outputs: return the graph's own output tensors, which the next call overwrites.
-        donated: which of the leaves `run` writes to. They are never copied: a call that has them elsewhere is captured
-            anew.
+        donated: which of the leaves `run` writes to, or lie where they are in every call. They are never copied: a call
+            that has them elsewhere is captured anew.
         borrowed: which of the outputs are leaves, and so are returned as they are.
         on_buffers: read inputs from buffers from the start. Where calls have them then decides nothing: ranks whose
             collectives are in the graph capture it together, or not.
