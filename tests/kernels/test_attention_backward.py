@@ -27,11 +27,9 @@ from tests.kernels.test_attention import padding, qkv
 SEED = torch.tensor([-(1 << 61) - 12345])
 
 
-def blocks(
-    keys: tuple[int, int], queries: tuple[int, int], tma: int = 0, leaves_scores: bool = False
-) -> BackwardConfig:
+def blocks(keys: tuple[int, int], queries: tuple[int, int], tma: int = 0) -> BackwardConfig:
     of = (Config.of(4, 1, BLOCK_M=m, BLOCK_N=n, TMA=tma) for m, n in (keys, queries))
-    return BackwardConfig(*of, Config.of(4, 1, BLOCK_M=16, BLOCK_N=32), leaves_scores)
+    return BackwardConfig(*of, Config.of(4, 1, BLOCK_M=16, BLOCK_N=32))
 
 
 SMALL = blocks((16, 32), (32, 16))
@@ -201,14 +199,6 @@ def test_kept_weights_are_the_references() -> None:
     found = torch.empty(16, 32, dtype=torch.int32)
     _kept[(1,)](SEED, found, threshold_of(0.3), BLOCK_M=16, BLOCK_N=32)
     assert torch.equal(found.bool(), kept_weights(SEED, 0.3, 1, 4, 24, 48)[0, 3, 8:, 16:])
-
-
-@pytest.mark.parametrize("reach", [{}, {"is_causal": True}, {"is_causal": True, "window": 9}, {"window": 20}], ids=str)
-@pytest.mark.parametrize(("lq", "lk"), [(64, 64), (33, 33), (20, 90), (60, 24), (150, 140)])
-def test_gradients_of_scores_that_are_left_in_memory(lq: int, lk: int, reach: dict[str, Any]) -> None:
-    for keys, queries in (((16, 32), (32, 16)), ((32, 16), (64, 32))):
-        config = blocks(keys, queries, 1, leaves_scores=True)
-        check(*qkv(2, 4, 2, lq, lk, 16, dtype=torch.bfloat16), config=config, **reach)
 
 
 def test_configs_are_distinct_and_there_are_some() -> None:

@@ -18,6 +18,8 @@ import burnish.ops  # noqa: F401 isort: skip
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that one block may use
 RESERVED = 1024  # bytes that the system takes of each block
+STACK = {("attention_keys_backward_kernel", 90): 768}
+"""Bytes that threads may spill, of kernels that were measured to be faster so than by configs that spill nothing."""
 WITH_KERNELS = sorted(
     name for name, op in OPS.items() if any("triton" in impl or impl.startswith("gluon") for impl in op.impls)
 )
@@ -156,7 +158,7 @@ def _assert_fit(compiled: Any) -> None:
         entry
         for entry in compiled
         if "error" in entry
-        or entry["spills"]
+        or entry["spills"] > STACK.get((entry["kernel"], entry["capability"]), 0)
         or entry["shared"] > SHARED_MEMORY[entry["capability"]]
         or (entry["shared"] + RESERVED) * entry["per_sm"] > SHARED_MEMORY[entry["capability"]] + RESERVED
     ]

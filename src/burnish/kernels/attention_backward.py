@@ -23,7 +23,6 @@ from burnish.kernels.attention_bias_backward import bias_gradient
 from burnish.kernels.attention_blocks import block_of, key_terms, load_rows
 from burnish.kernels.attention_configs import padded
 from burnish.kernels.attention_inputs import as_bytes, described, prepared_bias
-from burnish.kernels.attention_left_scores import left_scores, queries_from_left_scores
 from burnish.kernels.launch import Config, launch, launch_dependents, wait_for_inputs
 from burnish.kernels.matmul import dot
 from burnish.ops._dropout import threshold_of
@@ -76,7 +75,6 @@ def attention_keys_backward_kernel(
     delta,
     dk,  # (B, Lk, Hkv, D)
     dv,
-    left,  # (B, Hq, keys, queries) in whole blocks, or None: where gradients of scores are left
     bias,
     padding,
     seed,
@@ -107,8 +105,6 @@ def attention_keys_backward_kernel(
     stride_bn,
     stride_pb,
     stride_pn,
-    left_rows,
-    left_pitch,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -177,9 +173,6 @@ def attention_keys_backward_kernel(
         if not TMA:
             head_q, head_grad = q + batch * stride_qb + head * stride_qh, grad + batch * stride_gb + head * stride_gh
         head_bias = bias + batch * stride_bb + head * stride_bh
-        head_left = None
-        if left is not None:
-            head_left = left + place * left_rows * left_pitch
         terms = None
         if BIAS == "added by key" or BIAS == "allowed by key":
             terms = key_terms(head_bias, padding, start, lk, stride_bn, stride_pn, BIAS, False, BLOCK_N)
@@ -192,8 +185,7 @@ def attention_keys_backward_kernel(
                         dk_sum, dv_sum, key, value, head_q, head_grad, logsumexp + place * lq, delta + place * lq,
                         head_bias, terms, tl.cast(batch, tl.int32), tl.cast(head, tl.int32), row, start, lq, lk, before,
                         after, scale, stride_qm, stride_gm, stride_bm, stride_bn, key_seed, tl.cast(place, tl.int32),
-                        threshold, kept_scale, head_left, left_pitch, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BIAS,
-                        REACH, EDGE, TMA,
+                        threshold, kept_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BIAS, REACH, EDGE, TMA,
                     )  # fmt: skip
     if PADDING:
         dk_sum, dv_sum = tl.where(shown[:, None], dk_sum, 0.0), tl.where(shown[:, None], dv_sum, 0.0)
@@ -357,7 +349,7 @@ def attention_backward(
     out = out.transpose(1, 2).contiguous()
     logsumexp = logsumexp.contiguous()
     (batch, heads, lq, d), (_, key_heads, lk, dv) = q.shape, v.shape
-    config = config or backward_configs_for(grad, q, k, v, bias, dropout_p > 0, key_padding_mask is not None)[0]
+    config = config or backward_configs_for(grad, q, k, v, bias, dropout_p > 0)[0]
     delta = torch.empty_like(logsumexp)
     blocks = triton.cdiv(lq, _DELTA["BLOCK_M"])
     launch(
@@ -386,26 +378,22 @@ def attention_backward(
     dvalues = torch.empty((batch, lk, key_heads, dv), dtype=q.dtype, device=q.device)
 
     keys, queries = config.keys, config.queries
-    left = left_scores(q, k) if config.leaves_scores else None
     rows = keys["BLOCK_M"]
     tma = bool(keys["TMA"])
     launch(
         attention_keys_backward_kernel, (batch * key_heads * triton.cdiv(lk, keys["BLOCK_N"]),),
         described(q, rows, widths[0]) if tma else q, k, v, described(grad, rows, widths[1]) if tma else grad,
-        logsumexp, delta, dk, dvalues, left, *masks, *sizes, *strides, *((0, 0) if left is None else left.shape[2:]),
+        logsumexp, delta, dk, dvalues, *masks, *sizes, *strides,
         config=keys, like=q, INSIDE=lq >= rows, EDGES=near or lq % rows != 0, **constants,
     )  # fmt: skip
     rows = queries["BLOCK_N"]
     tma = bool(queries["TMA"])
-    if left is not None:
-        queries_from_left_scores(left, q, k, dq, *sizes[4:], constants["REACH"], widths[0], queries)
-    else:
-        launch(
-            attention_queries_backward_kernel, (batch * heads * triton.cdiv(lq, queries["BLOCK_M"]),),
-            q, described(k, rows, widths[0]) if tma else k, described(v, rows, widths[1]) if tma else v, grad,
-            logsumexp, delta, dq, *masks, *sizes, *strides,
-            config=queries, like=q, INSIDE=lk >= rows, EDGES=near or lk % rows != 0, **constants,
-        )  # fmt: skip
+    launch(
+        attention_queries_backward_kernel, (batch * heads * triton.cdiv(lq, queries["BLOCK_M"]),),
+        q, described(k, rows, widths[0]) if tma else k, described(v, rows, widths[1]) if tma else v, grad,
+        logsumexp, delta, dq, *masks, *sizes, *strides,
+        config=queries, like=q, INSIDE=lk >= rows, EDGES=near or lk % rows != 0, **constants,
+    )  # fmt: skip
     dbias = None
     if bias_grad and bias is not None:
         dbias = bias_gradient((q, k, v, grad, logsumexp, delta), masks, sizes, strides, bias, constants, config.bias)

@@ -145,8 +145,6 @@ def add_for_keys(
     batch_head,
     threshold,
     kept_scale,
-    left,  # where gradients of scores are to be left, (keys, queries), or None
-    left_pitch,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -175,11 +173,8 @@ def add_for_keys(
     else:
         dv = dot(weights.to(gradient.dtype), gradient, dv)
     less = load_by_query(delta, row, lq, 0.0, BLOCK_M, EDGE)
-    dscores = (weights * (dweights - less[None, :])).to(query.dtype)
-    if left is not None:
-        at = (start + tl.arange(0, BLOCK_N))[:, None] * left_pitch + (row + tl.arange(0, BLOCK_M))[None, :]
-        tl.store(left + at, dscores)
-    dk = dot(dscores, query, dk)
+    dscores = weights * (dweights - less[None, :])
+    dk = dot(dscores.to(query.dtype), query, dk)
     return dk, dv
 
 

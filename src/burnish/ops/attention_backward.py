@@ -108,8 +108,8 @@ def attention_backward(
 def _triton_configs(*args: Any) -> Sequence[Any]:
     from burnish.kernels.attention_backward_configs import backward_configs_for
 
-    grad, q, k, v, _, _, bias, padding = args[:8]
-    return backward_configs_for(grad, q, k, v, bias, dropout=args[11] > 0, padded_keys=padding is not None)
+    grad, q, k, v, _, _, bias = args[:7]
+    return backward_configs_for(grad, q, k, v, bias, dropout=args[11] > 0)
 
 
 _impl = attention_backward.impl
