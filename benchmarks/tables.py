@@ -188,7 +188,8 @@ def _counted(record: Record | None) -> str:
 
 def _comparison(found: dict[str, Record], ours: str) -> list[str]:
     """Ours against the best of the others: wins and losses in the same words."""
-    others = {name: record for name, record in found.items() if name != ours}
+    own = f"{ours}-"  # without CUDA graphs, with checkpoints
+    others = {name: record for name, record in found.items() if name != ours and not name.startswith(own)}
     if ours not in found or not others:
         return ["", ""]
     key = "peak_mib" if "peak_mib" in found[ours] else "median_us"
