@@ -21,6 +21,7 @@ from torch._functorch import config as functorch_config
 
 from burnish.compile_choices import choose_impls
 from burnish.compile_decompositions import decompositions
+from burnish.compile_products import widen_products
 from burnish.compile_trace import regions, trace_for_compile
 from burnish.graph.autocast import without_autocast
 from burnish.graph.trace import clean
@@ -59,6 +60,7 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **optio
 
     def compile_inner(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **rest: Any) -> Any:
         choose_impls(graph_module, tuner)
+        widen_products(graph_module)
         return compile_fx_inner(graph_module, example_inputs, **rest)
 
     def compile_with(graph_module: fx.GraphModule) -> Any:
