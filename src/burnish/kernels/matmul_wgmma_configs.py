@@ -35,6 +35,10 @@ def matmul_wgmma_configs(product: Product) -> list[Config]:
         else:
             shapes += [(256, 128, 0, 64, 1, 4, 1, 8)]
             shapes += [(256, 128, 0, 64, 1, 3, 1, 8, 192), (128, 128, 64, 64, 1, 4, 1, 8, 64)]
+            # Without padding BERT-base's batches have some 2176 rows: to 768 columns one wave of these, of 102 tiles;
+            # of larger ones there are as few as 68 for 132 multiprocessors.
+            if triton.cdiv(product.rows, 128) * triton.cdiv(product.columns, 128) <= product.target.num_sms:
+                shapes += [(128, 128, 0, 64, 1, 5, 1, 8)]
     if product.gated:
         shapes = [shape for shape in shapes if not shape[2]]
     configs = [_config(1, m, n // product.halves, *rest) for m, n, *rest in shapes]
