@@ -26,6 +26,8 @@ MASKS: dict[str, Tensor] = {
     "rows longer than a block": (torch.arange(1500) < torch.tensor([1025, 1500])[:, None]).long(),
     "more places than one launch takes": (randn(30, 300, seed=2) > 0.5).long(),
     "other strides": (randn(33, 6, seed=3) > 0).t()[:, ::2],
+    "every other column": (randn(30, 300, seed=4) > 0)[:, ::2],
+    "the same row again": (randn(1, 700, seed=5) > 0).expand(6, 700),
 }
 
 

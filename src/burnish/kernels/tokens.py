@@ -13,7 +13,7 @@ from torch import Tensor
 
 from burnish.kernels.launch import Config, cdiv, launch, launch_dependents, next_power_of_2, wait_for_inputs
 
-_CONFIG = Config.of(4, BLOCK=1024)
+_CONFIG, _COUNTS_CONFIG = Config.of(4, BLOCK=512, MORE=2048), Config.of(4, BLOCK=1024)
 _ALONE = 8192  # places: as far, each program counts the tokens of all rows before its own itself, in one launch
 _WIDEST = 2048  # entries of a token that one program moves
 
@@ -25,7 +25,7 @@ def _real(mask, row, column, stride_row, stride_column, inside):
     return (tl.load(pointers, inside, other=0) != 0).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["rows", "length", "stride_row", "stride_column"])
+@triton.jit(do_not_specialize=["rows", "length", "stride_row"])
 def _counts_kernel(mask, counts, rows, length, stride_row, stride_column, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One row's number of real tokens, and after those of all rows whether there are gaps between them."""
     launch_dependents(PDL)
@@ -44,24 +44,31 @@ def _counts_kernel(mask, counts, rows, length, stride_row, stride_column, BLOCK:
     tl.store(counts + rows + row, (tl.sum(starts, 0) > 1).to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["rows", "length", "step", "stride_row", "stride_column"])
+@triton.jit(do_not_specialize=["rows", "length", "step", "stride_row"])
 def _tokens_kernel(
     mask, counts, places, nearest, columns, cu_seqlens, sources, found, rows, length, step, stride_row, stride_column,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    FLAT: tl.constexpr, BLOCK: tl.constexpr, MORE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row's tokens; the last program, past all rows, adds the dummies and tells the host what was found."""
+    """One row's tokens; the last program, past all rows, adds the dummies and tells the host what was found.
+
+    FLAT: the mask's rows follow each other as its columns do, so that no place has to be divided by their length.
+    """
     launch_dependents(PDL)
     wait_for_inputs(PDL)
     row = tl.program_id(0)
-    before = tl.zeros((BLOCK,), tl.int32)
-    gaps = tl.zeros((BLOCK,), tl.int32)
+    before = tl.zeros((MORE,), tl.int32)
+    gaps = tl.zeros((MORE,), tl.int32)
     if counts is None:
-        for first in range(0, row * length, BLOCK):
-            place = first + tl.arange(0, BLOCK)
-            before += _real(mask, place // length, place % length, stride_row, stride_column, place < row * length)
+        for first in range(0, row * length, MORE):
+            place = first + tl.arange(0, MORE)
+            inside = place < row * length
+            if FLAT:
+                before += _real(mask, 0, place, stride_row, stride_column, inside)
+            else:
+                before += _real(mask, place // length, place % length, stride_row, stride_column, inside)
     else:
-        for first in range(0, row, BLOCK):
-            other = first + tl.arange(0, BLOCK)
+        for first in range(0, row, MORE):
+            other = first + tl.arange(0, MORE)
             before += tl.load(counts + other, other < row, other=0)
             gaps += tl.load(counts + rows + other, other < row, other=0)
     start = tl.sum(before, 0)
@@ -119,10 +126,10 @@ def find_tokens(
     counts = None
     if ask_gaps or rows * length > _ALONE:
         counts = torch.empty(2 * rows, dtype=torch.int32, device=mask.device)
-        launch(_counts_kernel, (rows,), mask, counts, rows, length, *mask.stride(), config=_CONFIG, like=mask)
+        launch(_counts_kernel, (rows,), mask, counts, rows, length, *mask.stride(), config=_COUNTS_CONFIG, like=mask)
     launch(
         _tokens_kernel, (rows + 1,), mask, counts, places, nearest, columns, cu_seqlens, sources, found, rows, length,
-        step, *mask.stride(), config=_CONFIG, like=mask,
+        step, *mask.stride(), config=_CONFIG, like=mask, FLAT=mask.stride(0) == length * mask.stride(1),
     )  # fmt: skip
 
 
