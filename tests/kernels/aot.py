@@ -345,10 +345,10 @@ def shared_memory_of_gpus(everything: bool) -> list[dict[str, Any]]:
 
 
 def tokens_of_padded_batches(everything: bool) -> list[dict[str, Any]]:
-    """What `compile_launch` says of finding the real tokens of a padded batch, and of putting them back; with
-    `everything` also of masks of bool, and for every generation."""
+    """What `compile_launch` says of finding the real tokens of a padded batch, of taking what is theirs, and of putting
+    them back; with `everything` also of masks of bool, and for every generation."""
     from burnish.kernels.launch import Launch, Target, recording
-    from burnish.kernels.tokens import put_back
+    from burnish.kernels.tokens import put_back, take
     from burnish.ragged.tokens import TokenMemory
 
     found = []
@@ -361,6 +361,8 @@ def tokens_of_padded_batches(everything: bool) -> list[dict[str, Any]]:
                 memory.found.zero_()
                 for ask_contiguous in (False, True):
                     memory.find(mask, ask_contiguous)
+            vectors = [torch.empty(4096, dtype=torch.int64) for _ in range(3)]
+            take(memory.nearest[:2176], memory.columns[:2176], vectors, (False, False, True))
             put_back(torch.empty(2176, 768, dtype=torch.float16), memory.sources)
         found += [{"label": "tokens", **compile_launch(launch, capability)} for launch in launches]
     return found

@@ -63,6 +63,22 @@ def test_the_same_memory_for_every_mask() -> None:
     assert len(addresses) == 1
 
 
+@pytest.mark.parametrize("by_column", [(False,), (True, False), (False, True, False), (False, False, True, True)])
+def test_take(by_column: tuple[bool, ...]) -> None:
+    mask = MASKS["more places than one launch takes"]
+    found = tokens_of(mask, step=128)
+    sizes = [mask.shape[1] if by else mask.numel() for by in by_column]
+    sources = [torch.arange(2 * n).mul(7 + i)[:: 1 + i % 2][:n] for i, n in enumerate(sizes)]
+    taken = kernels.take(found.nearest, found.columns, sources, by_column)
+    expected = ragged.take(found.nearest, found.columns, sources, by_column)
+    assert taken.dtype == torch.int64
+    assert all(torch.equal(one, other) for one, other in zip(taken, expected, strict=True))
+    real = mask.reshape(-1) != 0
+    for one, source, by in zip(expected, sources, by_column, strict=True):
+        whole = source.repeat(mask.shape[0]) if by else source
+        assert torch.equal(one[: found.real], whole[real])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("rest", [(), (5,), (2, 24), (3000,)])
 def test_put_back(rest: tuple[int, ...], dtype: torch.dtype) -> None:

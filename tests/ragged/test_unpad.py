@@ -109,6 +109,14 @@ def test_only_real_tokens_are_computed(encoder: tuple[Any, Any]) -> None:
     assert "21 of 36 tokens are real" in str(fast.report())
 
 
+def test_tokens_are_taken_at_once_and_put_back_at_once(encoder: tuple[Any, Any]) -> None:
+    packed = encoder[1].serving._prepared[0].packed
+    nodes = [n for n in packed.prepared.program.graph_module.graph.nodes if n.op == "call_function"]
+    names = [getattr(n.target, "__name__", "") for n in nodes]
+    assert (names.count("take"), names.count("put_back")) == (1, 1)
+    assert not [name for name in names if name.startswith(("index", "clamp", "remainder"))]
+
+
 def pooled(x: Tensor, mask: Tensor) -> Tensor:
     weights = mask[:, :, None].to(x.dtype)
     return (x * weights).sum(1) / weights.sum(1).clamp(min=1e-9)

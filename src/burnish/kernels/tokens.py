@@ -1,10 +1,12 @@
-"""The real tokens of a padded batch: where they are, found by one launch or two, and put back by one.
+"""The real tokens of a padded batch: found by one launch or two, their inputs taken by one, put back by one.
 
 The host learns how many there are from memory of its own that the kernel writes to. PyTorch's operators for the same
 (nonzero, sum, cumsum, padding) are 15 launches, and two waits for the device.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -131,6 +133,48 @@ def find_tokens(
         _tokens_kernel, (rows + 1,), mask, counts, places, nearest, columns, cu_seqlens, sources, found, rows, length,
         step, *mask.stride(), config=_CONFIG, like=mask, FLAT=mask.stride(0) == length * mask.stride(1),
     )  # fmt: skip
+
+
+@triton.jit
+def _take(source, out, number, tokens, nearest, column, index, inside, BY_COLUMN: tl.constexpr):
+    if source is not None:
+        place = column if (BY_COLUMN >> number) & 1 else nearest
+        tl.store(out + tl.cast(number, tl.int64) * tokens + index, tl.load(source + place, inside), inside)
+
+
+@triton.jit
+def _take_kernel(
+    nearest, columns, first, second, third, fourth, out, tokens, BY_COLUMN: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK tokens of each source: number i by their columns where bit i of BY_COLUMN is set."""
+    launch_dependents(PDL)
+    wait_for_inputs(PDL)
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < tokens
+    place = tl.load(nearest + index, inside, other=0)
+    column = tl.load(columns + index, inside, other=0)
+    _take(first, out, 0, tokens, place, column, index, inside, BY_COLUMN)
+    _take(second, out, 1, tokens, place, column, index, inside, BY_COLUMN)
+    _take(third, out, 2, tokens, place, column, index, inside, BY_COLUMN)
+    _take(fourth, out, 3, tokens, place, column, index, inside, BY_COLUMN)
+
+
+MOST_TAKEN = 4  # sources of one launch
+
+
+def take(nearest: Tensor, columns: Tensor, sources: Sequence[Tensor], by_column: Sequence[bool]) -> Tensor:
+    """Of each of up to four int64 sources what is at every token's place, or column: (sources, T). They are vectors,
+    of any strides."""
+    tokens = nearest.shape[0]
+    out = nearest.new_empty((len(sources), tokens))
+    given = [source.contiguous() for source in sources] + [None] * (MOST_TAKEN - len(sources))
+    bits = sum(1 << i for i, by in enumerate(by_column) if by)
+    launch(
+        _take_kernel, (cdiv(tokens, 256),), nearest, columns, *given, out, tokens, BY_COLUMN=bits,
+        config=Config.of(4, BLOCK=256), like=nearest,
+    )  # fmt: skip
+    return out
 
 
 @triton.jit

@@ -110,6 +110,17 @@ def picks(node: fx.Node, dims_of: Callable[[Any], Dims]) -> bool:
     return isinstance(source, fx.Node) and dims_of(source).has_positions and not dims_of(node).has_positions
 
 
+def is_vector(node: fx.Node, dims_of: Callable[[Any], Dims]) -> bool:
+    """Whether it is an int64 for each place, (B, S), or for each position, (1, S) or (S,)."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() not in (1, 2):
+        return False
+    dims = dims_of(node)
+    if value.dim() == 1:
+        return dims == Dims(position=0)
+    return dims == Dims(row=0, position=1) or (dims == Dims(position=1) and expression_of(value.shape[0]) == 1)
+
+
 def _last(node: fx.Node) -> int:
     found = node.meta.get("val")
     return found.dim() - 1 if isinstance(found, Tensor) else -1

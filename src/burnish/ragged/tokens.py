@@ -122,6 +122,18 @@ def _runs_triton(device: torch.device) -> bool:
     return not triton_why_not(torch.empty(1, device=device))
 
 
+def take(nearest: Tensor, columns: Tensor, sources: Sequence[Tensor], by_column: Sequence[bool]) -> Sequence[Tensor]:
+    """Of each source, an int64 vector, what is at every token's place, or column where `by_column`: (T,) each."""
+    if has_kernel(nearest) and not isinstance(nearest, FakeTensor):
+        from burnish.kernels.tokens import MOST_TAKEN
+        from burnish.kernels.tokens import take as by_kernel
+
+        if len(sources) <= MOST_TAKEN:
+            return by_kernel(nearest, columns, sources, by_column).unbind()
+    index = (columns if by else nearest for by in by_column)
+    return tuple(source.index_select(0, places) for source, places in zip(sources, index, strict=True))
+
+
 def put_back(packed: Tensor, places: Tensor, sources: Tensor | None, rows: int, length: int) -> Tensor:
     """Packed tokens (T, ...) back in their places, zeros elsewhere: (rows, length, ...)."""
     shape: Sequence[Any] = [rows, length, *packed.shape[1:]]

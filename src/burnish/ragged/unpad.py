@@ -21,8 +21,8 @@ from torch._guards import detect_fake_mode
 from burnish import ops
 from burnish.graph_json import add_symbol
 from burnish.ragged.masks import Refused, bound, is_mask, mask_function, mask_of
-from burnish.ragged.rules import Dims, NotTokens, Sizes, expression_of, picks, why_mixed
-from burnish.ragged.tokens import INPUTS, put_back
+from burnish.ragged.rules import Dims, NotTokens, Sizes, expression_of, is_vector, picks, why_mixed
+from burnish.ragged.tokens import INPUTS, put_back, take
 from burnish.rewrites.rewrite import arguments, set_value
 
 aten = torch.ops.aten
@@ -87,6 +87,8 @@ class _Unpadding:
         for node in self.source.graph.nodes:  # first, as captured: what fuses products counts on it
             if node.op == "get_attr":
                 self.padded(node)
+        if not self.nested:
+            self._take_indices()
         for node in self.source.graph.nodes:
             if node.op == "call_function" and self.is_packed(node):
                 self.packed(node)
@@ -352,6 +354,22 @@ class _Unpadding:
                 return sizes[expression]()
             raise Refused(f"{node.name}: the size {expression} is not understood")
         return self.padded(node)
+
+    def _take_indices(self) -> None:
+        """Gathers token ids, positions and what else of integers tokens meet: all at once."""
+        found: dict[fx.Node, bool] = {}
+        for node in self.source.graph.nodes:
+            if node.op == "call_function" and self.is_packed(node) and node.target is not ops.attention.overload:
+                light = (n for n in node.all_input_nodes if n in self.light)
+                found |= {n: self.dims(n).row is None for n in light if is_vector(n, self.dims)}
+        if len(found) < 2:
+            return
+        flat = [self.call(aten.flatten.using_ints, self.padded(node), 0, -1) for node in found]
+        taken = self.call(take, self.made["nearest"], self.made["columns"], flat, list(found.values()))
+        for i, node in enumerate(found):
+            new = self.call(operator.getitem, taken, i)
+            one_row = node.meta["val"].dim() == 2
+            self.packed_copies[node] = self.call(aten.unsqueeze.default, new, 0) if one_row else new
 
     def _gathered(self, node: fx.Node) -> fx.Node:
         """A value that stays padded, for each token: by its row, its position, or both."""
