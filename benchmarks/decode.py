@@ -151,13 +151,20 @@ def floor_us(model: Any, batch: int, context: int, saved_bytes: int = 0) -> floa
 
 
 class Steps:
-    """Steps of `fast.generate`."""
+    """Steps of `fast.generate` behind the tokens `ids`; without `reads_prompt` behind random keys and values in their
+    place, so that nothing but a step has to be tuned."""
 
-    def __init__(self, fast: Any, ids: Tensor) -> None:
+    def __init__(self, fast: Any, ids: Tensor, reads_prompt: bool = True) -> None:
         batch, self.context = ids.shape
         longest = -(-(self.context + 2 * STEPS) // LENGTH_STEP) * LENGTH_STEP
         self.session = Generation(fast, batch, longest, False, Sampling())
-        self.session.prefill(ids, None, 0)
+        if reads_prompt:
+            self.session.prefill(ids, None, 0)
+        else:
+            for layer in self.session.cache.layers:
+                layer.keys.normal_()
+                layer.values.normal_()
+            self.session.cache.advance(self.context)
 
     def step(self) -> Tensor:
         cache = self.session.cache

@@ -1,7 +1,7 @@
 """Group `parallel`: Llama 3 8B divided between two GPUs (tensor parallel, NCCL) against one of them, bfloat16.
 
 The processes are those of `torchrun`; what they do is in parallel_child.py. Times of one and of two GPUs are taken in
-turn, in one run.
+turn, in one run. Each rank says on stderr what it is at; one that is at it for too long ends with its tracebacks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _run(session: Session, *, name: str, what: str, tokens: int) -> list[Record]
     if torch.cuda.device_count() < RANKS:
         raise CheckError(f"{RANKS} GPUs are needed; there are {torch.cuda.device_count()}")
     launcher = ("--standalone", f"--nproc-per-node={RANKS}", "-m", "benchmarks.parallel_child", what, str(tokens))
-    found = run_child("torch.distributed.run", *launcher, environment={"OMP_NUM_THREADS": "8"})
+    found = run_child("torch.distributed.run", *launcher, environment={"OMP_NUM_THREADS": "8"}, shows_progress=True)
     timings = {variant: Timing(tuple(map(tuple, found["us"][variant]))) for variant in (TWO, ONE)}
     result = Benchmark(timings, device(measure=False), now())
     session.console.print(result)

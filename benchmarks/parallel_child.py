@@ -5,10 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import statistics
 import sys
+import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -19,67 +24,113 @@ from benchmarks.decode import Steps, floor_us
 from benchmarks.gpu import kernels_of, model_floor_us
 from benchmarks.parallel import ONE, TWO
 from benchmarks.prefill import llama
+from benchmarks.processes import deadline, end_with_parent, say, say_where_it_ends
 from benchmarks.runner import CheckError, verdicts
-from burnish import numerics
-from burnish.parallel import tensor_parallel
+from burnish import numerics, tuning
+from burnish.op import Op
+from burnish.parallel import set_up_symmetric_memory, tensor_parallel
 from burnish.served import Served
+from burnish.tuning import Tuner
 
 ROUNDS, CALLS = 5, 8
 AT_ONCE = {"decode": 20, "prefill": 1}  # calls that follow each other, as steps of generation do
+SUM = "all_reduce_add_rms_norm"
+FEW = 3  # of each Impl so many configs are tried, the most promising: all of a step's are 220, minutes of compiling
+# What a stage may take before its tracebacks are wanted: to tune a model anew is to compile hundreds of kernels.
+START_SECONDS, MAKE_SECONDS, TUNE_SECONDS, TIME_SECONDS = 60.0, 90.0, 300.0, 60.0
 
 
 @torch.no_grad()
 def main(what: str, tokens: int) -> None:
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl")
-    check()
+    end_with_parent()
+    say_where_it_ends()
+    rank = int(os.environ["RANK"])
+    stage = partial(deadline, f"rank {rank}")
+    with stage("init_process_group", START_SECONDS):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl")
+        dist.barrier()
+    with stage("two layers checked", MAKE_SECONDS):
+        check()
     runs: dict[str, Callable[[], object]] = {}
     notes: list[str] = []
     floor = 0.0
     for variant in (ONE, TWO):
-        model, inputs = llama("llama-8b", tokens)
-        if variant == ONE:
-            decode = what == "decode"
-            floor = floor_us(model, 1, tokens) if decode else model_floor_us(model, tokens, torch.bfloat16)
-        else:
-            tensor_parallel(model)
-        if variant == TWO or dist.get_rank() == 0:
-            fast: Any = burnish.optimize(model)
-            runs[variant] = prepared(what, fast, model, inputs)
+        if variant == TWO or rank == 0:
+            with stage(f"{variant}: model made", MAKE_SECONDS):
+                model, inputs = llama("llama-8b", tokens)
+                if variant == ONE:
+                    decode = what == "decode"
+                    floor = floor_us(model, 1, tokens) if decode else model_floor_us(model, tokens, torch.bfloat16)
+                else:
+                    tensor_parallel(model)
+            with stage(f"{variant}: optimized", TUNE_SECONDS), few_configs():
+                fast: Any = burnish.optimize(model, cache="readonly")  # few configs are nothing to remember
+                runs[variant] = prepared(what, fast, model, inputs)
             notes += [f"{variant}: {line}" for line in described(fast.schedule.served[-1])]
-        dist.barrier()
+        with stage(f"{variant}: ready on both", MAKE_SECONDS + TUNE_SECONDS):
+            dist.barrier()
     us: dict[str, list[list[float]]] = {variant: [] for variant in runs}
-    for _ in range(ROUNDS):
+    with stage("timed", TIME_SECONDS):
+        for _ in range(ROUNDS):
+            for variant in (ONE, TWO):
+                dist.barrier()
+                if variant in runs:
+                    us[variant].append(timed(runs[variant], AT_ONCE[what]))
+    medians = {variant: statistics.median(itertools.chain(*rounds)) for variant, rounds in us.items()}
+    say(f"rank {rank}", f"median us: {medians}")
+    kernels = {}
+    with stage("kernels counted", TIME_SECONDS):
         for variant in (ONE, TWO):
             dist.barrier()
             if variant in runs:
-                us[variant].append(timed(runs[variant], AT_ONCE[what]))
-    kernels = {}
-    for variant in (ONE, TWO):
-        dist.barrier()
-        if variant in runs:
-            kernels[variant] = len(kernels_of(runs[variant]))
-    if dist.get_rank() == 0:
-        print(json.dumps({"us": us, "kernels": kernels, "floor_us": floor, "notes": notes}))
-    dist.destroy_process_group()
+                kernels[variant] = len(kernels_of(runs[variant]))
+    if rank == 0:
+        print(json.dumps({"us": us, "kernels": kernels, "floor_us": floor, "notes": notes}), flush=True)
+    with stage("destroy_process_group", START_SECONDS):
+        dist.destroy_process_group()
+
+
+@contextmanager
+def few_configs() -> Iterator[None]:
+    """Within the `with`, no more than FEW configs of each Impl are measured where nothing is remembered."""
+    all_of_them = tuning._candidates
+
+    def candidates(op: Op, args: Sequence[Any], able: Sequence[str]) -> dict[str, tuple[str, str | None]]:
+        tried: Counter[str] = Counter()
+        found = {}
+        for name, (impl, config) in all_of_them(op, args, able).items():
+            tried[impl] += 1
+            if tried[impl] <= FEW:
+                found[name] = impl, config
+        return found
+
+    with patch.object(tuning, "_candidates", candidates):
+        yield
 
 
 def check() -> None:
-    """The logits of two layers of the model, by the numerics rule."""
-    model, inputs = llama("llama-8b", 128, layers=2)
+    """The logits of two layers of the model, by the numerics rule, with sums by NCCL and, where there is any, by shared
+    memory; nothing is measured. `optimize` verifies the whole model by itself."""
+    options: dict[str, Any] = {"layers": 2, "vocabulary": 1024}
+    model, inputs = llama("llama-8b", 16, **options)
     eager = model(**inputs).logits
     true = numerics.oracle(model.double(), **inputs).logits
-    divided, _ = llama("llama-8b", 128, layers=2)
-    fast = burnish.optimize(tensor_parallel(divided))
-    if reason := verdicts({TWO: fast(**inputs).logits}, eager, true)[TWO]:
-        raise CheckError(f"on two GPUs: {reason}")
+    reason = set_up_symmetric_memory()
+    for impl in ["torch"] if reason else ["torch", "symmetric"]:
+        divided, _ = llama("llama-8b", 16, **options)
+        with patch.object(Tuner, "FIRST_BUDGET_US", 0.0):
+            fast = burnish.optimize(tensor_parallel(divided), cache="off", impls={SUM: impl})
+            logits = fast(**inputs).logits
+        if wrong := verdicts({TWO: logits}, eager, true)[TWO]:
+            raise CheckError(f"on two GPUs, sums by {impl}: {wrong}")
 
 
 def prepared(what: str, fast: Any, model: nn.Module, inputs: dict[str, Any]) -> Callable[[], object]:
     """What is to be timed, after its first calls."""
     if what == "decode":
         model.config.use_cache = True  # type: ignore[union-attr]
-        run: Callable[[], object] = Steps(fast, inputs["input_ids"]).step
+        run: Callable[[], object] = Steps(fast, inputs["input_ids"], reads_prompt=False).step
     else:
 
         def run() -> object:
@@ -87,6 +138,7 @@ def prepared(what: str, fast: Any, model: nn.Module, inputs: dict[str, Any]) -> 
 
     for _ in range(3):
         run()
+    torch.cuda.synchronize()
     return run
 
 
@@ -116,4 +168,8 @@ def timed(run: Callable[[], object], at_once: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    try:
+        main(sys.argv[1], int(sys.argv[2]))
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)  # at once: to take leave of a GPU that waits for the other rank would be to wait for it

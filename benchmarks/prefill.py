@@ -48,13 +48,17 @@ def _run(session: Session, *, name: str, model_name: str, seq: int) -> list[Reco
     return run_model(session, name, model, inputs, check=small)
 
 
-def llama(name: str, seq: int, device: str = "cuda", layers: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """One of MODELS, or its first layers, made where it runs, and a prompt of `seq` tokens for it."""
+def llama(
+    name: str, seq: int, device: str = "cuda", layers: int | None = None, vocabulary: int | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """One of MODELS, or its first layers, or with fewer words, made where it runs, and a prompt of `seq` tokens for
+    it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(**MODELS[name])
     config.num_hidden_layers = layers or config.num_hidden_layers
+    config.vocab_size = vocabulary or config.vocab_size
     with torch.device(device):
         torch.set_default_dtype(torch.bfloat16)
         try:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import run
 from benchmarks.runner import Case, Record, Session
 from burnish.bench import Benchmark, Timing
 from burnish.hardware import device
@@ -73,19 +73,14 @@ def _peak_memory(session: Session, *, when: str) -> list[Record]:
     return records
 
 
-def run_child(module: str, *arguments: str, environment: Mapping[str, str]) -> dict[str, Any]:
-    """What `python -m MODULE ARGUMENTS` prints as its last line. RuntimeError with the end of its output where it
-    fails."""
+def run_child(
+    module: str, *arguments: str, environment: Mapping[str, str], shows_progress: bool = False
+) -> dict[str, Any]:
+    """What `python -m MODULE ARGUMENTS` prints as its last line; with `shows_progress` its stderr is printed as it
+    comes. RuntimeError with the end of its output where it fails."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONPATH": paths, **environment},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
+    done = run(command, {**os.environ, "PYTHONPATH": paths, **environment}, ROOT, shows_progress)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command[1:])} failed:\n{done.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

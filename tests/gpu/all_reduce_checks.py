@@ -1,10 +1,21 @@
-"""What two GPUs check together: rows summed by the memory that they share, against NCCL's sums."""
+"""What two GPUs check together: rows summed by the memory that they share, against NCCL's sums.
+
+From the lowest layer up, so that the first check that does not end, or fails, says which layer it is. Without pytest:
+`python -m tests.gpu.all_reduce_checks`.
+"""
 
 from __future__ import annotations
 
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -12,12 +23,105 @@ import burnish
 from burnish import ops
 from burnish.numerics import assert_close
 from burnish.op import Op
-from burnish.parallel import set_up_symmetric_memory, tensor_parallel
+from burnish.parallel import set_up_symmetric_memory, symmetric, tensor_parallel
+from burnish.parallel.graphs import group_of_call
+from burnish.runtime.cuda_graph import CapturedCall, GraphPool
+from burnish.tuning import Tuner
 from tests.parallel.models import IDS, MODELS, assert_alike
-from tests.parallel.ranks import Check
+from tests.parallel.ranks import Check, run
 
 WORLD, WIDTH = "0", 4096
 CALLS, REPLAYS, CHAIN = 1000, 200, 16
+PATIENCE_SECONDS = 20.0
+_kept: list[Any] = []  # what is alive when the process group ends
+
+
+def nccl_sums(rank: int, folder: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        found = torch.full((16, WIDTH), rank + 1.0, device="cuda", dtype=dtype)
+        dist.all_reduce(found)
+        finished("NCCL's all-reduce")
+        assert bool((found == 3).all())
+
+
+def memory_is_set_up(rank: int, folder: Path) -> None:
+    assert set_up_symmetric_memory() is None
+    assert room().rank == rank
+
+
+@torch.no_grad()
+def a_call(rank: int, folder: Path) -> None:
+    calls(rank, 1)
+
+
+@torch.no_grad()
+def a_hundred_calls(rank: int, folder: Path) -> None:
+    calls(rank, 100)
+
+
+def calls(rank: int, count: int) -> None:
+    x, residual, weight = arguments(rank, 16, torch.bfloat16)
+    for _ in range(count):
+        normed, total = by("symmetric", ops.all_reduce_add_rms_norm, x, None, residual, weight)
+    finished(f"{count} calls of the kernel")
+    assert_alike(total)
+    assert_alike(normed)
+
+
+@torch.no_grad()
+def a_replay(rank: int, folder: Path) -> None:
+    replays(rank, "symmetric")
+
+
+@torch.no_grad()
+def a_replay_of_nccl(rank: int, folder: Path) -> None:
+    """Which is kept: `destroy_process_group` waits for ever for a graph that holds NCCL's collectives."""
+    replays(rank, "torch")
+
+
+def replays(rank: int, impl: str) -> None:
+    x, residual, weight = arguments(rank, 3, torch.bfloat16)
+
+    def run_it(leaves: Any) -> list[torch.Tensor]:
+        return list(by(impl, ops.all_reduce_add_rms_norm, leaves[0], None, residual, weight))
+
+    expected = run_it([x])
+    finished(f"a call by {impl}")
+    captured = CapturedCall(GraphPool(), run_it, [x], static_outputs=True)
+    for _ in range(10):
+        found = captured([x])
+    finished(f"10 replays by {impl}")
+    for mine, other in zip(found, expected, strict=True):
+        assert torch.equal(mine, other)
+    _kept.append(captured)
+
+
+def room() -> symmetric.Room:
+    found = symmetric.find(WORLD, torch.device("cuda", torch.cuda.current_device()))
+    assert found is not None
+    return found
+
+
+def finished(what: str) -> None:
+    """Waits for the device. AssertionError with what has arrived where it does not get there: copies run beside a
+    kernel that waits."""
+    done, side = torch.cuda.Event(), torch.cuda.Stream()
+    done.record()
+    ends = time.monotonic() + PATIENCE_SECONDS
+    while not done.query():
+        if time.monotonic() > ends:
+            known = symmetric.find(WORLD, torch.device("cuda", torch.cuda.current_device()))
+            arrived = "no memory is shared"
+            if known is not None:
+                with torch.cuda.stream(side):
+                    state, words = known.state.cpu().tolist(), known.words.cpu() >> 32
+                arrived = f"[next call, programs in it] is {state}; words of each call that arrived here"
+                for half in range(2):
+                    for other in range(known.ranks):
+                        of_call, count = words[half, other].unique(return_counts=True)
+                        arrived += f"; half {half} from {other}: {of_call.tolist()} x {count.tolist()}"
+            raise AssertionError(f"{what}: the device is not done after {PATIENCE_SECONDS:.0f} s; {arrived}")
+        time.sleep(0.001)
 
 
 def arguments(rank: int, rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -48,6 +152,7 @@ def sums_are_nccls(rank: int, folder: Path) -> None:
                 truth = wide[0] * torch.rsqrt(wide[0].square().mean(-1, keepdim=True) + 1e-6) * wide[1]
                 assert_close(normed, nccl_normed, truth)
                 assert_alike(normed)
+        finished(f"{CALLS} calls")
         assert int(wrong) == 0
 
 
@@ -96,24 +201,54 @@ def layer_norm_with_biases(rank: int, folder: Path) -> None:
     assert_close(found[0], expected[0], truth)
 
 
-def models_generate(rank: int, folder: Path) -> None:
-    """The tokens of one process's model, with every sum by shared memory, and with what measures fastest."""
-    for name, op in (("llama", "all_reduce_add_rms_norm"), ("gpt2", "all_reduce_add_layer_norm")):
-        whole, prompt = MODELS[name]().cuda(), IDS[:, :5].cuda()
-        options = {"max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
-        expected = whole.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-        for impls in ({op: "symmetric"}, {}):
-            model = tensor_parallel(MODELS[name]().cuda())
-            fast = burnish.optimize(model, (), {"input_ids": IDS.cuda()}, cache="off", impls=impls)
-            assert torch.equal(fast.generate(prompt, **options), expected)
-            chosen = {c.impl for served in fast.schedule.served for slot, c in served.choices.items() if op in slot}
-            assert chosen == {"symmetric"} if impls else chosen
-            dist.barrier()
+def generates(name: str, op: str, impls: dict[str, str], rank: int, folder: Path) -> None:
+    """The tokens of one process's model, with every sum by shared memory, or with what measures fastest."""
+    whole, prompt = MODELS[name]().cuda(), IDS[:, :5].cuda()
+    options = {"max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
+    expected = whole.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    with only_exchanges_measured():
+        model = tensor_parallel(MODELS[name]().cuda())
+        fast = burnish.optimize(model, (), {"input_ids": IDS.cuda()}, cache="off", impls=impls)
+        assert torch.equal(fast.generate(prompt, **options), expected)
+    chosen = {c.impl for served in fast.schedule.served for slot, c in served.choices.items() if op in slot}
+    assert chosen == {"symmetric"} if impls else chosen
+    _kept.append(fast)
 
 
+@contextmanager
+def only_exchanges_measured() -> Iterator[None]:
+    """To compile and measure all else in every config takes minutes, and is checked elsewhere."""
+    choose = Tuner.choose
+
+    def cheaply(self: Tuner, op: Op, args: Any, *, budget_us: float, **options: Any) -> Any:
+        return choose(self, op, args, budget_us=budget_us if group_of_call(op, args) else 0.0, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tuner, "choose", cheaply)
+        yield
+
+
+RMS, LAYER = "all_reduce_add_rms_norm", "all_reduce_add_layer_norm"
 CHECKS: dict[str, Check] = {
+    "nccl_sums": nccl_sums,
+    "memory_is_set_up": memory_is_set_up,
+    "a_call": a_call,
+    "a_hundred_calls": a_hundred_calls,
+    "a_replay": a_replay,
+    "a_replay_of_nccl": a_replay_of_nccl,
     "sums_are_nccls": sums_are_nccls,
     "replays_count_as_calls": replays_count_as_calls,
     "layer_norm_with_biases": layer_norm_with_biases,
-    "models_generate": models_generate,
+    "llama_by_shared_memory": partial(generates, "llama", RMS, {RMS: "symmetric"}),
+    "llama_by_what_is_fastest": partial(generates, "llama", RMS, {}),
+    "gpt2_by_shared_memory": partial(generates, "gpt2", LAYER, {LAYER: "symmetric"}),
+    "gpt2_by_what_is_fastest": partial(generates, "gpt2", LAYER, {}),
 }
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as shared:
+        wrong = run("tests.gpu.all_reduce_checks", "CHECKS", Path(shared), "nccl", seconds=60)
+    for check, error in wrong:
+        print(f"{check}: {error}")
+    sys.exit(bool(wrong))

@@ -21,6 +21,6 @@ pytestmark = [
 
 
 def test_two_gpus_find_nothing_wrong(tmp_path: Path) -> None:
-    wrong = ranks.run("tests.gpu.all_reduce_checks", "CHECKS", tmp_path, "nccl")
+    wrong = ranks.run("tests.gpu.all_reduce_checks", "CHECKS", tmp_path, "nccl", seconds=60)
     if wrong:
         pytest.fail("\n\n".join(f"{name}: {error}" for name, error in wrong), pytrace=False)

@@ -138,7 +138,8 @@ def _assert_exchanged_whole(kernels: Any) -> None:
         stores, loads = ([i for i in kernel["exchange"] if i.startswith(kind)] for kind in ("st.", "ld."))
         assert stores == ["st.relaxed.sys.global.b64"]
         assert loads
-        assert {load.replace(".v2", "") for load in loads} == {"ld.volatile.global.b64"}
+        of_words, of_the_call = "ld.volatile.global.b64", "ld.volatile.global.b32"
+        assert {load.replace(".v2", "") for load in loads} == {of_words, of_the_call}
 
 
 def _assert_barriers_are_kept(kernels: Any) -> None:

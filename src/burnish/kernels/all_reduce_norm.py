@@ -94,7 +94,7 @@ def _all_reduce_norm_kernel(
         offset = load_vector(shift, shift_step, N, BLOCK_N)
     wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
-    call = tl.load(state)
+    call = tl.load(state, volatile=True)  # another multiprocessor counted it up: none of this one's caches
     word = tl.arange(0, BLOCK_N // PER_WORD)[None, :]
     mask = word < N // PER_WORD
     place = row * (N // PER_WORD) + word  # in what one rank sends to another

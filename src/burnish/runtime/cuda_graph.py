@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from burnish.parallel.shutdown import drop_before_shutdown
+
 MAX_GRAPHS = 64
 """How many graphs one optimized model keeps; the least recently used one goes first."""
 
@@ -208,6 +210,7 @@ class CapturedCall:
             graph, outputs = self.pool.memory.capture(lambda: list(self._run(leaves)))
         self._addresses = [tensor.data_ptr() for tensor in buffers or given]
         self._graph, self._buffers, self._outputs = graph, buffers, outputs
+        drop_before_shutdown(self)
 
 
 def why_not_captured(leaves: Sequence[Any]) -> str | None:

@@ -18,6 +18,7 @@ from burnish import ops
 from burnish.op import Op
 from burnish.ops._triton import triton_why_not
 from burnish.ops.sample_token import kept_scores
+from burnish.parallel.shutdown import drop_before_shutdown
 from burnish.prepare import GraphEntry, PlainEntry
 from burnish.runtime.allowed_tokens import AllowedTokens, TokenRules
 from burnish.runtime.cuda_graph import GraphMemory
@@ -178,10 +179,15 @@ class Session:
             for tensor, before in saved:
                 tensor.copy_(before)
             self._graph, self._logits = self._memory.capture(self._run)
+            drop_before_shutdown(self)
         except RuntimeError as error:
             warnings.warn(f"generate: the steps are not captured: {str(error).splitlines()[0]}", stacklevel=2)
             for tensor, before in saved:
                 tensor.copy_(before)
+
+    def drop(self) -> None:
+        """Frees the graph of the step. The next step captures anew."""
+        self._graph, self._logits, self._is_ready = None, None, False
 
     def _changed(self) -> list[Tensor]:
         """What a step changes that a second run would change again."""
