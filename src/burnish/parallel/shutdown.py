@@ -8,6 +8,7 @@ hook there: its ProcessGroup's methods are wrapped, once something was captured 
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import weakref
@@ -33,6 +34,7 @@ def drop_before_shutdown(holder: Droppable) -> None:
         return
     _holders.add(holder)
     if not _wrapped:
+        atexit.register(drop_all)  # a group that nobody shuts down is aborted when the process ends: that waits as well
         for name in ("shutdown", "abort"):
             if hasattr(torch.distributed.ProcessGroup, name):
                 _wrapped.append(name)
@@ -52,9 +54,7 @@ def _wrap(owner: Any, name: str) -> None:
 
 
 def drop_all() -> None:
-    """Drops every graph; each is captured again when it is wanted next."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    """Drops every graph; each is captured again when it is wanted next. Waits for nothing: a device may hang."""
     for holder in list(_holders):
         holder.drop()
     gc.collect()  # models that nobody has any more, and their graphs: they refer to themselves
