@@ -21,6 +21,7 @@ from torch._functorch import config as functorch_config
 
 from burnish.compile_choices import choose_impls
 from burnish.compile_decompositions import decompositions
+from burnish.compile_norms import Statistics, use_norms
 from burnish.compile_products import widen_products
 from burnish.compile_trace import regions, trace_for_compile
 from burnish.graph.autocast import without_autocast
@@ -58,7 +59,10 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **optio
     if mode := options.get("mode"):
         given = torch._inductor.list_mode_options(mode) | given
 
+    statistics: Statistics = {}
+
     def compile_inner(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **rest: Any) -> Any:
+        use_norms(graph_module, statistics)
         choose_impls(graph_module, tuner)
         widen_products(graph_module)
         return compile_fx_inner(graph_module, example_inputs, **rest)

@@ -10,7 +10,6 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from burnish.lower import op_of
 from burnish.op import Op
-from burnish.ops import layer_norm_backward, rms_norm_backward
 from burnish.ops._common import HALF_TYPES
 from burnish.tuning import Tuner
 
@@ -20,11 +19,10 @@ _ENDS = "cu_seqlens"
 def choose_impls(graph_module: fx.GraphModule, tuner: Tuner) -> None:
     """Tells every Op node which Impl to prefer, in place; measures what is not known yet, each signature once.
 
-    First, what Ops do as they read and write is left to them: under autocast the cast of a gradient in bfloat16 to the
-    float32 that was normalized, and the addition of the gradient that comes over a residual connection.
+    First, what Ops do as they read is left to them: under autocast the cast of a gradient in bfloat16 to the float32
+    that was normalized.
     """
     _drop_widening_casts(graph_module)
-    _add_within_norms(graph_module)
     with unset_fake_temporarily(), torch.no_grad():  # AOTAutograd compiles under the mode that it traced with
         for node in graph_module.graph.nodes:
             op = op_of(node.target) if node.op == "call_function" else None
@@ -48,35 +46,6 @@ def _drop_widening_casts(graph_module: fx.GraphModule) -> None:
                 if source.meta["val"].dtype in HALF_TYPES and cast.meta["val"].dtype == torch.float32:
                     node.update_arg(place, source)
     graph_module.graph.eliminate_dead_code()
-
-
-def _add_within_norms(graph_module: fx.GraphModule) -> None:
-    """`dx + gradient` of a norm's backward pass -> its `grad_sum`, which costs one read; Inductor reads both again and
-    writes."""
-    order = {node: place for place, node in enumerate(graph_module.graph.nodes)}
-    for node in list(graph_module.graph.nodes):
-        if node.op != "call_function" or op_of(node.target) not in (layer_norm_backward, rms_norm_backward):
-            continue
-        op: Any = op_of(node.target)
-        args, place = list(op.bind(*node.args, **node.kwargs)), list(op.signature.parameters).index("grad_sum")
-        dx = next((user for user in node.users if user.args[1] == 0), None)
-        if args[place] is not None or dx is None or len(dx.users) != 1:
-            continue
-        add = next(iter(dx.users))
-        if add.target is not torch.ops.aten.add.Tensor or len(add.args) != 2 or add.kwargs or add.args.count(dx) != 1:
-            continue
-        other: Any = add.args[1 - add.args.index(dx)]
-        value, whole = (n.meta.get("val") if isinstance(n, fx.Node) else None for n in (other, dx))
-        if not isinstance(value, Tensor) or (value.shape, value.dtype) != (whole.shape, whole.dtype):  # type: ignore[union-attr]
-            continue
-        if order[other] > order[node]:
-            continue
-        args[place] = other
-        node.args, node.kwargs = tuple(args), {}
-        values = tuple(a.meta["val"] if isinstance(a, fx.Node) else a for a in args)
-        node.meta["eager_input_vals"] = (values, {})  # by which Inductor lays inputs out
-        add.replace_all_uses_with(dx)
-        graph_module.graph.erase_node(add)
 
 
 def _like(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -88,7 +88,8 @@ def test_a_row_of_zeros_with_a_tiny_eps(op: Op) -> None:
 def test_weights_of_another_dtype(op: Op, dtype: torch.dtype, other: torch.dtype) -> None:
     args = arguments(op, 5, 96, dtype=dtype, weight=randn(96, dtype=other, seed=2))
     assert_right(op, args)
-    assert [t.dtype for t in run(op, args)] == [dtype, other, dtype][: 3 if op is layer_norm_backward else 2]
+    gradients = [dtype, other, dtype][: 3 if op is layer_norm_backward else 2]
+    assert [t.dtype for t in run(op, args)][: len(gradients)] == gradients
 
 
 @OPS
@@ -101,6 +102,42 @@ def test_only_what_is_asked_for(op: Op, asked: tuple[bool, bool]) -> None:
         assert_right(op, arguments(op, 5, 96, **absent))
     if op is rms_norm_backward:
         assert len(launched(op, args)) == 1 + asked[0]  # without parts there is nothing to add up
+
+
+FURTHER = {"narrow": FP16, "dx_sum": True, "normed": BF16}
+
+
+@OPS
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("absent", [(), ("bias",), ("weight",), ("weight", "bias", "grad_sum")], ids=str)
+def test_all_further_results(op: Op, config: Config, absent: tuple[str, ...]) -> None:
+    given: dict[str, Any] = {"x": randn(19, 72, seed=1) * 0.5 - 20, "grad_sum": randn(72, 19, seed=7).t(), **FURTHER}
+    given |= {"weight": randn(144, seed=2)[::2], "bias": randn(144, dtype=FP16, seed=3)[::2]}
+    args = arguments(op, 19, 72, **given | dict.fromkeys(absent))
+    assert_right(op, args, config)
+    dx, *_, narrow, total, normed = run(op, args, config)
+    assert [t.dtype for t in (dx, narrow, total, normed)] == [FP32, FP16, FP32, BF16]
+    assert torch.equal(narrow, dx.half())
+
+
+@OPS
+@pytest.mark.parametrize("alone", FURTHER)
+def test_one_further_result_alone(op: Op, alone: str) -> None:
+    for frozen in (False, True):
+        names = {"weight_grad", "bias_grad"} & set(op.signature.parameters) if frozen else set()
+        args = arguments(op, 2, 5, 96, dtype=FP16, **{alone: FURTHER[alone], **dict.fromkeys(names, False)})
+        assert_right(op, args)
+        assert [t.numel() > 0 for t in run(op, args)[-3:]] == [name == alone for name in FURTHER]
+        sums = (0 if frozen else 2 if op is layer_norm_backward else 1) + (alone == "dx_sum")
+        assert [launch.grid[1] for launch in launched(op, args)[1:]] == ([sums] if sums else [])
+
+
+@OPS
+def test_many_parts_of_all_sums(op: Op) -> None:
+    config = Config.of(num_warps=1, num_stages=1, ROWS=1, PER_SM=100, AGAIN=0)
+    args = arguments(op, 300, 20, dtype=FP32, **FURTHER)
+    assert_right(op, args, config)
+    assert all(torch.equal(a, b) for a, b in zip(run(op, args), run(op, args), strict=True))
 
 
 def slices() -> dict[str, Tensor]:
@@ -120,7 +157,7 @@ def test_strided_rows_are_taken_in_place(op: Op, name: str, label: str) -> None:
     strided = slices()[label]
     args = arguments(op, 2, 3, 4, 48, dtype=FP32, **{name: strided})
     assert_right(op, args)
-    assert launched(op, args)[0].args[{"grad": 0, "x": 1, "grad_sum": 3}[name]] is strided
+    assert launched(op, args)[0].args[{"grad": 0, "x": 1, "grad_sum": 4}[name]] is strided
 
 
 @OPS
@@ -168,8 +205,9 @@ def test_programs_are_as_many_as_share_the_rows(op: Op, rows: int, most: int) ->
 @pytest.mark.parametrize("rows", [1, 128, 4096, 16384])
 @pytest.mark.parametrize("columns", [33, 128, 768, 4096, 8192, 16384])
 @pytest.mark.parametrize("dtype", [BF16, FP32])
-def test_configs_are_few_distinct_and_fit(rows: int, columns: int, dtype: torch.dtype) -> None:
-    configs = norm_backward_configs(rows, columns, dtype, True, H200)
+@pytest.mark.parametrize("crowded", [False, True])
+def test_configs_are_few_distinct_and_fit(rows: int, columns: int, dtype: torch.dtype, crowded: bool) -> None:
+    configs = norm_backward_configs(rows, columns, dtype, True, H200, crowded)
     assert 1 <= len(configs) <= 6
     assert len({str(config) for config in configs}) == len(configs)
     for config in configs:
@@ -178,6 +216,12 @@ def test_configs_are_few_distinct_and_fit(rows: int, columns: int, dtype: torch.
         assert config["PER_SM"] * threads <= 1024
         staged = config["PER_SM"] * (config.num_stages - 1) * 3 * config["ROWS"] * columns * dtype.itemsize
         assert staged <= 144 << 10
+
+
+def test_programs_leave_each_other_registers() -> None:
+    """96 a thread with more to add up, of which 5 programs have room on a multiprocessor; 72 without, for 6."""
+    for crowded, programs in ((False, 6), (True, 5)):
+        assert norm_backward_configs(12288, 768, FP32, True, H200, crowded)[0]["PER_SM"] == programs
 
 
 def test_reasons_against() -> None:

@@ -93,9 +93,10 @@ def arguments(op: Op, *shape: int, dtype: torch.dtype = torch.float32, **changes
 @pytest.mark.parametrize("n", [33, 128, 768, 4096, 16384])
 def test_every_impl_at_every_width(n: int, dtype: torch.dtype) -> None:
     grad, x, extra, weight, bias = (randn(*s, dtype=dtype, seed=i) for i, s in enumerate(((3, n),) * 3 + ((n,),) * 2))
-    x = x * 0.5 - 20
-    assert_impls(layer_norm_backward, grad, x, weight, bias, 1e-12, extra)
-    assert_impls(rms_norm_backward, grad, x, weight, 1e-12, extra)
+    further: dict[str, Any] = {"narrow": torch.bfloat16, "dx_sum": True, "normed": torch.float16}
+    for values, named in ((x * 0.5 - 20, {}), (x, further)):
+        assert_impls(layer_norm_backward, grad, values, weight, bias, 1e-12, extra, **named)
+        assert_impls(rms_norm_backward, grad, values, weight, 1e-12, extra, **named)
 
 
 @NORMS
@@ -296,6 +297,18 @@ X = torch.ones(2, 4)
         ("rms_norm_backward", (X, X, X, 1e-6), ValueError, r"weight has shape \(2, 4\)"),
         ("layer_norm_backward", (X, X, None, None, 1e-6, X[0]), ValueError, r"grad_sum has shape \(4,\)"),
         ("layer_norm_backward", (X, X, None, X, 1e-6), ValueError, r"bias has shape \(2, 4\)"),
+        (
+            "rms_norm_backward",
+            (X, X, None, 1e-6, None, True, torch.float32),
+            TypeError,
+            "narrow is torch.float32; it must be torch.float16, torch.bfloat16 or None",
+        ),
+        (
+            "layer_norm_backward",
+            (X, X, None, None, 1e-6, None, True, True, None, False, torch.int64),
+            TypeError,
+            "normed is torch.int64",
+        ),
         (
             "embedding_backward",
             (X, torch.zeros(3).long(), 5),

@@ -72,7 +72,7 @@ def rms_norm_by_vector_norm(x: Tensor, weight: Tensor | None, eps: float) -> Ten
 def backward_reference(
     grad: Tensor, x: Tensor, weight: Tensor | None, eps: float, grad_sum: Tensor | None, rms: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of x, of x's dtype, and, not yet rounded, those of weight and bias."""
+    """The gradients of x, weight and bias, not yet rounded."""
     dtype = wide(x.dtype)
     grad, values = grad.to(dtype), x.to(dtype).contiguous()
     if not rms:
@@ -86,7 +86,7 @@ def backward_reference(
     dx = dx * rstd
     if grad_sum is not None:
         dx = dx + grad_sum
-    return dx.to(x.dtype).contiguous(), sum_rows(grad * normed), sum_rows(grad)
+    return dx, sum_rows(grad * normed), sum_rows(grad)
 
 
 def sum_rows(x: Tensor) -> Tensor:
@@ -102,6 +102,41 @@ def asked(gradient: Tensor | None, like: Tensor | None, wanted: bool, x: Tensor)
 
 def empty_like_asked(like: Tensor | None, wanted: bool, x: Tensor) -> Tensor:
     return x.new_empty(0) if like is None or not wanted else x.new_empty(like.shape, dtype=like.dtype)
+
+
+def check_half(**dtypes: torch.dtype | None) -> None:
+    for name, dtype in dtypes.items():
+        if dtype not in (None, *HALF_TYPES):
+            raise TypeError(f"{name} is {dtype}; it must be torch.float16, torch.bfloat16 or None")
+
+
+def further(
+    dx: Tensor, x: Tensor, narrow: torch.dtype | None, dx_sum: bool, normed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx in the dtype `narrow`, its sum over all rows and the norm's result, each empty where nobody wants it."""
+    return (
+        x.new_empty(0) if narrow is None else dx.to(narrow, copy=True, memory_format=torch.contiguous_format),
+        sum_rows(dx.to(wide(x.dtype))).to(x.dtype) if dx_sum else x.new_empty(0),
+        x.new_empty(0) if normed is None else normed.contiguous(),
+    )
+
+
+def empty_further(
+    x: Tensor, narrow: torch.dtype | None, dx_sum: bool, normed: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty results like those of `further`."""
+    like_x = (
+        x.new_empty(0) if dtype is None else torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+        for dtype in (narrow, normed)
+    )
+    total = x.new_empty(x.shape[-1:] if dx_sum else 0)
+    return next(like_x), total, next(like_x)
+
+
+def bytes_of_further(x: Tensor, narrow: torch.dtype | None, dx_sum: bool, normed: torch.dtype | None) -> int:
+    """Bytes that the results of `further` have."""
+    entries = sum(dtype.itemsize for dtype in (narrow, normed) if dtype is not None) * x.numel()
+    return entries + (x.element_size() * x.shape[-1] if dx_sum else 0)
 
 
 def native_layer_norm_backward(

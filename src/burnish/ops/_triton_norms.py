@@ -30,8 +30,9 @@ def triton_norm_configs(x: Tensor, added: bool) -> list[Any]:
     return norm_configs(x.numel() // x.shape[-1], x.shape[-1], x.dtype, added, target_of(x))
 
 
-def triton_norm_backward_configs(x: Tensor, grad_sum: Tensor | None) -> list[Any]:
+def triton_norm_backward_configs(x: Tensor, grad_sum: Tensor | None, crowded: bool = False) -> list[Any]:
     from burnish.kernels.launch import target_of
     from burnish.kernels.norms_backward import norm_backward_configs
 
-    return norm_backward_configs(x.numel() // x.shape[-1], x.shape[-1], x.dtype, grad_sum is not None, target_of(x))
+    rows, N = x.numel() // x.shape[-1], x.shape[-1]
+    return norm_backward_configs(rows, N, x.dtype, grad_sum is not None, target_of(x), crowded)

@@ -138,7 +138,7 @@ def _backward(saved: Saved, grad: Tensor | None, grad_sum: Tensor | None) -> Gra
     dtotal, dweight, dbias = grad_sum, None, None
     if grad is not None:
         dtotal, *found = layer_norm_backward(grad, *saved.kept, eps, grad_sum, need_weight, need_bias)
-        dweight, dbias = (g if need else None for g, need in zip(found, (need_weight, need_bias), strict=True))
+        dweight, dbias = (g if need else None for g, need in zip(found[:2], (need_weight, need_bias), strict=True))
     return dtotal if need_x else None, dtotal if need_residual else None, dweight, dbias, None, None
 
 

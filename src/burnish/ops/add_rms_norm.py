@@ -132,7 +132,7 @@ def _backward(saved: Saved, grad: Tensor | None, grad_sum: Tensor | None) -> Gra
     dtotal, dweight = grad_sum, None
     if grad is not None:
         need_weight = saved.needed[2]
-        dtotal, found = rms_norm_backward(grad, total, weight, eps, grad_sum, need_weight)
+        dtotal, found, *_ = rms_norm_backward(grad, total, weight, eps, grad_sum, need_weight)
         dweight = found if need_weight else None
     need_x, need_residual = saved.needed[:2]
     return dtotal if need_x else None, dtotal if need_residual else None, dweight, None, None

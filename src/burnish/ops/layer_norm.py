@@ -101,7 +101,7 @@ def _backward(saved: Saved, grad: Tensor | None) -> Gradients:
     if grad is None:
         return None, None, None, None
     need_x, need_weight, need_bias, _ = saved.needed
-    dx, dweight, dbias = layer_norm_backward(
+    dx, dweight, dbias, *_ = layer_norm_backward(
         grad, *saved.kept, saved.args[3], weight_grad=need_weight, bias_grad=need_bias
     )
     return dx if need_x else None, dweight if need_weight else None, dbias if need_bias else None, None

@@ -14,10 +14,15 @@ from burnish.ops._common import nbytes, wide
 from burnish.ops._norms import (
     asked,
     backward_reference,
+    bytes_of_further,
+    check_half,
     check_like_x,
     check_norm,
     empty_contiguous,
+    empty_further,
     empty_like_asked,
+    further,
+    layer_norm_reference,
     native_layer_norm_backward,
     not_mixed_layer_norm,
     sum_rows,
@@ -34,9 +39,13 @@ def _check(
     grad_sum: Tensor | None,
     weight_grad: bool,
     bias_grad: bool,
+    narrow: torch.dtype | None,
+    dx_sum: bool,
+    normed: torch.dtype | None,
 ) -> None:
     check_norm(x, weight, bias)
     check_like_x(x, grad=grad, grad_sum=grad_sum)
+    check_half(narrow=narrow, normed=normed)
 
 
 def _cost(
@@ -48,13 +57,19 @@ def _cost(
     grad_sum: Tensor | None,
     weight_grad: bool,
     bias_grad: bool,
+    narrow: torch.dtype | None,
+    dx_sum: bool,
+    normed: torch.dtype | None,
 ) -> Cost:
+    flops = 12 + (2 if weight_grad else 0) + (1 if bias_grad else 0) + (1 if dx_sum else 0) + (2 if normed else 0)
     return Cost(
-        (12 + (2 if weight_grad else 0) + (1 if bias_grad else 0)) * x.numel(),
+        flops * x.numel(),
         nbytes(grad, grad_sum)
         + 2 * nbytes(x)
         + (2 if weight_grad else 1) * nbytes(weight)
-        + (nbytes(bias) if bias_grad else 0),
+        + (nbytes(bias) if bias_grad else 0)
+        + (nbytes(bias) if normed else 0)
+        + bytes_of_further(x, narrow, dx_sum, normed),
     )
 
 
@@ -79,6 +94,9 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("strided", (rows, tensor(1, 768, seed=21).expand(5, 768), weight, bias, 1e-5))
     mixed = tensor(19, 768, seed=23).bfloat16(), tensor(19, 768, seed=24), weight, bias, 1e-5
     yield Sample("gradients of other dtypes", (*mixed, tensor(19, 768, seed=25).float()))
+    further: dict[str, Any] = {"narrow": torch.bfloat16, "dx_sum": True, "normed": torch.bfloat16}
+    yield Sample("all results", (*mixed, tensor(19, 768, seed=26)), further)
+    yield Sample("all results, plain", (*odd, None, None, 1e-5), further | {"narrow": torch.float16})
     yield Sample("float32 weights", (tensor(19, 768, seed=22), rows[:1].expand(19, 768), weight.float(), bias, 1e-5))
 
 
@@ -91,8 +109,12 @@ def _shape(
     grad_sum: Tensor | None,
     weight_grad: bool,
     bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_contiguous(x), empty_like_asked(weight, weight_grad, x), empty_like_asked(bias, bias_grad, x)
+    narrow: torch.dtype | None,
+    dx_sum: bool,
+    normed: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    found = empty_contiguous(x), empty_like_asked(weight, weight_grad, x), empty_like_asked(bias, bias_grad, x)
+    return *found, *empty_further(x, narrow, dx_sum, normed)
 
 
 @op(cost=_cost, samples=_samples, check=_check, shape=_shape, widens=("grad", "grad_sum"))
@@ -105,31 +127,35 @@ def layer_norm_backward(
     grad_sum: Tensor | None = None,
     weight_grad: bool = True,
     bias_grad: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+    narrow: torch.dtype | None = None,
+    dx_sum: bool = False,
+    normed: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `layer_norm(x, weight, bias, eps)` for `grad`, its result's: `(dx + grad_sum, dweight, dbias)`.
 
-    `grad_sum` is the gradient of x from elsewhere: after `add_layer_norm`, x is the sum, and it is that of the sum. The
-    values of bias are not read.
-    Shapes: grad, x and grad_sum (..., N), dx too, contiguous; weight, bias, dweight and dbias (N,). dweight is empty,
-    (0,), where weight is None or without `weight_grad`, and so dbias.
-    Dtypes: all floating, each its own; dx is of x's, dweight of weight's and dbias of bias's. Computed in float32
-    (float64 for float64), rounded once. The same inputs give the same bits on the same device.
-    Errors: ValueError for sizes that do not fit, TypeError for integers.
+    `grad_sum` is the gradient of x from elsewhere: after `add_layer_norm`, x is the sum, and it is that of the sum.
+    Three further results are for what is around the norm in training, where they would cost passes over memory of their
+    own: dx (with grad_sum) in half precision, its sum over all rows, which is the gradient of a bias that was added to
+    x, and the norm's own result in half precision. `narrow` and `normed` are the dtypes of the first and the last.
+    Shapes: grad, x and grad_sum (..., N), dx too, contiguous, and its copy and the norm's result; weight, bias,
+    dweight, dbias and the sum (N,). What nobody asks for is empty, (0,): dweight where weight is None or without
+    `weight_grad`, and so dbias; the further results without `narrow`, `dx_sum` and `normed`.
+    Dtypes: all floating, each its own; dx and its sum are of x's, dweight of weight's and dbias of bias's; narrow and
+    normed are float16 or bfloat16. Computed in float32 (float64 for float64), rounded once. The values of bias are read
+    for `normed` only. The same inputs give the same bits on the same device.
+    Errors: ValueError for sizes that do not fit, TypeError for integers, and for a narrow or normed of another dtype.
     Source: the derivative of Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
     """
     dx, dweight, dbias = backward_reference(grad, x, weight, eps, grad_sum, rms=False)
-    return dx, asked(dweight, weight, weight_grad, x), asked(dbias, bias, bias_grad, x)
+    result = None if normed is None else layer_norm_reference(x.to(wide(x.dtype)), weight, bias, eps).to(normed)
+    return (
+        dx.to(x.dtype).contiguous(), asked(dweight, weight, weight_grad, x), asked(dbias, bias, bias_grad, x),
+        *further(dx, x, narrow, dx_sum, result),
+    )  # fmt: skip
 
 
 def _triton_why_not(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    grad_sum: Tensor | None,
-    weight_grad: bool,
-    bias_grad: bool,
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *others: Any
 ) -> list[str]:
     return triton_norm_why_not(x, weight, bias)
 
@@ -143,8 +169,11 @@ def _triton_configs(
     grad_sum: Tensor | None,
     weight_grad: bool,
     bias_grad: bool,
+    narrow: torch.dtype | None,
+    dx_sum: bool,
+    normed: torch.dtype | None,
 ) -> list[Any]:
-    return triton_norm_backward_configs(x, grad_sum)
+    return triton_norm_backward_configs(x, grad_sum, crowded=dx_sum or normed is not None)
 
 
 @layer_norm_backward.impl("triton", why_not=_triton_why_not, configs=_triton_configs)
@@ -157,24 +186,20 @@ def _triton(
     grad_sum: Tensor | None = None,
     weight_grad: bool = True,
     bias_grad: bool = True,
+    narrow: torch.dtype | None = None,
+    dx_sum: bool = False,
+    normed: torch.dtype | None = None,
     *,
     config: Any = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One pass over memory, whole rows in registers, and a small kernel that adds up what rows give weight and bias."""
     from burnish.kernels.norms_backward import layer_norm_backward as kernel
 
-    return kernel(grad, x, weight, bias, eps, grad_sum, weight_grad, bias_grad, config)
+    return kernel(grad, x, weight, bias, eps, grad_sum, weight_grad, bias_grad, narrow, dx_sum, normed, config)
 
 
 def _torch_why_not(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    grad_sum: Tensor | None,
-    weight_grad: bool,
-    bias_grad: bool,
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *others: Any
 ) -> list[str]:
     return [] if x.device.type == "cpu" else not_mixed_layer_norm(x, weight, None)
 
@@ -189,18 +214,26 @@ def _torch(
     grad_sum: Tensor | None = None,
     weight_grad: bool = True,
     bias_grad: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """PyTorch's own kernel, after its forward pass for the statistics."""
+    narrow: torch.dtype | None = None,
+    dx_sum: bool = False,
+    normed: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """PyTorch's own kernel, after its forward pass for the statistics and the norm's result."""
     values, factor = x, weight
     if x.device.type == "cpu":
         # In half precision it would keep the mean in that, and -20.3 becomes -20.25.
         values = x.to(wide(x.dtype))
         factor = None if weight is None else weight.to(values.dtype)
     grad = grad.to(values.dtype)
-    _, mean, rstd = torch.native_layer_norm(values, x.shape[-1:], factor, factor, eps)
+    result, mean, rstd = torch.native_layer_norm(values, x.shape[-1:], factor, None, eps)
+    if normed is not None:
+        result = (result if bias is None else result.to(wide(x.dtype)) + bias).to(normed)
     of_weight, of_bias = weight is not None and weight_grad, bias is not None and bias_grad
     dx, dweight, dbias = native_layer_norm_backward(grad, values, mean, rstd, factor, (True, of_weight, of_bias))
     if dbias is None and of_bias:
         dbias = sum_rows(grad.to(wide(x.dtype)))
-    dx = (dx if grad_sum is None else dx.add_(grad_sum)).to(x.dtype).contiguous()
-    return dx, asked(dweight, weight, weight_grad, x), asked(dbias, bias, bias_grad, x)
+    dx = dx if grad_sum is None else dx.add_(grad_sum)
+    return (
+        dx.to(x.dtype).contiguous(), asked(dweight, weight, weight_grad, x), asked(dbias, bias, bias_grad, x),
+        *further(dx, x, narrow, dx_sum, None if normed is None else result),
+    )  # fmt: skip

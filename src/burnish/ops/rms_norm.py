@@ -105,7 +105,7 @@ def _backward(saved: Saved, grad: Tensor | None) -> Gradients:
         return None, None, None
     x, weight = saved.kept
     need_x, need_weight, _ = saved.needed
-    dx, dweight = rms_norm_backward(grad, x, weight, saved.args[2], weight_grad=need_weight)
+    dx, dweight, *_ = rms_norm_backward(grad, x, weight, saved.args[2], weight_grad=need_weight)
     return dx if need_x else None, dweight if need_weight else None, None
 
 

@@ -88,20 +88,39 @@ def layer_norm_backward(
     grad_sum: Tensor | None,
     weight_grad: bool,
     bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    narrow: torch.dtype | None,
+    dx_sum: bool,
+    normed: torch.dtype | None,
+) -> tuple[Tensor, ...]:
     """What autograd runs, and what it keeps for it: the statistics."""
-    _, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+    result, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
     mask = [True, weight is not None and weight_grad, bias is not None and bias_grad]
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         grad, x, x.shape[-1:], mean, rstd, weight, bias, mask
     )
     dx = dx if grad_sum is None else dx + grad_sum
-    return dx, *(x.new_empty(0) if g is None else g for g in (dweight, dbias))
+    found = dx, dweight, dbias, *_around(dx, narrow, dx_sum), None if normed is None else result.to(normed)
+    return tuple(x.new_empty(0) if g is None else g for g in found)
+
+
+def _around(dx: Tensor, narrow: torch.dtype | None, dx_sum: bool) -> tuple[Tensor | None, Tensor | None]:
+    """What autograd goes on to make of dx."""
+    copy = None if narrow is None else dx.to(narrow)
+    total = (dx if copy is None else copy).flatten(0, -2).sum(0).to(dx.dtype) if dx_sum else None
+    return copy, total
 
 
 def rms_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, eps: float, grad_sum: Tensor | None, weight_grad: bool
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    grad_sum: Tensor | None,
+    weight_grad: bool,
+    narrow: torch.dtype | None,
+    dx_sum: bool,
+    normed: torch.dtype | None,
+) -> tuple[Tensor, ...]:
     """What autograd makes of Llama's spelling."""
     wide = x.float()
     rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
@@ -109,9 +128,12 @@ def rms_norm_backward(
     along = (scaled * wide).sum(-1, keepdim=True) / x.shape[-1]
     dx = (scaled * rstd - wide * (along * rstd.pow(3))).to(x.dtype)
     dx = dx if grad_sum is None else dx + grad_sum
-    if weight is None or not weight_grad:
-        return dx, x.new_empty(0)
-    return dx, (grad * (wide * rstd).to(x.dtype)).flatten(0, -2).sum(0)
+    result = (wide * rstd).to(x.dtype)
+    dweight = (grad * result).flatten(0, -2).sum(0) if weight is not None and weight_grad else None
+    if normed is not None:
+        result = (result if weight is None else result * weight).to(normed)
+    found = dx, dweight, *_around(dx, narrow, dx_sum), None if normed is None else result
+    return tuple(x.new_empty(0) if g is None else g for g in found)
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
