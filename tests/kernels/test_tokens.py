@@ -20,6 +20,7 @@ from burnish.ragged.tokens import INPUTS, TokenMemory, tokens_of
 MASKS: dict[str, Tensor] = {
     "gaps": (randn(5, 40, seed=1) > 0).long(),
     "an empty row": torch.tensor([[0, 1, 1], [0, 0, 0], [1, 0, 1]]),
+    "a gap in a row that begins as the one before ends": torch.tensor([[0, 0, 1], [1, 0, 1]]),
     "right padding, bool": torch.arange(70) < torch.tensor([70, 3, 0, 69])[:, None],
     "nothing, float": torch.zeros(2, 5),
     "all": torch.ones(3, 128, dtype=torch.int32),

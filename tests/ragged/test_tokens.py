@@ -92,3 +92,9 @@ def test_a_model_on_tokens_found_by_the_kernel(monkeypatch: Any) -> None:
     args = batch(MASKS["right padding"]())
     fast(*args).sum().backward()  # gradients read tokens of their own
     assert len(seen) == before
+    ids, mask = batch(MASKS["right padding"]().repeat(10, 1))  # of which a part is verified
+    fast = burnish.optimize(copy.deepcopy(model), (ids, mask), padding="remove", cache="off")
+    assert fast.serving.served[0].padding == "210 of 360 tokens are real"  # type: ignore[attr-defined]
+    with torch.no_grad():
+        result, eager, true = fast(ids, mask), model(ids, mask), copy.deepcopy(model).double()(ids, mask)
+    assert_close(*(real(t, mask) for t in (result, eager, true)))
