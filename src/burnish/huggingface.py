@@ -179,6 +179,7 @@ class _Takeover:
         """(batch, heads, length, head_dim) in, (batch, length, heads, head_dim) out, as transformers' attention
         functions do it."""
         from burnish import ops
+        from burnish.graph.autocast import autocast_dtypes
 
         given = [name for name in ("softcap", "s_aux", "cache", "cu_seq_lens_q") if kwargs.get(name) is not None]
         on_cpu = query.device.type == "cpu"  # where no kernel has dropout
@@ -202,8 +203,7 @@ class _Takeover:
             out = ops.cached_attention(query, key, value, filled + query.shape[2], padding, window, scaling, bias)
             return out.transpose(1, 2), None
         drawn = (dropout, ops.draw_seed(query.device)) if dropout else ()
-        if torch.is_autocast_enabled(query.device.type):  # as it does to PyTorch's; rotated queries come in float32
-            dtype = torch.get_autocast_dtype(query.device.type)
+        if dtype := dict(autocast_dtypes()).get(query.device.type):  # as PyTorch's; rotated queries come in float32
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         out = ops.attention(query, key, value, bias, padding, causal, window, scaling, *drawn)
         return out.transpose(1, 2), None

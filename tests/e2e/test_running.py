@@ -22,6 +22,7 @@ from tests import zoo
 from tests.e2e.float64 import gradients, gradients_in_float64, loss, outputs_in_float64
 from tests.zoo import plain
 from tests.zoo.case import hidden, token_ids
+from tests.zoo.hugging_face import llama_like
 
 pytestmark = pytest.mark.usefixtures("untimed")
 
@@ -690,6 +691,17 @@ def test_what_autocast_casts_is_cast(model: nn.Module, fast: OptimizedModule) ->
     casts = [note for note in fast.serving.programs[-1].history[0].notes if note.startswith("autocast")]
     assert casts == ["autocast of cpu to bfloat16: 14 casts"]
     assert_right(fast, model, x_of())
+
+
+def test_hugging_faces_attention_is_cast_too() -> None:
+    """Rotated queries come in float32 beside values in half precision, and symbolic sizes make tensors."""
+    model, ids = zoo.seeded(llama_like()).train(), torch.randint(32, (2, 12))
+    fast = burnish.optimize(model, cache="off")
+    for inputs in (ids, ids[:, :9]):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            result, eager = fast(input_ids=inputs).logits, model(input_ids=inputs).logits
+        assert fast.serving.served[-1].kept_original is None
+        assert_close(result, eager, outputs_in_float64(model, (), {"input_ids": inputs})[0])
 
 
 # --- what a module is expected to be ---
