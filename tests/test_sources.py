@@ -9,7 +9,7 @@ import pytest
 
 from burnish import sources
 from burnish.ops import gated_mlp, linear, rms_norm
-from burnish.sources import code_of, kernels_hash
+from burnish.sources import code_of, compiled_parts, kernels_hash
 
 
 @pytest.fixture
@@ -31,15 +31,42 @@ def _forget() -> None:
 def test_another_ops_kernels_count_for_nothing(package: Path) -> None:
     before = {op.name: kernels_hash(op) for op in (linear, gated_mlp, rms_norm)}
     with (package / "kernels" / "gated.py").open("a") as file:
-        file.write("\nANOTHER = 1\n")
+        file.write("\nANOTHER = tl.constexpr(1)\n")
     _forget()
     assert kernels_hash(gated_mlp) != before["gated_mlp"]
     assert kernels_hash(rms_norm) == before["rms_norm"]
     with (package / "kernels" / "launch.py").open("a") as file:  # what all of them import
-        file.write("\nANOTHER = 1\n")
+        file.write("\nANOTHER: tl.constexpr = 1\n")
     _forget()
     assert kernels_hash(linear) != before["linear"]
     assert kernels_hash(rms_norm) != before["rms_norm"]
+
+
+def test_what_launches_kernels_may_change(package: Path) -> None:
+    before = kernels_hash(linear)
+    with (package / "kernels" / "launch.py").open("a") as file:
+        file.write("\nANOTHER = 1\n\n\ndef another() -> int:\n    return 1\n")
+    _forget()
+    assert kernels_hash(linear) == before
+
+
+def test_compiled_parts_are_kernels_and_their_constants() -> None:
+    source = """import triton
+SIZE = tl.constexpr(4)
+MOST = 5
+
+@triton.jit(do_not_specialize=["rows"])
+def kernel(rows):
+    pass
+
+def run():
+    kernel[1](2)
+@jit
+def part():
+    return SIZE
+"""
+    taken = ["SIZE = tl.constexpr(4)", '@triton.jit(do_not_specialize=["rows"])', "def kernel(rows):", "    pass"]
+    assert compiled_parts(source).splitlines() == [*taken, "@jit", "def part():", "    return SIZE"]
 
 
 def test_the_hash_of_kernels_is_that_of_their_code() -> None:

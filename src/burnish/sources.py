@@ -18,8 +18,9 @@ _FSTRING_MIDDLE = getattr(tokenize, "FSTRING_MIDDLE", None)  # since Python 3.12
 
 @functools.cache
 def kernels_hash(op: Op) -> str:
-    """Of the kernels that the Op's Impls may run: of every file in `burnish.kernels` that its files import, and those
-    import, wherever the import stands. Other Ops' kernels can change without it."""
+    """Of the kernels that the Op's Impls may run: of what is compiled in every file of `burnish.kernels` that its files
+    import, and those import, wherever the import stands. Other Ops' kernels can change without it, and so can what
+    launches them."""
     seen: set[Path] = set()
     to_visit = [file for impl in op.impls.values() if (file := _file(impl.fn.__module__))]
     while to_visit:
@@ -58,7 +59,27 @@ def _file(module: str) -> Path | None:
 
 @functools.cache
 def _code(file: Path) -> str:
-    return code_of(file.read_text(encoding="utf-8"))
+    return code_of(compiled_parts(file.read_text(encoding="utf-8")))
+
+
+def compiled_parts(source: str) -> str:
+    """The functions that are compiled for a GPU, which have a decorator called jit, and the constants that they may
+    read, which are constexpr."""
+    parts = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            first = min((decorator.lineno for decorator in node.decorator_list), default=node.lineno)
+            taken = any(_is_jit(decorator) for decorator in node.decorator_list)
+        else:
+            first, taken = node.lineno, isinstance(node, ast.Assign | ast.AnnAssign) and "constexpr" in ast.dump(node)
+        if taken:
+            parts += source.splitlines()[first - 1 : node.end_lineno]
+    return "\n".join(parts) + "\n"
+
+
+def _is_jit(decorator: ast.expr) -> bool:
+    called = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return (called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")) == "jit"
 
 
 def code_of(source: str) -> str:
