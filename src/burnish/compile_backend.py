@@ -19,6 +19,7 @@ import torch
 from torch import fx
 from torch._functorch import config as functorch_config
 
+from burnish.compile_casts import cast_together
 from burnish.compile_choices import choose_impls
 from burnish.compile_decompositions import decompositions
 from burnish.compile_norms import Statistics, use_norms
@@ -65,6 +66,8 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **optio
         use_norms(graph_module, statistics)
         choose_impls(graph_module, tuner)
         widen_products(graph_module)
+        if not rest.get("is_backward") and not rest.get("is_inference"):
+            cast_together(graph_module)
         return compile_fx_inner(graph_module, example_inputs, **rest)
 
     def compile_with(graph_module: fx.GraphModule) -> Any:
