@@ -2,7 +2,7 @@
 
 GPT-2 124M in nanoGPT's manner, float32 weights under bfloat16 autocast, and Llama 3.2 1B in bfloat16; fused AdamW. Each
 variant trains a copy of its own. Ours is `torch.compile(model, backend="burnish", mode="reduce-overhead")`, and, as
-"burnish-uncaptured", the same without a mode, so without CUDA graphs; "checkpointed" is a schedule of two lines.
+"burnish-uncaptured", the same without a mode, so without CUDA graphs; "checkpointed" is by a schedule of two lines.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ WARM_UP_STEPS = 5
 
 
 def cases() -> Iterator[Case]:
-    for name, make in (
-        ("nanogpt-124m-step-b12-s1024", partial(nanogpt, 12, 1024)),
-        ("llama-1b-step-t4096", partial(llama_with_loss, 4096)),
+    for name, make, ways in (
+        ("nanogpt-124m-step-b12-s1024", partial(nanogpt, 12, 1024), compiled),
+        ("llama-1b-step-t4096", partial(llama_with_loss, 4096), compiled_and_liger),
+        ("nanogpt-124m-checkpointed-b12-s1024", partial(nanogpt, 12, 1024), with_checkpoints),
     ):
-        yield Case(name, partial(_run, name=name, make=make))
+        yield Case(name, partial(_run, name=name, make=make, ways=ways))
 
 
 def nanogpt(batch: int, seq: int) -> tuple[nn.Module, tuple[Tensor, Tensor], bool]:
@@ -95,20 +96,34 @@ def checkpointed(model: nn.Module) -> nn.Module:
     return schedule.build()
 
 
-def ways(model: nn.Module, session: Session) -> dict[str, Way]:
-    found: dict[str, Way] = {
+def compiled() -> dict[str, Way]:
+    return {
         "eager": lambda model: model,
         "compile-default": torch.compile,
         "compile-reduce-overhead": partial(torch.compile, mode="reduce-overhead"),
         "burnish-uncaptured": partial(torch.compile, backend="burnish"),
-        "burnish": partial(torch.compile, backend="burnish", mode="reduce-overhead"),
+        "burnish": _captured,
     }
-    if not isinstance(model, WithLoss):
-        found["eager-checkpointed"] = checkpointed
-        found["burnish-checkpointed"] = lambda model: torch.compile(checkpointed(model), backend="burnish")
-    if isinstance(model, WithLoss) and importlib.util.find_spec("liger_kernel") is not None:
-        found["liger"] = _liger  # last: classes that it replaces are those of models yet to be made
-    return {name: way for name, way in found.items() if name.startswith("burnish") or session.wants(name)}
+
+
+def compiled_and_liger() -> dict[str, Way]:
+    found = importlib.util.find_spec("liger_kernel") is not None
+    # Last: classes that it replaces are those of models yet to be made.
+    return compiled() | ({"liger": _liger} if found else {})
+
+
+def with_checkpoints() -> dict[str, Way]:
+    return {
+        "eager": lambda model: model,
+        "eager-checkpointed": checkpointed,
+        "burnish": _captured,
+        "burnish-checkpointed": lambda model: _captured(checkpointed(model)),
+    }
+
+
+def _captured(model: nn.Module) -> Callable[..., Tensor]:
+    fast: Callable[..., Tensor] = torch.compile(model, backend="burnish", mode="reduce-overhead")
+    return fast
 
 
 class Training:
@@ -151,12 +166,17 @@ class Training:
 
 
 def _run(
-    session: Session, *, name: str, make: Callable[[], tuple[nn.Module, tuple[Tensor, ...], bool]]
+    session: Session,
+    *,
+    name: str,
+    make: Callable[[], tuple[nn.Module, tuple[Tensor, ...], bool]],
+    ways: Callable[[], dict[str, Way]],
 ) -> list[Record]:
     logging.getLogger("torch._inductor").setLevel(logging.ERROR)
     model, inputs, autocast = make()
     weights = {key: value.clone() for key, value in model.state_dict().items()}
-    trained = {way: Training(model, make_fast, inputs, autocast) for way, make_fast in ways(model, session).items()}
+    wanted = {way: make_fast for way, make_fast in ways().items() if way.startswith("burnish") or session.wants(way)}
+    trained = {way: Training(model, make_fast, inputs, autocast) for way, make_fast in wanted.items()}
     launched = {way: kernels_of(training.step) for way, training in trained.items()}
     print_kernels(session, launched["burnish"])
     result = session.time({way: training.step for way, training in trained.items()})
@@ -186,7 +206,7 @@ def _check(trained: dict[str, Training], model: nn.Module, weights: dict[str, An
     exact(*trained["eager"].inputs).backward()
     true = [parameter.grad for parameter in exact.parameters()]
     eager = trained["eager"].gradients(weights)
-    for way in ("burnish", "burnish-uncaptured"):
+    for way in (way for way in trained if way.startswith("burnish")):
         ours, again = (trained[way].gradients(weights) for _ in range(2))
         names = [name for name, _ in model.named_parameters()]
         if differ := [name for name, one, other in zip(names, ours, again, strict=True) if not torch.equal(one, other)]:
