@@ -20,6 +20,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 # Inductor would try a compiler on every set of instructions first, for 15 s; read when it is imported.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many threads in each would stand in each other's way for minutes
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before any is imported
     if importlib.util.find_spec("triton") is not None:
