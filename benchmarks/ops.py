@@ -184,6 +184,10 @@ BENCHED: dict[str, tuple[Callable[..., object], dict[str, inputs.Maker]]] = {
             "b1 h12 s512 d64 causal": inputs.attention_backward_arguments(1, 12, 12, 512, 64, causal=True),
         },
     ),
+    "attention_backward_packed": (
+        eager.attention_backward_packed,
+        {"b1 h12 s512 d64 causal": inputs.attention_backward_arguments(1, 12, 12, 512, 64, causal=True)},
+    ),
     "varlen_attention": (
         eager.varlen_attention,
         {"t512 h12 d32 causal": inputs.varlen_arguments(12, 12, 512, 32)},

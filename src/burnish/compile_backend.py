@@ -19,6 +19,7 @@ import torch
 from torch import fx
 from torch._functorch import config as functorch_config
 
+from burnish.compile_attention import pack_gradients
 from burnish.compile_casts import cast_together
 from burnish.compile_choices import choose_impls
 from burnish.compile_decompositions import decompositions
@@ -64,6 +65,7 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **optio
 
     def compile_inner(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **rest: Any) -> Any:
         use_norms(graph_module, statistics)
+        pack_gradients(graph_module)
         choose_impls(graph_module, tuner)
         widen_products(graph_module)
         if not rest.get("is_backward") and not rest.get("is_inference"):

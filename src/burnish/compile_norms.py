@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
 
+from burnish.compile_nodes import call, value_of
 from burnish.lower import op_of
 from burnish.op import Op
 from burnish.ops import layer_norm_backward, rms_norm_backward
@@ -123,8 +123,8 @@ def _shaped_like(node: fx.Node, total: fx.Node) -> fx.Node:
     value, graph = node.meta["val"], node.graph
     with graph.inserting_before(node):
         if value.shape != total.meta["val"].shape:
-            total = _call(_aten.view.default, total, list(value.shape))
-        return total if value.dtype == total.meta["val"].dtype else _call(_CAST, total, value.dtype)
+            total = call(_aten.view.default, total, list(value.shape))
+        return total if value.dtype == total.meta["val"].dtype else call(_CAST, total, value.dtype)
 
 
 # --- the norm's own result --------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def _ask(node: fx.Node, **changes: Any) -> None:
     op: Any = op_of(node.target)
     named = dict(zip(op.signature.parameters, op.bind(*node.args, **node.kwargs), strict=True)) | changes
     node.args, node.kwargs = tuple(named.values()), {}
-    values = tuple(_value(a) for a in node.args)
+    values = tuple(value_of(a) for a in node.args)
     node.meta["eager_input_vals"] = (values, {})  # by which Inductor lays inputs out
     with node.meta["val"][0].fake_mode:
         node.meta["val"] = node.target(*values)  # type: ignore[operator]
@@ -293,25 +293,7 @@ def _result(node: fx.Node, place: int) -> fx.Node | None:
 
 def _new_result(node: fx.Node, place: int) -> fx.Node:
     with node.graph.inserting_after(node):
-        return _call(operator.getitem, node, place % len(node.meta["val"]))
-
-
-def _call(target: Callable[..., Any], *args: Any) -> fx.Node:
-    """A new node, at the graph's point of insertion, with what its result is like."""
-    graph = next(a.graph for a in args if isinstance(a, fx.Node))
-    node = graph.call_function(target, args)
-    values = [_value(a) for a in args]
-    fake_mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
-    if fake_mode is None:
-        node.meta["val"] = target(*values)
-    else:
-        with fake_mode:
-            node.meta["val"] = target(*values)
-    return node
-
-
-def _value(arg: Any) -> Any:
-    return arg.meta["val"] if isinstance(arg, fx.Node) else arg
+        return call(operator.getitem, node, place % len(node.meta["val"]))
 
 
 def _is_narrowing(node: fx.Node) -> bool:

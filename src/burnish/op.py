@@ -263,12 +263,13 @@ class Op:
     def asked_for(self, impls: Mapping[str, str]) -> str | None:
         """The Impl that these choices, Impl names by Op name, want for this Op: under its own name, or that of the Op
         of which it is a part. ImplUnavailable where it has none of that name."""
-        name = impls.get(self.name)
-        if name is None and self.follows is not None:
-            name = impls.get(self.follows)
+        name, follows = impls.get(self.name), self.follows
+        while name is None and follows is not None:
+            name = impls.get(follows)
             if name is not None and name not in self.impls:
                 reason = f"{self.name} has no such Impl; it has {', '.join(self.impls)}"
-                raise ImplUnavailable(self.follows, name, [reason])
+                raise ImplUnavailable(follows, name, [reason])
+            follows = OPS[follows].follows
         return name
 
     def _explicit(self, args: tuple[Any, ...]) -> Impl | None:
@@ -352,8 +353,9 @@ def op(
     ms, in each layer of a model). `donates` names arguments of which a result is a changed copy, each with that
     result's position: who has no further use for such an argument may have it changed in place (`Impl.in_place`); the
     Op itself writes to none. `follows` names an Op of which this one is a part in training: `use()` of an Impl of that
-    one chooses this one's of the same name. `widens` names arguments of which a wider copy would change nothing. The
-    reference is fully annotated; it returns fresh memory, contiguous unless its docstring says otherwise.
+    one, or of one that it follows, chooses this one's of the same name. `widens` names arguments of which a wider copy
+    would change nothing. The reference is fully annotated; it returns fresh memory, contiguous unless its docstring
+    says otherwise.
     """
 
     def register(reference: Callable[..., Result]) -> Op:

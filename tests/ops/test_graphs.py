@@ -36,6 +36,10 @@ FEATURES = {  # of each Op, samples that together use every argument
         "dropout, grouped causal padding",
     ),
     "attention_backward": ("left padding, causal", "grouped bias", "scale", "dropout, grouped causal padding"),
+    "attention_backward_packed": (
+        *("left padding, causal", "bias", "scale", "grouped causal"),
+        "dropout, grouped causal padding",
+    ),
     "attention_with_logsumexp": ("left padding, causal", "grouped bias", "scale", "dropout, grouped causal padding"),
     "cached_attention": ("several tokens, window, lengths", "left padding", "scale", "several tokens, bias of each"),
     "cross_entropy": ("every option", "transposed", "none", "smoothed"),
@@ -150,6 +154,10 @@ SMALL = {  # float64 inputs small enough for numerical derivatives
     "attention_backward": lambda r: (
         *(r(2, 2, 3, 2), r(2, 2, 3, 2), r(2, 1, 3, 2), r(2, 1, 3, 2), r(2, 2, 3, 2), r(2, 2, 3), r(1, 2, 1, 3)),
         *(torch.tensor([[0, 1, 1], [0, 0, 0]]), True, None, None, 0.4, torch.tensor([5]), True),
+    ),
+    "attention_backward_packed": lambda r: (
+        *(r(2, 2, 3, 2), r(2, 2, 3, 2), r(2, 1, 3, 2), r(2, 1, 3, 2), r(2, 2, 3, 2), r(2, 2, 3), r(1, 2, 1, 3)),
+        *(torch.tensor([[0, 1, 1], [0, 0, 0]]), True, None, None, 0.4, torch.tensor([5])),
     ),
     "attention_with_logsumexp": lambda r: (
         *(r(2, 2, 3, 2), r(2, 1, 3, 2), r(2, 1, 3, 2), r(1, 2, 3, 3), torch.tensor([[1, 1, 0], [1, 1, 1]]), True),

@@ -67,7 +67,7 @@ def check(make: Callable[..., tuple[Callable[..., Tensor], nn.Module]], rank: in
         for _ in range(2):
             model.zero_grad(set_to_none=True)
             run(IDS.chunk(RANKS)[rank]).backward()
-    assert {"attention_with_logsumexp", "attention_backward"} <= compiled
+    assert {"attention_with_logsumexp", "attention_backward_packed"} <= compiled
     for each in (whole, exact):
         each(IDS).backward()
     for name, parameter in model.named_parameters():

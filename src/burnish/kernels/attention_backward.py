@@ -116,6 +116,7 @@ def attention_keys_backward_kernel(
     EDGES: tl.constexpr,
     DROPOUT: tl.constexpr,
     TMA: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
@@ -191,7 +192,7 @@ def attention_keys_backward_kernel(
         dk_sum, dv_sum = tl.where(shown[:, None], dk_sum, 0.0), tl.where(shown[:, None], dv_sum, 0.0)
     if DROPOUT:
         dv_sum *= kept_scale
-    rows = ((batch * lk + keys) * key_heads + key_head)[:, None]
+    rows = ((batch * lk + keys) * (heads + 2 * key_heads if PACKED else key_heads) + key_head)[:, None]
     columns, value_columns = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
     there = (keys < lk)[:, None]
     tl.store(dk + rows * D + columns, (dk_sum * scale).to(dk.dtype.element_ty), mask=there & (columns < D))
@@ -248,6 +249,7 @@ def attention_queries_backward_kernel(
     EDGES: tl.constexpr,
     DROPOUT: tl.constexpr,
     TMA: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
@@ -319,7 +321,7 @@ def attention_queries_backward_kernel(
                 acc = dot(dscores.to(key.dtype), key, acc)
     rows = row + tl.arange(0, BLOCK_M)[:, None]
     columns = tl.arange(0, BLOCK_D)[None, :]
-    pointers = dq + ((batch * lq + rows) * heads + head) * D + columns
+    pointers = dq + ((batch * lq + rows) * (heads + 2 * (heads // groups) if PACKED else heads) + head) * D + columns
     tl.store(pointers, (acc * scale).to(dq.dtype.element_ty), mask=(rows < lq) & (columns < D))
 
 
@@ -339,11 +341,14 @@ def attention_backward(
     seed: Tensor | None = None,
     bias_grad: bool = False,
     config: BackwardConfig | None = None,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and, if it is wanted, of bias; arguments as of the Op `attention_backward`.
 
     Of float16, bfloat16 or float32; nothing empty, and head dimensions up to 256 (float32: 128). Any strides; where the
     last one is not 1 the tensor is copied. Results are stored heads last: (B, L, H, D).
+    With `packed`, contiguous of shape (B, L, Hq + 2 * Hkv, D), those of q, k and v are written side by side into that,
+    and are views of it; lengths and head dimensions must then be the same.
     """
     q, k, v, grad = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v, grad))
     out = out.transpose(1, 2).contiguous()
@@ -373,9 +378,11 @@ def attention_backward(
         "PADDING": key_padding_mask is not None, "DROPOUT": dropout_p > 0,
         "REACH": "all" if not near else "causal" if window is None else "window",
     }  # fmt: skip
-    dq = torch.empty((batch, lq, heads, d), dtype=q.dtype, device=q.device)
-    dk = torch.empty((batch, lk, key_heads, d), dtype=q.dtype, device=q.device)
-    dvalues = torch.empty((batch, lk, key_heads, dv), dtype=q.dtype, device=q.device)
+    if packed is None:
+        shapes = (batch, lq, heads, d), (batch, lk, key_heads, d), (batch, lk, key_heads, dv)
+        dq, dk, dvalues = (torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes)
+    else:
+        dq, dk, dvalues = packed.split([heads, key_heads, key_heads], dim=2)
 
     keys, queries = config.keys, config.queries
     rows = keys["BLOCK_M"]
@@ -384,7 +391,7 @@ def attention_backward(
         attention_keys_backward_kernel, (batch * key_heads * triton.cdiv(lk, keys["BLOCK_N"]),),
         described(q, rows, widths[0]) if tma else q, k, v, described(grad, rows, widths[1]) if tma else grad,
         logsumexp, delta, dk, dvalues, *masks, *sizes, *strides,
-        config=keys, like=q, INSIDE=lq >= rows, EDGES=near or lq % rows != 0, **constants,
+        config=keys, like=q, INSIDE=lq >= rows, EDGES=near or lq % rows != 0, PACKED=packed is not None, **constants,
     )  # fmt: skip
     rows = queries["BLOCK_N"]
     tma = bool(queries["TMA"])
@@ -392,7 +399,7 @@ def attention_backward(
         attention_queries_backward_kernel, (batch * heads * triton.cdiv(lq, queries["BLOCK_M"]),),
         q, described(k, rows, widths[0]) if tma else k, described(v, rows, widths[1]) if tma else v, grad,
         logsumexp, delta, dq, *masks, *sizes, *strides,
-        config=queries, like=q, INSIDE=lk >= rows, EDGES=near or lk % rows != 0, **constants,
+        config=queries, like=q, INSIDE=lk >= rows, EDGES=near or lk % rows != 0, PACKED=packed is not None, **constants,
     )  # fmt: skip
     dbias = None
     if bias_grad and bias is not None:

@@ -11,6 +11,7 @@ from burnish.ops.all_reduce_add_rms_norm import all_reduce_add_rms_norm
 from burnish.ops.append_kv import append_kv
 from burnish.ops.attention import attention
 from burnish.ops.attention_backward import attention_backward
+from burnish.ops.attention_backward_packed import attention_backward_packed
 from burnish.ops.attention_with_logsumexp import attention_with_logsumexp
 from burnish.ops.cached_attention import cached_attention
 from burnish.ops.cross_entropy import cross_entropy
@@ -56,6 +57,7 @@ __all__ = [
     "append_kv",
     "attention",
     "attention_backward",
+    "attention_backward_packed",
     "attention_with_logsumexp",
     "cached_attention",
     "cross_entropy",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from burnish.peers.op_eager_attention import attention as attention
 from burnish.peers.op_eager_attention import attention_backward as attention_backward
+from burnish.peers.op_eager_attention import attention_backward_packed as attention_backward_packed
 from burnish.peers.op_eager_attention import attention_with_logsumexp as attention_with_logsumexp
 from burnish.peers.op_eager_attention import cached_attention as cached_attention
 from burnish.peers.op_eager_attention import varlen_attention as varlen_attention

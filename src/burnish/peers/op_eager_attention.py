@@ -49,6 +49,11 @@ def attention_backward(
     return dq, dk, dv, q.new_empty((0,))
 
 
+def attention_backward_packed(*args: Any) -> Tensor:
+    """`attention_backward`, its results put together."""
+    return torch.cat([t.transpose(1, 2) for t in attention_backward(*args, False)[:3]], dim=2)
+
+
 def varlen_attention(
     q: Tensor,
     k: Tensor,

@@ -91,6 +91,9 @@ SIZED: dict[str, Sized] = {
     "attention_backward": _tokens(
         lambda a, n: inputs.attention_backward_arguments(1, a.heads, a.key_heads, n, a.head_dim, causal=True)
     ),
+    "attention_backward_packed": _tokens(
+        lambda a, n: inputs.attention_backward_arguments(1, a.heads, a.key_heads, n, a.head_dim, causal=True)
+    ),
     "rope": _tokens(lambda a, n: inputs.rope_arguments(a.heads, n, a.head_dim)),
     "rope_qk": _tokens(lambda a, n: inputs.rope_qk_arguments(a.heads, a.key_heads, n, a.head_dim)),
     "rope_tables": _tokens(lambda a, n: inputs.rope_tables_arguments(0, n, a.head_dim)),
