@@ -237,3 +237,47 @@ def test_gradients_over_residual_connections_are_added_in_the_norms(
     check_gradients(torch.compile(model, backend="burnish", fullgraph=True), model, torch.randn(4, 6))
     assert found == [True, True]
     assert compiled.ops[-1] == Counter(rms_norm_backward=2)
+
+
+def detached(x: Tensor, w: Tensor) -> Tensor:
+    return (x @ w) * (x @ w).sin().detach()
+
+
+def without_gradients(x: Tensor, w: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = (x @ w).sin()
+        with torch.enable_grad():
+            z = (x @ w).cos()
+    return (x @ w) * y + z
+
+
+def of_two_results(x: Tensor, w: Tensor) -> Tensor:
+    with torch.no_grad():
+        found = torch.topk(x @ w, 3)
+    return (x @ w)[:, :3] * found.values + found.indices
+
+
+def straight_through(x: Tensor, w: Tensor) -> Tensor:
+    y = F.gelu(F.linear(x, w))
+    return y + (y.round() - y).detach()
+
+
+def checkpointed(x: Tensor, w: Tensor) -> Tensor:
+    result: Tensor = checkpoint(detached, x, w, use_reentrant=False)
+    return result
+
+
+@pytest.mark.parametrize("fn", [detached, without_gradients, of_two_results, straight_through, checkpointed])
+@pytest.mark.parametrize("leaves", [(True, True), (False, True)], ids=["of both", "of the weight"])
+def test_gradients_stop_where_the_model_stops_them(fn: Callable[..., Tensor], leaves: tuple[bool, bool]) -> None:
+    torch._dynamo.reset()
+    given = [torch.randn(5, 6).requires_grad_(leaves[0]), torch.randn(6, 6).requires_grad_(leaves[1])]
+    wanted = [t for t in given if t.requires_grad]
+    found = []
+    for run in (torch.compile(fn, backend="burnish"), fn):
+        result = run(*given)
+        found.append((result, *torch.autograd.grad(result.sum(), wanted)))
+    exact = [t.detach().double().requires_grad_(t.requires_grad) for t in given]
+    result = fn(*exact)
+    true = (result, *torch.autograd.grad(result.sum(), [t for t in exact if t.requires_grad]))
+    assert_close(*found, true)

@@ -39,13 +39,19 @@ def clean(gm: fx.GraphModule) -> int:
     return removed
 
 
+NEEDS_GRADIENT = "needs gradient"
+"""Key in the meta of an input whose `val`, which was traced, does not tell that it requires gradients."""
+
+
 def _needing_gradients(gm: fx.GraphModule) -> set[fx.Node]:
     """The nodes through which a backward pass would go: a detach of one of these does something."""
     tracked: set[fx.Node] = set()
     for node in gm.graph.nodes:
         value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            source = node.op in ("placeholder", "get_attr") and value.requires_grad
+        results = value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(result, torch.Tensor) and result.is_floating_point() for result in results):
+            given = node.op in ("placeholder", "get_attr")
+            source = given and (results[0].requires_grad or node.meta.get(NEEDS_GRADIENT))
             passes = any(n in tracked for n in node.all_input_nodes) and _aten_name(node) != "detach"
             if source or passes:
                 tracked.add(node)
