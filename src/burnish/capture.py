@@ -29,6 +29,7 @@ from burnish._quiet import quiet
 from burnish.capture_overhead import little_overhead
 from burnish.capture_repeats import repeats_looked_up
 from burnish.graph.autocast import autocast_dtypes, make_casts_explicit, without_autocast
+from burnish.graph.gradients import inline_regions_without_gradients
 from burnish.graph.trace import clean
 from burnish.record import StepRecord
 from burnish.runtime.module import State
@@ -181,6 +182,7 @@ def capture(
             except Exception as second:
                 raise CaptureError(_one_line(second)) from second
         whole = exported.module(check_guards=False) if _takes_check_guards(exported) else exported.module()
+    inline_regions_without_gradients(whole)
     inputs = _input_specs(whole, exported.range_constraints)
     assert exported.call_spec.out_spec is not None
     graph_module = _flat(whole)
@@ -250,7 +252,8 @@ def _export(
                         raise
             return trace()  # what was looked up shall not be to blame
 
-    with torch.no_grad(), quiet(*_TALKATIVE), _appending():
+    # With gradients, so that it shows where a model stops them.
+    with torch.set_grad_enabled(model.training and torch.is_grad_enabled()), quiet(*_TALKATIVE), _appending():
         if attention_interface:
             with (
                 contextlib.suppress(huggingface.NotExpressible),

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from burnish._quiet import quiet
 from burnish.graph.autocast import autocast_dtypes, make_casts_explicit
 from burnish.graph.clean import NEEDS_GRADIENT
+from burnish.graph.gradients import stop_gradients
 
 _RECOMPUTED = "_checkpoint_context_fn"  # in the meta of a region's graph, where Dynamo leaves `context_fn`
 
@@ -47,7 +46,7 @@ def trace_for_compile(graph_module: fx.GraphModule, example_inputs: Sequence[Any
             make_casts_explicit(traced, fakes)
     for number, region in enumerate(regions(traced)):
         _say_what_needs_gradients(region, None if number else fakes)
-        _stop_gradients(region)
+        stop_gradients(region)
     _say_where_inputs_come_from(traced, graph_module)
     return traced
 
@@ -60,35 +59,6 @@ def _say_what_needs_gradients(graph_module: fx.GraphModule, fakes: Sequence[Any]
         node.meta[NEEDS_GRADIENT] = fakes is None or (isinstance(given, Tensor) and given.requires_grad)
     for node in graph_module.graph.find_nodes(op="get_attr"):
         node.meta[NEEDS_GRADIENT] = True
-
-
-def _stop_gradients(graph_module: fx.GraphModule) -> None:
-    """`torch.no_grad()` within the model -> a detach of what leaves it, so that a rewrite over its border moves nothing
-    out of it or into it, and what is computed on both sides is computed once."""
-    switches: list[fx.Node] = []
-    within: set[fx.Node] = set()
-    enabled = torch.is_grad_enabled()
-    if not enabled:
-        return
-    for node in graph_module.graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
-            switches.append(node)
-            enabled = bool(node.args[0])
-        elif node.target is operator.getitem:
-            within |= {node} if node.args[0] in within else set()
-        elif node.op == "call_function" and not enabled:
-            within.add(node)
-    for node in within:
-        outside = [user for user in node.users if user not in within]
-        if outside and isinstance(node.meta.get("val"), Tensor) and node.meta["val"].is_floating_point():
-            with graph_module.graph.inserting_after(node):
-                stopped = graph_module.graph.call_function(torch.ops.aten.detach.default, (node,))
-            stopped.meta |= node.meta
-            for user in outside:
-                user.replace_input_with(node, stopped)
-    for node in switches:
-        graph_module.graph.erase_node(node)
-    graph_module.recompile()
 
 
 def _say_where_inputs_come_from(traced: fx.GraphModule, graph_module: fx.GraphModule) -> None:

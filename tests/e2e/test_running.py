@@ -704,6 +704,32 @@ def test_hugging_faces_attention_is_cast_too() -> None:
         assert_close(result, eager, outputs_in_float64(model, (), {"input_ids": inputs})[0])
 
 
+class Stopping(nn.Module):
+    """Some of it without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            best = torch.topk(self.up(x), 3)
+            with torch.enable_grad():
+                more = self.up(x).cos()
+        y = self.up(x)
+        return (y + (y.round() - y).detach())[:, :3] * best.values + best.indices + more[:, :3]
+
+
+def test_gradients_stop_where_the_model_stops_them() -> None:
+    model, x = zoo.seeded(Stopping()).train(), torch.randn(5, 6)
+    found = []
+    for run in (burnish.optimize(model, cache="off"), model):
+        model.zero_grad()
+        loss(run(x)).backward()
+        found.append({name: grad.clone() for name, grad in gradients(model).items()})
+    assert_close(*found, gradients_in_float64(model, {"x": x}))
+
+
 # --- what a module is expected to be ---
 
 

@@ -1,0 +1,75 @@
+"""`torch.no_grad()` within a model, spelled out: a detach of what leaves it.
+
+So a rewrite over its border moves nothing out of it or into it, and what is computed on both sides is computed once.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+
+
+def stop_gradients(graph_module: fx.GraphModule) -> None:
+    """In a graph that switches gradients off and on, in place. Nothing is done where they are off to begin with."""
+    enabled = torch.is_grad_enabled()
+    if not enabled:
+        return
+    switches: list[fx.Node] = []
+    within: set[fx.Node] = set()
+    for node in graph_module.graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            switches.append(node)
+            enabled = bool(node.args[0])
+        elif node.target is operator.getitem:  # wherever it stands
+            within |= {node} if node.args[0] in within else set()
+        elif node.op == "call_function" and not enabled:
+            within.add(node)
+    for node in within:
+        outside = [user for user in node.users if user not in within]
+        stopped = _detached(node) if outside else node
+        for user in outside:
+            user.replace_input_with(node, stopped)
+    for node in switches:
+        graph_module.graph.erase_node(node)
+    graph_module.recompile()
+
+
+def inline_regions_without_gradients(graph_module: fx.GraphModule) -> None:
+    """What `torch.export` made graphs of their own of, because they run with gradients off or on, in place."""
+    for node in graph_module.graph.find_nodes(
+        op="call_function", target=torch.ops.higher_order.wrap_with_set_grad_enabled
+    ):
+        inner: Any
+        enabled, inner, *given = node.args
+        region: Any = getattr(graph_module, str(inner.target))
+        inline_regions_without_gradients(region)
+        with graph_module.graph.inserting_before(node):
+            copied = dict(zip(region.graph.find_nodes(op="placeholder"), given, strict=True))
+            results: Any = graph_module.graph.graph_copy(region.graph, copied)
+        for part in list(node.users):
+            result = results[part.args[1]]
+            part.replace_all_uses_with(
+                result if enabled or not isinstance(result, fx.Node) else _detached(result, part.meta.get("val"))
+            )
+            graph_module.graph.erase_node(part)
+        graph_module.graph.erase_node(node)
+        if not inner.users:
+            graph_module.graph.erase_node(inner)
+            graph_module.delete_submodule(str(inner.target))
+    graph_module.recompile()
+
+
+def _detached(node: fx.Node, value: Any = None) -> fx.Node:
+    """The node, or a detach of it, where it may need gradients: by its `val`, or one like it."""
+    value = node.meta.get("val", value)
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return node
+    with node.graph.inserting_after(node):
+        stopped = node.graph.call_function(aten.detach.default, (node,))
+    stopped.meta |= node.meta
+    return stopped
