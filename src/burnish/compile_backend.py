@@ -20,7 +20,6 @@ from torch import fx
 from torch._functorch import config as functorch_config
 
 from burnish.compile_attention import pack_gradients
-from burnish.compile_casts import cast_together
 from burnish.compile_choices import choose_impls
 from burnish.compile_decompositions import decompositions
 from burnish.compile_norms import Statistics, use_norms
@@ -68,8 +67,6 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **optio
         pack_gradients(graph_module)
         choose_impls(graph_module, tuner)
         widen_products(graph_module)
-        if not rest.get("is_backward") and not rest.get("is_inference"):
-            cast_together(graph_module)
         return compile_fx_inner(graph_module, example_inputs, **rest)
 
     def compile_with(graph_module: fx.GraphModule) -> Any:

@@ -66,9 +66,8 @@ def _say_where_inputs_come_from(traced: fx.GraphModule, graph_module: fx.GraphMo
     replay, of GPT-2 498 MB of weights, 0.43 ms of a training step."""
     sources = getattr(graph_module, "_param_name_to_source", None)
     pairs = list(zip(*(g.graph.find_nodes(op="placeholder") for g in (traced, graph_module)), strict=False))
-    own = any(
-        True for g in (traced, graph_module) for _ in g.named_parameters()
-    )  # not inputs: Dynamo left them modules'
+    # Where Dynamo made weights no inputs, they are named otherwise.
+    own = any(True for g in (traced, graph_module) for _ in g.named_parameters())
     if sources is None or own or not all(hasattr(node, "_dynamo_source") for _, node in pairs):
         return
     traced.meta |= graph_module.meta
