@@ -141,6 +141,7 @@ def test_impls_that_are_asked_for(compiled: Compiled) -> None:
         ({"burnish.imples": {}}, "there is no burnish.imples; there are burnish.cache, burnish.impls"),
         ({"burnish.impls": {"attention": "flesh"}}, "attention has no Impl 'flesh'; it has"),
         ({"burnish.cache": "on"}, "cache='on': use 'readwrite', 'readonly' or 'off'"),
+        ({"burnish.recompute": "no"}, "burnish.recompute is 'no'; it must be True or False"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], says: str) -> None:

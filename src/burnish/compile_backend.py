@@ -46,7 +46,7 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **optio
             anyway, rather than have them kept as inputs of the products that follow (default True).
 
     Raises:
-        ValueError: an option of ours that there is not; an Op or Impl that there is not.
+        ValueError: an option of ours that there is not, or a value of one; an Op or Impl that there is not.
     """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
@@ -54,6 +54,9 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **optio
     own = {name: given.pop(name) for name in list(given) if name.startswith("burnish.")}
     if unknown := own.keys() - set(_OPTIONS):
         raise ValueError(f"options: there is no {', '.join(sorted(unknown))}; there are {', '.join(_OPTIONS)}")
+    recompute = own.get("burnish.recompute", True)
+    if not isinstance(recompute, bool):
+        raise ValueError(f"options: burnish.recompute is {recompute!r}; it must be True or False")
     tuner = Tuner(own.get("burnish.cache", "readwrite"), own.get("burnish.impls"))
     for op, impl in tuner.explicit.items():
         find_impl(op, impl)
@@ -78,9 +81,8 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **optio
             decompositions=decompositions(),
         )
 
-    keeps = not own.get("burnish.recompute", True)
     # AOTAutograd's cache knows nothing of the Impls; Inductor's own finds their names in the graph.
-    with functorch_config.patch(enable_autograd_cache=False, ban_recompute_materialized_backward=keeps):
+    with functorch_config.patch(enable_autograd_cache=False, ban_recompute_materialized_backward=not recompute):
         try:
             rewritten, _ = rewrite(graph_module, example_inputs)
         except ValueError as error:
