@@ -32,14 +32,14 @@ def compare(path: Path, runs: Mapping[str, Run], command: str) -> None:
     """Write a record for each run, in the form of the benchmarks' results. ValueError where the runs differ in more
     than how they ran."""
     first = next(iter(runs.values()))
-    for how, run in runs.items():
-        if run.options != first.options.by(how) or run.text_sha256 != first.text_sha256:
-            raise ValueError(f"{how}: its run was asked for something else than the first; begin in another --out")
+    for name, run in runs.items():
+        if run.options != first.options.by(run.options.how) or run.text_sha256 != first.text_sha256:
+            raise ValueError(f"{name}: its run was asked for something else than the first; begin in another --out")
     info = device(first.options.device, measure=False)
     records = [
         {
             "case": run.options.case,
-            "variant": how,
+            "variant": name,
             "step_ms": round(median_seconds(run) * 1e3, 3),
             "tokens_per_s": round(run.options.batch * run.options.context / median_seconds(run)),
             "prepared_s": round(run.prepared_s, 1),
@@ -52,7 +52,7 @@ def compare(path: Path, runs: Mapping[str, Run], command: str) -> None:
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "command": command,
         }
-        for how, run in runs.items()
+        for name, run in runs.items()
     ]
     write_text(path, json.dumps(records, indent=1) + "\n")
 
@@ -70,7 +70,7 @@ def draw(results: Path, picture: Path) -> None:
     # The first one is the widest and the last one dashed: where they are the same, all are seen.
     widths = [4.5 - 3.2 * i / max(1, len(records) - 1) for i in range(len(records))]
     for i, (record, width) in enumerate(zip(records, widths, strict=True)):
-        line: dict[str, Any] = {"color": _COLOURS[record["variant"]], "alpha": 0.45 if i == 0 else 1.0}
+        line: dict[str, Any] = {"color": _colour(record), "alpha": 0.45 if i == 0 else 1.0}
         losses.plot(steps, record["losses"], linewidth=width, zorder=2 + i, **line)
         if i:
             apart = [abs(a - b) for a, b in zip(record["losses"], records[0]["losses"], strict=True)]
@@ -93,12 +93,18 @@ def draw(results: Path, picture: Path) -> None:
 
 
 def _name(record: Mapping[str, Any]) -> str:
-    return _NAMES.get(record["variant"], record["variant"])
+    how, _, again = record["variant"].partition("-")
+    name = _NAMES.get(how, how)
+    return f"{name}, run {again}" if again else name
+
+
+def _colour(record: Mapping[str, Any]) -> str:
+    return _COLOURS.get(record["variant"], QUIET)
 
 
 def _label(axes: Any, record: Mapping[str, Any], place: int) -> None:
     """At the right: the name, and the loss on text held out at the end."""
-    colour = _COLOURS[record["variant"]]
+    colour = _colour(record)
     held_out = list(record["held_out"].values())[-1]
     height = 0.96 - 0.2 * place
     at: dict[str, Any] = {"xycoords": "axes fraction", "va": "center", "annotation_clip": False}

@@ -44,7 +44,8 @@ def train_nanogpt(
         list[str],
         typer.Option(
             help=f"{', '.join(HOW)}: torch.compile with its own backend or with Burnish's, burnish.optimize. "
-            "Several: a run each, in folders of these names, and their losses in one picture."
+            "Several: a run each, in folders of these names, and their losses in one picture. One of them twice: "
+            "again, as NAME-2, to see by how much runs that are alike differ."
         ),
     ] = ["burnish"],  # noqa: B006  (typer copies it)
     preset: Annotated[str, typer.Option(help=f"The model's size: {', '.join(PRESETS)}.")] = "tiny",
@@ -80,7 +81,7 @@ def train_nanogpt(
     typed = {"context" if name == "tokens" else name for name in given} & values.keys()
     if device == "auto":
         typed.discard("device")
-    asked = {one: Options(how=one, **values) for one in dict.fromkeys(how)}
+    asked = {run: Options(how=one, **values) for run, one in _named(how).items()}
     read = read_text(text)
     if len(asked) == 1:
         ((one, options),) = asked.items()
@@ -98,6 +99,15 @@ def train_nanogpt(
     compare(out / LOSSES, runs, f"python -m examples.train_nanogpt {shlex.join(sys.argv[1:])}")
     draw(out / LOSSES, out / PICTURE)
     _show(f"{out / LOSSES} and {out / PICTURE}")
+
+
+def _named(how: Sequence[str]) -> dict[str, str]:
+    """The ways by the names of their runs: the second one of a way has a number."""
+    named: dict[str, str] = {}
+    for one in how:
+        count = 1 + list(named.values()).count(one)
+        named[one if count == 1 else f"{one}-{count}"] = one
+    return named
 
 
 def _was_typed(context: typer.Context, name: str) -> bool:
