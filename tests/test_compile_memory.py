@@ -92,6 +92,18 @@ def test_weights_stay_where_they_are(inner: Inner) -> None:
     assert moving == [(32, 16)], "CUDA graphs copy what is not static"
 
 
+def test_casts_of_weights_are_kept(inner: Inner) -> None:
+    model = zoo.seeded(Block())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = torch.compile(model, backend="burnish")(randn(32, 16, outliers=0.0))
+    loss.backward()
+    backward = inner.graphs[1].graph
+    given = [node.meta["val"] for node in backward.find_nodes(op="placeholder")]
+    assert {(64, 16), (16, 64)} <= {tuple(value.shape[-2:]) for value in given if value.dtype == torch.bfloat16}
+    cast = backward.find_nodes(op="call_function", target=torch.ops.prims.convert_element_type.default)
+    assert not [node for node in cast if node.args[0].op == "placeholder" and node.args[0].name.startswith("primals")]
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_hugging_faces_mask_is_causality(batch: int, dynamic: bool) -> None:

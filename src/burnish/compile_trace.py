@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,6 +20,7 @@ from burnish.graph.autocast import autocast_dtypes, make_casts_explicit
 from burnish.graph.clean import NEEDS_GRADIENT
 from burnish.graph.gradients import stop_gradients
 
+_CASTS = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
 _RECOMPUTED = "_checkpoint_context_fn"  # in the meta of a region's graph, where Dynamo leaves `context_fn`
 
 
@@ -44,11 +46,21 @@ def trace_for_compile(graph_module: fx.GraphModule, example_inputs: Sequence[Any
         enters = any(node.target is autocast_mode._enter_autocast for node in traced.graph.nodes)
         if enters or autocast_dtypes():
             make_casts_explicit(traced, fakes)
+    _keep_casts_of_weights(traced, fakes)
     for number, region in enumerate(regions(traced)):
         _say_what_needs_gradients(region, None if number else fakes)
         stop_gradients(region)
     _say_where_inputs_come_from(traced, graph_module)
     return traced
+
+
+def _keep_casts_of_weights(traced: fx.GraphModule, fakes: Sequence[Any]) -> None:
+    """For the backward pass, which would make them again from the weights: GPT-2's are 170 MB, and 0.17 of the 25 ms of
+    a step (H200)."""
+    for node, given in zip(traced.graph.find_nodes(op="placeholder"), fakes, strict=True):
+        if isinstance(given, Tensor) and given.requires_grad and given.is_leaf:
+            for cast in (user for user in node.users if user.target in _CASTS):
+                cast.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 def _say_what_needs_gradients(graph_module: fx.GraphModule, fakes: Sequence[Any] | None) -> None:
