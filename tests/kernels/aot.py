@@ -2,9 +2,10 @@
 
 Run as `python -m tests.kernels.aot OP...` in a process of its own: the kernels must not be decorated for the
 interpreter. Prints one JSON list of what was compiled; `--barriers`, `--attention`, `--shared-attention`,
-`--finishing`, `--vocabularies`, `--shared-memory` and `--tokens` instead what `barriers`, `attention_at_models_sizes`,
-`shared_attention`, `finishing`, `full_vocabularies`, `shared_memory_of_gpus` and `tokens_of_padded_batches` find with
-everything, and `--few` a little of each, as one JSON object.
+`--finishing`, `--vocabularies`, `--shared-memory`, `--pushed-rows` and `--tokens` instead what `barriers`,
+`attention_at_models_sizes`, `shared_attention`, `finishing`, `full_vocabularies`, `shared_memory_of_gpus`,
+`rows_pushed_between_gpus` and `tokens_of_padded_batches` find with everything, and `--few` a little of each, as one JSON
+object.
 """
 
 from __future__ import annotations
@@ -321,6 +322,21 @@ def shared_memory_of_gpus(everything: bool) -> list[dict[str, Any]]:
     """What `compile_launch` says of rows that are summed by memory that GPUs share, and how they are sent and awaited:
     of Llama 8B on two GPUs with the first config; with `everything` others too, with each config."""
     from burnish.kernels.all_reduce_norm import all_reduce_add_norm, all_reduce_norm_configs
+
+    def configs(rows: int, N: int, itemsize: int) -> list[Any]:
+        return all_reduce_norm_configs(N, itemsize)
+
+    return _exchanged(all_reduce_add_norm, configs, 1, everything)
+
+
+def rows_pushed_between_gpus(everything: bool) -> list[dict[str, Any]]:
+    """The same of the kernel for many rows."""
+    from burnish.kernels.all_reduce_norm_rows import all_reduce_add_norm_rows, all_reduce_norm_rows_configs
+
+    return _exchanged(all_reduce_add_norm_rows, all_reduce_norm_rows_configs, 2048, everything)
+
+
+def _exchanged(sums: Any, configs: Any, rows: int, everything: bool) -> list[dict[str, Any]]:
     from burnish.kernels.launch import Launch, Target, recording
     from burnish.parallel.symmetric import Room
 
@@ -328,19 +344,20 @@ def shared_memory_of_gpus(everything: bool) -> list[dict[str, Any]]:
     sizes = [(2, 4096, torch.bfloat16), (4, 768, torch.float16), (8, 4096, torch.float32)]
     for ranks, N, dtype in sizes if everything else sizes[:1]:
         addresses, state = torch.zeros(ranks, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
-        room = Room(torch.zeros(2, ranks, 16, dtype=torch.int64), addresses, state, rank=1)
-        x, vector = torch.empty(1, 1, N, dtype=dtype), torch.empty(N, dtype=dtype)
+        words, pushed = (torch.zeros(2, n, 16, dtype=d) for n, d in ((ranks, torch.int64), (ranks - 1, torch.int32)))
+        room = Room(words, addresses, state, 1, pushed, addresses)
+        x, vector = torch.empty(rows, N, dtype=dtype), torch.empty(N, dtype=dtype)
         for capability in CAPABILITIES if everything else CAPABILITIES[:1]:
             launches: list[Launch] = []
             with recording(launches.append, Target(divmod(capability, 10), SMS[capability])):
-                for config in all_reduce_norm_configs(N, dtype.itemsize)[: None if everything else 1]:
+                for config in configs(rows, N, dtype.itemsize)[: None if everything else 1]:
                     rms = ranks == 2
                     vectors = (vector, None) if rms else (vector, vector)
-                    all_reduce_add_norm(x, None if rms else vector, x, *vectors, 1e-5, rms, rms, room, config)
-            found += [
-                compile_launch(launch, capability) | {"exchange": _exchange(_compile(launch, capability).asm["ptx"])}
-                for launch in launches
-            ]
+                    sums(x, None if rms else vector, x, *vectors, 1e-5, rms, rms, room, config)
+            for launch in launches:
+                ptx = _compile(launch, capability).asm["ptx"]
+                ways = {"exchange": _exchange(ptx), "steps": _steps(ptx)}
+                found.append(compile_launch(launch, capability) | ways)
     return found
 
 
@@ -371,6 +388,16 @@ def tokens_of_padded_batches(everything: bool) -> list[dict[str, Any]]:
 def _exchange(ptx: str) -> list[str]:
     """The kinds of instruction that store to, and load from, what other GPUs load from and store to."""
     return sorted(set(re.findall(r"\b(?:st\.relaxed\.sys|ld\.volatile)\S*", ptx)))
+
+
+def _steps(ptx: str) -> list[str]:
+    """What orders memory between GPUs, with the loads and stores around it, in the order of the code; runs of the same
+    kind are one."""
+    kinds = (
+        r"st\.relaxed\.sys|fence\.acq_rel\.sys|ld\.acquire\.sys|bar\.sync|griddepcontrol\.wait"
+        r"|st\.global\.v4|ld\.global\.cg\.v4|ld\.global\.nc"
+    )
+    return [kind for kind, _ in itertools.groupby(re.findall(kinds, ptx))]
 
 
 def few() -> dict[str, Any]:
@@ -424,6 +451,7 @@ OF_ONE_KIND = {
     "--finishing": finishing,
     "--vocabularies": full_vocabularies,
     "--shared-memory": shared_memory_of_gpus,
+    "--pushed-rows": rows_pushed_between_gpus,
     "--tokens": tokens_of_padded_batches,
 }
 

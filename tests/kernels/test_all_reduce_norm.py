@@ -13,7 +13,7 @@ from torch import Tensor
 
 from burnish.numerics import assert_close, oracle, randn
 from burnish.ops import all_reduce_add_layer_norm, all_reduce_add_rms_norm
-from burnish.parallel.symmetric import MOST_BYTES, MOST_RANKS, Room, capacity_of
+from burnish.parallel.symmetric import MOST_BYTES, MOST_PUSHED_ROWS, MOST_RANKS, Room, capacity_of
 
 pytest.importorskip("triton")
 
@@ -54,37 +54,47 @@ class Ranks:
 
     def __init__(self, ranks: int, capacity: int = 512, call: int = 1) -> None:
         words = [torch.zeros(2, ranks, capacity, dtype=torch.int64) for _ in range(ranks)]
-        addresses = torch.tensor([each.data_ptr() for each in words])
+        pushed = [torch.zeros(2, ranks - 1, MOST_PUSHED_ROWS + capacity, dtype=torch.int32) for _ in range(ranks)]
+        addresses, pushed_addresses = (torch.tensor([each.data_ptr() for each in of]) for of in (words, pushed))
         states = [torch.tensor([call, 0], dtype=torch.int32) for _ in range(ranks)]
-        self.rooms = [Room(words[r], addresses, states[r], r) for r in range(ranks)]
+        self.rooms = [Room(words[r], addresses, states[r], r, pushed[r], pushed_addresses) for r in range(ranks)]
         self.call = call
 
     def run(self, xs: list[Tensor], *args: Any, **options: Any) -> list[tuple[Tensor, Tensor]]:
         """What each rank has after one call. What the kernels send has to be what the others were given."""
         for room in self.rooms:
-            room.words[self.call & 1] = -1  # nothing is read there but what arrives now
             for r in range(len(xs)):
                 if r != room.rank:
-                    self._deliver(room, r, xs[r])
-        given = [room.words.clone() for room in self.rooms]
+                    self.place(room, r).fill_(-1)  # nothing is read there but what arrives now
+                    self.deliver(room, r, xs[r])
+        given = [(room.words.clone(), room.pushed.clone()) for room in self.rooms]
         results = []
         torch.use_deterministic_algorithms(True, warn_only=True)  # fresh tensors start as NaN
         try:
             for room, x in zip(self.rooms, xs, strict=True):
                 for other in self.rooms:  # taken away, so that the kernel has to put it there
                     if other is not room:
-                        other.words[self.call & 1, room.rank] = -1
-                results.append(kernel.all_reduce_add_norm(x, *args, room=room, **options))
+                        self.place(other, room.rank).fill_(-1)
+                results.append(self.sum(x, *args, room=room, **options))
         finally:
             torch.use_deterministic_algorithms(False)
-        assert all(torch.equal(room.words, before) for room, before in zip(self.rooms, given, strict=True))
+        for room, (words, pushed) in zip(self.rooms, given, strict=True):
+            assert torch.equal(room.words, words)
+            assert torch.equal(room.pushed, pushed)
         self.call = following(self.call)
         assert [room.state.tolist() for room in self.rooms] == [[self.call, 0]] * len(xs)
         return results
 
-    def _deliver(self, room: Room, sender: int, x: Tensor) -> None:
+    def sum(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        return kernel.all_reduce_add_norm(*args, **options)
+
+    def place(self, room: Room, sender: int) -> Tensor:
+        """Where the sender's rows arrive in this call."""
+        return room.words[self.call & 1, sender]
+
+    def deliver(self, room: Room, sender: int, x: Tensor) -> None:
         data = x.contiguous().clone().view(torch.int32).flatten().long() & 0xFFFFFFFF
-        room.words[self.call & 1, sender, : data.numel()] = data | (self.call << 32)
+        self.place(room, sender)[: data.numel()] = data | (self.call << 32)
 
 
 def assert_right(
@@ -163,9 +173,9 @@ def test_words_of_an_earlier_call_are_waited_out() -> None:
     mine, stale, theirs = (numbers(1, 8, dtype=FP16, seed=seed) for seed in (31, 32, 33))
     room = ranks.rooms[0]
     ranks.call = 3
-    ranks._deliver(room, 1, stale)
+    ranks.deliver(room, 1, stale)
     ranks.call = 5
-    late = Timer(0.3, ranks._deliver, (room, 1, theirs))
+    late = Timer(0.3, ranks.deliver, (room, 1, theirs))
     late.start()
     _, total = kernel.all_reduce_add_norm(mine, None, residual, None, None, 1e-5, True, True, room)
     late.join()

@@ -111,6 +111,15 @@ def test_what_gpus_exchange_arrives_whole_with_every_config() -> None:
     _assert_exchanged_whole(_aot("--shared-memory"))
 
 
+def test_rows_pushed_to_other_gpus_are_there_before_their_flags(few: Any) -> None:
+    _assert_flags_follow(few["--pushed-rows"])
+
+
+@pytest.mark.slow
+def test_rows_pushed_to_other_gpus_are_there_before_their_flags_with_every_config() -> None:
+    _assert_flags_follow(_aot("--pushed-rows"))
+
+
 def test_tokens_of_padded_batches(few: Any) -> None:
     _assert_fit(few["--tokens"])
 
@@ -140,6 +149,20 @@ def _assert_exchanged_whole(kernels: Any) -> None:
         assert loads
         of_words, of_the_call = "ld.volatile.global.b64", "ld.volatile.global.b32"
         assert {load.replace(".v2", "") for load in loads} == {of_words, of_the_call}
+
+
+def _assert_flags_follow(kernels: Any) -> None:
+    """All threads store, 16 bytes at a time, and meet before one of them passes a fence and writes a flag; rows are
+    read behind a load that acquires, and from no cache of this multiprocessor's."""
+    assert kernels
+    for kernel in kernels:
+        assert kernel["spills"] <= 16, kernel  # those of triton 3.6, where 8 ranks' rows of 16 KiB are added up
+        steps = [step for step in kernel["steps"] if step != "griddepcontrol.wait"]
+        assert steps[:4] == ["st.global.v4", "bar.sync", "fence.acq_rel.sys", "st.relaxed.sys"]
+        assert steps.count("st.relaxed.sys") == 1
+        assert steps[steps.index("ld.acquire.sys") + 1] == "ld.global.cg.v4"
+        assert "ld.global.nc" not in steps
+        assert kernel["exchange"] == ["ld.volatile.global.b32", "st.relaxed.sys.global.b32"]
 
 
 def _assert_barriers_are_kept(kernels: Any) -> None:

@@ -32,7 +32,8 @@ def put(device: torch.device, ranks: int = 2, rank: int = 0) -> symmetric.Room:
     """A room of the group of all processes, as if it had been set up."""
     capacity = symmetric.capacity_of(ranks)
     words = torch.empty(2, ranks, capacity, dtype=torch.int64, device="meta")
-    room = symmetric.Room(words, torch.zeros(ranks), torch.zeros(2), rank)
+    pushed = torch.empty(symmetric.pushed_shape(ranks), dtype=torch.int32, device="meta")
+    room = symmetric.Room(words, torch.zeros(ranks), torch.zeros(2), rank, pushed, torch.zeros(ranks))
     symmetric._rooms[WORLD, device] = weakref.ref(named(WORLD)), room
     return room
 
@@ -70,6 +71,33 @@ def test_what_does_not_fit(alone: None) -> None:
     put(GPU, ranks=8)
     (reason,) = symmetric.why_not(WORLD, GPU, 10, 8192)
     assert "81920 bytes are more than the 74880 up to which" in reason
+
+
+def test_many_rows_that_do_not_fit(alone: None) -> None:
+    assert symmetric.why_not_pushed("", GPU, 1, 8192) == ["this process is alone: there is nothing to exchange"]
+    (reason,) = symmetric.why_not_pushed(WORLD, GPU, 1, 8192)
+    assert "no symmetric memory is set up for the group" in reason
+    put(GPU)
+    assert symmetric.why_not_pushed(WORLD, GPU, 1, 66) == []
+    assert symmetric.why_not_pushed(WORLD, GPU, 4096, 8192) == []
+    assert symmetric.why_not_pushed(WORLD, GPU, 4097, 8192) == [
+        "33562624 bytes are more than the 33554432 up to which each rank sends all that it has to each of 1"
+    ]
+    assert symmetric.why_not_pushed(WORLD, GPU, 32769, 66) == ["there are 32769 rows; 32768 have flags"]
+    (reason,) = symmetric.why_not_pushed(WORLD, GPU, 1, 32768)
+    assert reason == "rows of 32768 bytes do not fit a program's registers; 16384 do"
+    put(GPU, ranks=8)
+    assert symmetric.why_not_pushed(WORLD, GPU, 512, 8192) == []
+    (reason,) = symmetric.why_not_pushed(WORLD, GPU, 1024, 8192)
+    assert reason.endswith("more than the 4793472 up to which each rank sends all that it has to each of 7")
+
+
+def test_memory_is_the_same_for_any_number_of_ranks() -> None:
+    for ranks in range(2, symmetric.MOST_RANKS + 1):
+        halves, others, share = symmetric.pushed_shape(ranks)
+        assert (halves, others) == (2, ranks - 1)
+        assert others * (share - symmetric.MOST_PUSHED_ROWS) * 4 <= symmetric.MOST_PUSHED_BYTES
+        assert share % 16 == 0, "16 bytes at a time, wherever a rank's share begins"
 
 
 def test_it_goes_with_the_group(alone: None) -> None:

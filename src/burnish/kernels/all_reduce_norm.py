@@ -63,7 +63,7 @@ def _values(words, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _begin(state, call):
+def begin(state, call):
     """Counts the call up once all programs know its number."""
     following = tl.where(call == -1, 2, call + 1)  # comes round, without the 0 that fresh words have
     programs = tl.num_programs(0)
@@ -74,6 +74,26 @@ def _begin(state, call):
         if tl.atomic_add(state + 1, 1, sem="acq_rel", scope="gpu") == programs - 1:
             tl.store(state + 1, 0)
             tl.store(state, following)
+
+
+@triton.jit
+def finish(
+    values, added, before, scale, offset, out, total, mask, eps, N: tl.constexpr, RMS: tl.constexpr,
+):  # fmt: skip
+    """Stores a row (1, block), summed over the ranks in float32, with bias and residual, and normalized."""
+    dtype: tl.constexpr = out.dtype.element_ty
+    values = values.to(dtype)
+    if added is not None:
+        values = (values.to(tl.float32) + added.to(tl.float32)).to(dtype)
+    values = (values.to(tl.float32) + before.to(tl.float32)).to(dtype)
+    if total is not None:
+        tl.store(total, values, mask)
+    normed = normalize(values.to(tl.float32), mask, eps, N, RMS)
+    if scale is not None:
+        normed = normed * scale.to(tl.float32)
+    if offset is not None:
+        normed = normed + offset.to(tl.float32)
+    tl.store(out, normed.to(dtype), mask)
 
 
 @triton.jit(do_not_specialize=["rank"])
@@ -109,25 +129,14 @@ def _all_reduce_norm_kernel(
     inside = column < N
     to = row * N + column
     before = tl.load(residual + to, inside, other=0.0)
-    _begin(state, call)
+    begin(state, call)
     values = tl.zeros((1, BLOCK_N), tl.float32)
     for r in range(RANKS):
         found = mine
         if r != rank:
             found = receive(words + half + r * capacity + place, mask, call)
         values += _values(found, dtype)
-    values = values.to(dtype)
-    if added is not None:
-        values = (values.to(tl.float32) + added.to(tl.float32)).to(dtype)
-    values = (values.to(tl.float32) + before.to(tl.float32)).to(dtype)
-    if total is not None:
-        tl.store(total + to, values, inside)
-    normed = normalize(values.to(tl.float32), inside, eps, N, RMS)
-    if scale is not None:
-        normed = normed * scale.to(tl.float32)
-    if offset is not None:
-        normed = normed + offset.to(tl.float32)
-    tl.store(out + to, normed.to(dtype), inside)
+    finish(values, added, before, scale, offset, out + to, None if total is None else total + to, inside, eps, N, RMS)
 
 
 def all_reduce_add_norm(

@@ -52,18 +52,25 @@ def summed_in_place(x: Tensor, bias: Tensor | None, group_name: str, *, fresh: b
     return x if bias is None else x.add_(bias)
 
 
-def symmetric_why_not(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, group_name: str) -> list[str]:
-    """Reasons against the kernel that exchanges rows by symmetric memory."""
+def symmetric_why_not(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, group_name: str, pushed: bool = False
+) -> list[str]:
+    """Reasons against the kernel that exchanges rows by symmetric memory, with `pushed` against that for many rows."""
     reasons = triton_norm_why_not(x, norm_weight, norm_bias)
     if x.is_cuda and x.numel():
         from burnish.parallel import symmetric
 
-        rows = x.numel() // x.shape[-1]
-        reasons += symmetric.why_not(group_name, x.device, rows, x.shape[-1] * x.element_size())
+        rows, row_bytes = x.numel() // x.shape[-1], x.shape[-1] * x.element_size()
+        why_not = symmetric.why_not_pushed if pushed else symmetric.why_not
+        reasons += why_not(group_name, x.device, rows, row_bytes)
     return reasons
 
 
-def symmetric_configs(x: Tensor) -> list[Any]:
+def symmetric_configs(x: Tensor, pushed: bool = False) -> list[Any]:
+    if pushed:
+        from burnish.kernels.all_reduce_norm_rows import all_reduce_norm_rows_configs
+
+        return all_reduce_norm_rows_configs(x.numel() // x.shape[-1], x.shape[-1], x.element_size())
     from burnish.kernels.all_reduce_norm import all_reduce_norm_configs
 
     return all_reduce_norm_configs(x.shape[-1], x.element_size())
@@ -80,13 +87,16 @@ def symmetric(
     group_name: str,
     keep_sum: bool,
     config: Any,
+    pushed: bool = False,
 ) -> Results:
     from burnish.kernels.all_reduce_norm import all_reduce_add_norm
-    from burnish.parallel import symmetric
+    from burnish.kernels.all_reduce_norm_rows import all_reduce_add_norm_rows
+    from burnish.parallel.symmetric import find
 
-    room = symmetric.find(group_name, x.device)
+    room = find(group_name, x.device)
     assert room is not None  # or why_not had said so
-    return all_reduce_add_norm(x, bias, residual, norm_weight, norm_bias, eps, rms, keep_sum, room, config)
+    run = all_reduce_add_norm_rows if pushed else all_reduce_add_norm
+    return run(x, bias, residual, norm_weight, norm_bias, eps, rms, keep_sum, room, config)
 
 
 def by_best(norm: Op, *args: Any) -> Results:

@@ -231,6 +231,46 @@ def _symmetric(
     return shared.symmetric(x, bias, residual, norm_weight, None, eps, True, group_name, keep_sum, config)
 
 
+def _symmetric_rows_why_not(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    group_name: str,
+    keep_sum: bool,
+) -> list[str]:
+    return shared.symmetric_why_not(x, norm_weight, None, group_name, pushed=True)
+
+
+def _symmetric_rows_configs(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    group_name: str,
+    keep_sum: bool,
+) -> list[Any]:
+    return shared.symmetric_configs(x, pushed=True)
+
+
+@all_reduce_add_rms_norm.impl("symmetric_rows", why_not=_symmetric_rows_why_not, configs=_symmetric_rows_configs)
+def _symmetric_rows(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    group_name: str = "",
+    keep_sum: bool = True,
+    *,
+    config: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """One kernel for many rows: some of its programs push rows over NVLink, the others add up what arrives."""
+    return shared.symmetric(x, bias, residual, norm_weight, None, eps, True, group_name, keep_sum, config, pushed=True)
+
+
 def _parts(
     x: Tensor,
     bias: Tensor | None,

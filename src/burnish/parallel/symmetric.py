@@ -1,5 +1,9 @@
 """Memory of each GPU that the others of its group write to over NVLink: where kernels exchange what they sum.
 
+Few rows travel as words of which half is a flag (`kernels/all_reduce_norm.py`), many as they are, with a flag behind
+each (`kernels/all_reduce_norm_rows.py`). Both count the same calls. A GPU keeps 64 MiB and a
+little for it, among however many.
+
 There is one room for each group and device, set up by all ranks together (`set_up` is a collective), of a size that
 never changes: CUDA graphs hold its addresses. It goes with the process group. Calls that use it have to follow each
 other on the device, as the collectives of one group have to anyway.
@@ -13,15 +17,17 @@ import os
 import socket
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from burnish.parallel.group import Mesh
+
+Made = TypeVar("Made")
 
 MOST_RANKS = 8
 """The GPUs of one NVLink domain, in most machines."""
@@ -37,6 +43,13 @@ several of them."""
 MOST_ROW_BYTES = 16 << 10
 """Of a longer row threads have more words to hold than registers, and spill (of 32 KiB 64 bytes with 32 warps)."""
 
+MOST_PUSHED_BYTES = 32 << 20
+"""What a rank may push to all others in one call as plain rows, and what it keeps for each of odd and even calls: 2048
+rows of 8192 numbers of two bytes between two ranks, 75 us at 450 GB/s."""
+
+MOST_PUSHED_ROWS = 32 << 10
+"""Each has a flag: of MOST_PUSHED_BYTES that is so for rows of 1 KiB and more."""
+
 _WORD = 4  # bytes of a row beside each flag of as many
 _NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 
@@ -51,12 +64,18 @@ class Room:
         addresses: where each rank's `words` begin, int64 (ranks,), on the device.
         state: int32 (2,), on the device: the number of the next call, and how many programs have begun it.
         rank: this process's in the group.
+        pushed: what arrives here as plain rows, int32 (2, ranks - 1, MOST_PUSHED_ROWS + capacity): for odd and for even
+            calls, from each other rank in their order. First come the rows' flags, which say of which call they are,
+            then the rows themselves.
+        pushed_addresses: where each rank's `pushed` begins, int64 (ranks,), on the device.
     """
 
     words: Tensor
     addresses: Tensor
     state: Tensor
     rank: int
+    pushed: Tensor
+    pushed_addresses: Tensor
 
     @property
     def ranks(self) -> int:
@@ -67,10 +86,20 @@ class Room:
         """Words that one rank can send to another in a call."""
         return int(self.words.shape[2])
 
+    @property
+    def pushed_share(self) -> int:
+        """Words of one rank in `pushed`, flags among them."""
+        return int(self.pushed.shape[2])
 
-def capacity_of(ranks: int) -> int:
+
+def capacity_of(ranks: int, most_bytes: int = MOST_BYTES) -> int:
     """Words for each rank: a multiple of 16, so that a warp's loads are aligned wherever a rank's share begins."""
-    return MOST_BYTES // _WORD // max(1, ranks - 1) // 16 * 16
+    return most_bytes // _WORD // max(1, ranks - 1) // 16 * 16
+
+
+def pushed_shape(ranks: int) -> tuple[int, int, int]:
+    """The shape of `Room.pushed`."""
+    return 2, ranks - 1, MOST_PUSHED_ROWS + capacity_of(ranks, MOST_PUSHED_BYTES)
 
 
 _rooms: dict[tuple[str, torch.device], tuple[weakref.ref[torch.distributed.ProcessGroup], Room | str]] = {}
@@ -83,30 +112,51 @@ def find(group_name: str, device: torch.device) -> Room | None:
 
 
 def why_not(group_name: str, device: torch.device, rows: int, row_bytes: int) -> list[str]:
-    """Reasons against exchanging `rows` rows of so many bytes by symmetric memory. Asks no other rank."""
-    if not group_name:
-        return ["this process is alone: there is nothing to exchange"]
-    found = _known(group_name, device)
-    if found is None:
-        return [
-            "no symmetric memory is set up for the group; burnish.optimize() of a divided model does so, and "
-            "burnish.parallel.set_up_symmetric_memory, which all ranks have to call"
-        ]
+    """Reasons against exchanging `rows` rows of so many bytes by symmetric memory, as words that say of which call they
+    are. Asks no other rank."""
+    found = _room_or_reason(group_name, device)
     if isinstance(found, str):
         return [found]
     reasons = []
     if rows > MOST_ROWS:
         reasons.append(f"there are {rows} rows; up to {MOST_ROWS} programs wait for each other at the same time")
-    if row_bytes > MOST_ROW_BYTES:
-        reasons.append(f"rows of {row_bytes} bytes do not fit a program's registers; {MOST_ROW_BYTES} do")
+    reasons += _too_long(row_bytes)
     if row_bytes % _WORD:
         reasons.append(f"rows of {row_bytes} bytes are no multiple of {_WORD}")
-    if rows * row_bytes > found.capacity * _WORD:
-        reasons.append(
-            f"{rows * row_bytes} bytes are more than the {found.capacity * _WORD} up to which each rank sends all that "
-            f"it has to each of {found.ranks - 1}"
-        )
-    return reasons
+    return reasons + _too_much(rows * row_bytes, found.capacity * _WORD, found.ranks)
+
+
+def why_not_pushed(group_name: str, device: torch.device, rows: int, row_bytes: int) -> list[str]:
+    """The same for rows that are pushed as they are, with a flag each behind them."""
+    found = _room_or_reason(group_name, device)
+    if isinstance(found, str):
+        return [found]
+    reasons = []
+    if rows > MOST_PUSHED_ROWS:
+        reasons.append(f"there are {rows} rows; {MOST_PUSHED_ROWS} have flags")
+    capacity = (found.pushed_share - MOST_PUSHED_ROWS) * _WORD
+    return reasons + _too_long(row_bytes) + _too_much(rows * row_bytes, capacity, found.ranks)
+
+
+def _room_or_reason(group_name: str, device: torch.device) -> Room | str:
+    if not group_name:
+        return "this process is alone: there is nothing to exchange"
+    return _known(group_name, device) or (
+        "no symmetric memory is set up for the group; burnish.optimize() of a divided model does so, and "
+        "burnish.parallel.set_up_symmetric_memory, which all ranks have to call"
+    )
+
+
+def _too_long(row_bytes: int) -> list[str]:
+    if row_bytes <= MOST_ROW_BYTES:
+        return []
+    return [f"rows of {row_bytes} bytes do not fit a program's registers; {MOST_ROW_BYTES} do"]
+
+
+def _too_much(sent: int, most: int, ranks: int) -> list[str]:
+    if sent <= most:
+        return []
+    return [f"{sent} bytes are more than the {most} up to which each rank sends all that it has to each of {ranks - 1}"]
 
 
 def set_up_symmetric_memory(mesh: Mesh = None) -> str | None:
@@ -168,20 +218,21 @@ def _set_up(group: torch.distributed.ProcessGroup, device: torch.device) -> Room
     host = zlib.crc32(f"{socket.gethostname()} {_boot_id()}".encode())
     if not _same(host, group):
         return "the ranks are on different machines: they share no NVLink"
-    made: Room | str
-    try:
-        made = _rendezvous(group, device)
-    except (
-        ImportError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as error:  # no driver support, no way between two GPUs
-        made = f"torch could not set symmetric memory up: {str(error).splitlines()[0]}"
-    if not _all(isinstance(made, Room), group):
+    memory = _tried(lambda: _allocate(group, device))
+    if not _all(not isinstance(memory, str), group) or isinstance(memory, str):
+        return memory if isinstance(memory, str) else "another rank of the group got no symmetric memory"
+    made = _tried(lambda: _rendezvous(group, device, memory))
+    if not _all(not isinstance(made, str), group):
         return made if isinstance(made, str) else "another rank of the group could not set symmetric memory up"
     return made
+
+
+def _tried(step: Callable[[], Made]) -> Made | str:
+    """What a step makes, or why it cannot: without driver support, memory, or a way between two GPUs."""
+    try:
+        return step()
+    except (ImportError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        return f"torch could not set symmetric memory up: {str(error).splitlines()[0]}"
 
 
 def _why_not_here(group: torch.distributed.ProcessGroup, device: torch.device) -> str | None:
@@ -199,31 +250,36 @@ def _why_not_here(group: torch.distributed.ProcessGroup, device: torch.device) -
     return None
 
 
-def _rendezvous(group: torch.distributed.ProcessGroup, device: torch.device) -> Room:
-    """RuntimeError where some GPU cannot write to another's memory."""
+def _allocate(group: torch.distributed.ProcessGroup, device: torch.device) -> list[Tensor]:
+    """`words` and `pushed` of a room, of zeros. RuntimeError where there is no such memory."""
     import torch.distributed as dist
     from torch._C._distributed_c10d import _SymmetricMemory
+
+    ranks = dist.get_world_size(group)
+    words = (2, ranks, capacity_of(ranks)), torch.int64
+    # Allocations of their own, where `empty` may give a part of one: peers are told where allocations begin.
+    with torch.cuda.device(device), _without_multicast():
+        return [
+            _SymmetricMemory.empty_strided_p2p(shape, (shape[1] * shape[2], shape[2], 1), dtype, device).zero_()
+            for shape, dtype in (words, (pushed_shape(ranks), torch.int32))
+        ]
+
+
+def _rendezvous(group: torch.distributed.ProcessGroup, device: torch.device, memory: Sequence[Tensor]) -> Room:
+    """RuntimeError where some GPU cannot write to another's memory."""
+    import torch.distributed as dist
     from torch.distributed import _symmetric_memory
 
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    shape = (2, ranks, capacity_of(ranks))
-    strides = (shape[1] * shape[2], shape[2], 1)
+    rank = dist.get_rank(group)
     with torch.cuda.device(device), _without_multicast():
-        # An allocation of its own, where `empty` may give a part of one: peers are told where allocations begin.
-        words = _SymmetricMemory.empty_strided_p2p(shape, strides, torch.int64, device)
-        words.zero_()
-        handle = _symmetric_memory.rendezvous(words, group.group_name)
-        addresses = [int(address) for address in handle.buffer_ptrs]
-        if addresses[rank] != words.data_ptr() or not all(addresses):
+        handles = [_symmetric_memory.rendezvous(mine, group.group_name) for mine in memory]
+        found = [list(map(int, handle.buffer_ptrs)) for handle in handles]
+        if not all(at[rank] == mine.data_ptr() and all(at) for at, mine in zip(found, memory, strict=True)):
             raise RuntimeError("not every GPU of the group can write to each other's memory")
-        room = Room(
-            words,
-            torch.tensor(addresses, dtype=torch.int64, device=device),
-            torch.tensor([1, 0], dtype=torch.int32, device=device),  # not 0, which fresh words say they are of
-            rank,
-        )
-        torch.cuda.synchronize(device)  # all words are 0 before anyone hears that this rank is ready
-    return room
+        (words, pushed), addresses = memory, [torch.tensor(at, dtype=torch.int64, device=device) for at in found]
+        state = torch.tensor([1, 0], dtype=torch.int32, device=device)  # not 0, which fresh words say they are of
+        torch.cuda.synchronize(device)  # all is 0 before anyone hears that this rank is ready
+    return Room(words, addresses[0], state, rank, pushed, addresses[1])
 
 
 @contextlib.contextmanager
