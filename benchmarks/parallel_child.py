@@ -117,7 +117,7 @@ def check() -> None:
     eager = model(**inputs).logits
     true = numerics.oracle(model.double(), **inputs).logits
     reason = set_up_symmetric_memory()
-    for impl in ["torch"] if reason else ["torch", "symmetric"]:
+    for impl in ["torch"] if reason else ["torch", "symmetric", "symmetric_rows"]:
         divided, _ = llama("llama-8b", 16, **options)
         with patch.object(Tuner, "FIRST_BUDGET_US", 0.0):
             fast = burnish.optimize(tensor_parallel(divided), cache="off", impls={SUM: impl})

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 import burnish
+from benchmarks.processes import say
 from burnish import ops
 from burnish.numerics import assert_close
 from burnish.op import Op
@@ -32,6 +33,7 @@ from tests.parallel.ranks import Check, run
 
 WORLD, WIDTH = "0", 4096
 CALLS, REPLAYS, CHAIN = 1000, 200, 16
+MANY, MANY_CALLS, MANY_REPLAYS, TIMED = 2048, 200, 50, 50
 PATIENCE_SECONDS = 20.0
 _kept: list[Any] = []  # what is alive when the process group ends
 
@@ -120,16 +122,25 @@ def finished(what: str) -> None:
                     for other in range(known.ranks):
                         of_call, count = words[half, other].unique(return_counts=True)
                         arrived += f"; half {half} from {other}: {of_call.tolist()} x {count.tolist()}"
+                arrived += "; rows of each call that were pushed here"
+                for half in range(2):
+                    for other in range(known.ranks - 1):
+                        with torch.cuda.stream(side):  # contiguous: a kernel that copies may find no room
+                            flags = known.pushed[half, other, : symmetric.MOST_PUSHED_ROWS].cpu()
+                        of_call, count = flags.unique(return_counts=True)
+                        arrived += f"; half {half} from other {other}: {of_call.tolist()} x {count.tolist()}"
             raise AssertionError(f"{what}: the device is not done after {PATIENCE_SECONDS:.0f} s; {arrived}")
         time.sleep(0.001)
 
 
-def arguments(rank: int, rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def arguments(
+    rank: int, rows: int, dtype: torch.dtype, width: int = WIDTH
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x of this rank's own; residual and weight alike."""
     own, shared = (torch.Generator("cuda").manual_seed(seed) for seed in (rank, 7))
-    x = torch.randn(1, rows, WIDTH, generator=own, device="cuda", dtype=dtype)
-    residual = torch.randn(1, rows, WIDTH, generator=shared, device="cuda", dtype=dtype)
-    return x, residual, torch.randn(WIDTH, generator=shared, device="cuda", dtype=dtype)
+    x = torch.randn(1, rows, width, generator=own, device="cuda", dtype=dtype)
+    residual = torch.randn(1, rows, width, generator=shared, device="cuda", dtype=dtype)
+    return x, residual, torch.randn(width, generator=shared, device="cuda", dtype=dtype)
 
 
 @torch.no_grad()
@@ -148,31 +159,144 @@ def sums_are_nccls(rank: int, folder: Path) -> None:
             nccl_normed, nccl_total = by("torch", ops.all_reduce_add_rms_norm, *given)
             wrong += (total != nccl_total).sum()
             if call % 250 == 0:
-                wide = [t.double() for t in (nccl_total, weight)]
-                truth = wide[0] * torch.rsqrt(wide[0].square().mean(-1, keepdim=True) + 1e-6) * wide[1]
-                assert_close(normed, nccl_normed, truth)
-                assert_alike(normed)
+                assert_normed(normed, nccl_normed, nccl_total, weight)
         finished(f"{CALLS} calls")
         assert int(wrong) == 0
 
 
-def by(impl: str, op: Op, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def assert_normed(
+    normed: torch.Tensor, eager: torch.Tensor, total: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6
+) -> None:
+    wide = [t.double() for t in (total, weight)]
+    truth = wide[0] * torch.rsqrt(wide[0].square().mean(-1, keepdim=True) + eps) * wide[1]
+    assert_close(normed, eager, truth)
+    assert_alike(normed)
+
+
+def by(impl: str, op: Op, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     bound = op.bind(*args, group_name=WORLD)
     assert not op.impls[impl].why_not(*bound)
-    result: tuple[torch.Tensor, torch.Tensor] = op.impls[impl].fn(*bound)
+    result: tuple[torch.Tensor, torch.Tensor] = op.impls[impl].fn(*bound, **options)
     return result
 
 
 @torch.no_grad()
+def a_call_of_many_rows(rank: int, folder: Path) -> None:
+    """And then of others: less than a block of rows, one row more than blocks have, rows that no 16 bytes begin."""
+    for rows, width in ((MANY, WIDTH), (1, WIDTH), (MANY - 1, 768), (777, 1030), (300, 33), (13, 8192)):
+        x, residual, weight = arguments(rank, rows, torch.bfloat16, width)
+        normed, total = by("symmetric_rows", ops.all_reduce_add_rms_norm, x, None, residual, weight)
+        finished(f"a call with {rows} rows of {width}")
+        nccl_normed, nccl_total = by("torch", ops.all_reduce_add_rms_norm, x, None, residual, weight)
+        assert torch.equal(total, nccl_total), (rows, width)
+        assert_normed(normed, nccl_normed, nccl_total, weight)
+
+
+@torch.no_grad()
+def many_rows_are_nccls(rank: int, folder: Path) -> None:
+    """In 200 calls of other rows each, by every config, in turns with the kernel for few, with one GPU late now and
+    then: of two ranks to the bit."""
+    impl = ops.all_reduce_add_rms_norm.impls["symmetric_rows"]
+    assert impl.configs is not None
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x, residual, weight = arguments(rank, MANY, dtype)
+        configs = impl.configs(*ops.all_reduce_add_rms_norm.bind(x, None, residual, weight, group_name=WORLD))
+        wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+        for call in range(MANY_CALLS):
+            few = call % 3 == 1
+            rows = 1 + call % 16 if few else MANY - call * 37 % 1900 if call % 4 else MANY
+            given = x[:, :rows] * (1 + call % 5), None, residual[:, :rows], weight
+            if (call + rank) % 9 == 0:
+                torch.cuda._sleep(50_000 * (1 + call % 7))
+            if few:
+                normed, total = by("symmetric", ops.all_reduce_add_rms_norm, *given)
+            else:
+                config = configs[call % len(configs)]
+                normed, total = by("symmetric_rows", ops.all_reduce_add_rms_norm, *given, config=config)
+            if call % 5 == 0:  # otherwise NCCL would keep the GPUs together
+                nccl_normed, nccl_total = by("torch", ops.all_reduce_add_rms_norm, *given)
+                wrong += (total != nccl_total).sum()
+            if call % 80 == 0:
+                finished(f"{call + 1} calls in {dtype}")
+                assert_normed(normed, nccl_normed, nccl_total, weight)
+        finished(f"{MANY_CALLS} calls in {dtype}")
+        assert int(wrong) == 0, dtype
+
+
+@torch.no_grad()
+def many_rows_one_after_another(rank: int, folder: Path) -> None:
+    """200 calls with nothing in between that would keep the GPUs together; each sum is what the next call adds up, so
+    one row that was read too early, or overwritten, shows in the end."""
+    x, residual, _ = arguments(rank, MANY, torch.float32, 1024)
+    x, residual = (4 * x).round(), (4 * residual).round()  # whole numbers: sums are exact in any order
+    total, expected = residual, residual.double()
+    summed = x.double()
+    dist.all_reduce(summed)
+    for call in range(MANY_CALLS):
+        if call % 20 == 10 * rank:
+            torch.cuda._sleep(200_000)
+        factor = 1 + call % 7
+        _, total = by("symmetric_rows", ops.all_reduce_add_rms_norm, x * factor, None, total)
+        expected = expected + summed * factor
+    finished(f"{MANY_CALLS} calls one after another")
+    assert torch.equal(total.double(), expected)
+
+
+@torch.no_grad()
+def layer_norm_of_many_rows(rank: int, folder: Path) -> None:
+    x, residual, weight = arguments(rank, 777, torch.float16, 1600)
+    given = x, weight * 2, residual, weight, weight / 3
+    found, expected = (by(impl, ops.all_reduce_add_layer_norm, *given) for impl in ("symmetric_rows", "torch"))
+    finished("layer normalization of many rows")
+    assert torch.equal(found[1], expected[1])
+    truth = torch.nn.functional.layer_norm(expected[1].double(), (1600,), weight.double(), (weight / 3).double())
+    assert_close(found[0], expected[0], truth)
+
+
+@torch.no_grad()
+def many_rows_timed(rank: int, folder: Path) -> None:
+    """Nothing is asserted: what 2048 rows of 4096 take by NCCL and the norm, and by each config of one kernel."""
+    op = ops.all_reduce_add_rms_norm
+    x, residual, weight = arguments(rank, MANY, torch.bfloat16)
+    bound = op.bind(x, None, residual, weight, group_name=WORLD)
+    runs: dict[str, Any] = {}
+    for name in ("torch_triton", "symmetric_rows"):
+        impl = op.impls[name]
+        assert impl.configs is not None
+        for config in impl.configs(*bound)[: None if name == "symmetric_rows" else 1]:
+            runs[f"{name} {config}"] = partial(impl.in_place or impl.fn, *bound, config=config)
+    for name, run_it in runs.items():
+        for _ in range(5):
+            run_it()
+        finished(name)
+        dist.barrier()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(TIMED):
+            run_it()
+        end.record()
+        finished(f"{TIMED} calls by {name}")
+        say(f"rank {rank}", f"{MANY} x {WIDTH} bfloat16 by {name}: {start.elapsed_time(end) * 1e3 / TIMED:.1f} us")
+
+
 def replays_count_as_calls(rank: int, folder: Path) -> None:
     """A graph of 16 calls in a row, replayed 200 times with other numbers, between calls that no graph has."""
+    replays_count(rank, "symmetric", 3, REPLAYS)
+
+
+def replays_of_many_rows(rank: int, folder: Path) -> None:
+    replays_count(rank, "symmetric_rows", MANY, MANY_REPLAYS)
+
+
+@torch.no_grad()
+def replays_count(rank: int, impl: str, rows: int, replays: int) -> None:
     assert set_up_symmetric_memory() is None
-    x, residual, weight = arguments(rank, 3, torch.bfloat16)
+    x, residual, weight = arguments(rank, rows, torch.bfloat16)
 
     def chain() -> tuple[torch.Tensor, torch.Tensor]:
         branch, total = x, residual
         for _ in range(CHAIN):
-            branch, total = by("symmetric", ops.all_reduce_add_rms_norm, branch * (1 + rank), None, total, weight)
+            branch, total = by(impl, ops.all_reduce_add_rms_norm, branch * (1 + rank), None, total, weight)
         return branch, total
 
     chain()
@@ -180,10 +304,11 @@ def replays_count_as_calls(rank: int, folder: Path) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = chain()
-    for replay in range(REPLAYS):
+    for replay in range(replays):
         x.mul_(-1.01)
         graph.replay()
         if replay % 20 == 0:
+            finished(f"{replay + 1} replays")
             eager = chain()
             for mine, expected in zip(captured, eager, strict=True):
                 assert torch.equal(mine, expected)
@@ -211,7 +336,7 @@ def generates(name: str, op: str, impls: dict[str, str], rank: int, folder: Path
         fast = burnish.optimize(model, (), {"input_ids": IDS.cuda()}, cache="off", impls=impls)
         assert torch.equal(fast.generate(prompt, **options), expected)
     chosen = {c.impl for served in fast.schedule.served for slot, c in served.choices.items() if op in slot}
-    assert chosen == {"symmetric"} if impls else chosen
+    assert chosen == set(impls.values()) if impls else chosen
     _kept.append(fast)
 
 
@@ -239,7 +364,14 @@ CHECKS: dict[str, Check] = {
     "sums_are_nccls": sums_are_nccls,
     "replays_count_as_calls": replays_count_as_calls,
     "layer_norm_with_biases": layer_norm_with_biases,
+    "a_call_of_many_rows": a_call_of_many_rows,
+    "layer_norm_of_many_rows": layer_norm_of_many_rows,
+    "many_rows_one_after_another": many_rows_one_after_another,
+    "many_rows_are_nccls": many_rows_are_nccls,
+    "replays_of_many_rows": replays_of_many_rows,
+    "many_rows_timed": many_rows_timed,
     "llama_by_shared_memory": partial(generates, "llama", RMS, {RMS: "symmetric"}),
+    "llama_by_pushed_rows": partial(generates, "llama", RMS, {RMS: "symmetric_rows"}),
     "llama_by_what_is_fastest": partial(generates, "llama", RMS, {}),
     "gpt2_by_shared_memory": partial(generates, "gpt2", LAYER, {LAYER: "symmetric"}),
     "gpt2_by_what_is_fastest": partial(generates, "gpt2", LAYER, {}),

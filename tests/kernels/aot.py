@@ -4,8 +4,8 @@ Run as `python -m tests.kernels.aot OP...` in a process of its own: the kernels 
 interpreter. Prints one JSON list of what was compiled; `--barriers`, `--attention`, `--shared-attention`,
 `--finishing`, `--vocabularies`, `--shared-memory`, `--pushed-rows` and `--tokens` instead what `barriers`,
 `attention_at_models_sizes`, `shared_attention`, `finishing`, `full_vocabularies`, `shared_memory_of_gpus`,
-`rows_pushed_between_gpus` and `tokens_of_padded_batches` find with everything, and `--few` a little of each, as one JSON
-object.
+`rows_pushed_between_gpus` and `tokens_of_padded_batches` find with everything, and `--few` a little of each, as one
+JSON object.
 """
 
 from __future__ import annotations
