@@ -100,6 +100,29 @@ def test_memory_is_the_same_for_any_number_of_ranks() -> None:
         assert share % 16 == 0, "16 bytes at a time, wherever a rank's share begins"
 
 
+def test_nobody_waits_for_one_without_memory(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them hear of it before any goes to where it would wait for the others."""
+    asked: list[bool] = []
+
+    def all_ranks(ok: bool, group: object) -> bool:
+        asked.append(ok)
+        return ok and len(asked) < 4  # the fourth time another one has none
+
+    def allocate(group: object, device: torch.device) -> list[torch.Tensor]:
+        raise torch.OutOfMemoryError("no memory is left\nat all")
+
+    def rendezvous(*args: object) -> symmetric.Room:
+        raise AssertionError("not all have memory")
+
+    monkeypatch.setattr(symmetric, "_why_not_here", lambda group, device: None)
+    for name, step in (("_all", all_ranks), ("_allocate", allocate), ("_rendezvous", rendezvous)):
+        monkeypatch.setattr(symmetric, name, step)
+    assert symmetric._set_up(named(WORLD), CPU) == "torch could not set symmetric memory up: no memory is left"
+    monkeypatch.setattr(symmetric, "_allocate", lambda group, device: [])
+    assert symmetric._set_up(named(WORLD), CPU) == "another rank of the group got no symmetric memory"
+    assert asked == [True, False, True, True]
+
+
 def test_it_goes_with_the_group(alone: None) -> None:
     put(GPU)
     dist.destroy_process_group()

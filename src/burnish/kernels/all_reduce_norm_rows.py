@@ -76,7 +76,7 @@ def signal(flags, count, call):
 
 @triton.jit
 def acquire(flag):
-    """A flag; what was written before it is seen by loads after this."""
+    """A flag, as each thread sees it; what was written before it is seen by that thread's loads after this."""
     return tl.inline_asm_elementwise(
         "ld.acquire.sys.global.b32 $0, [$1];", "=r,l", [flag], dtype=tl.int32, is_pure=False, pack=1
     )
@@ -223,12 +223,14 @@ def all_reduce_norm_rows_configs(rows: int, N: int, itemsize: int) -> list[Confi
     """How to push, add up and normalize rows of N entries, the most promising first: how many ROWS are pushed with one
     fence, of how many programs one PUSHES, and how many there are for each multiprocessor.
 
-    A fence waits for the link and back, 2 us; meanwhile 450 GB/s are 900 kB, 7 of each of 132 multiprocessors. Of rows
-    that the kernel for few takes as well there is one config: to compile more is not worth what they might gain.
+    A fence waits for the link and back, 2 us; meanwhile 450 GB/s are 900 kB, 7 of each of 132 multiprocessors: hence 16
+    KiB and more. With fewer programs that push, fewer multiprocessors have their own loads and stores wait behind those
+    that the link holds up. Of rows that the kernel for few takes as well there is one config: to compile more is not
+    worth what they might gain.
     """
     row_bytes = next_power_of_2(N) * itemsize
     warps = min(32, max(4, row_bytes // (32 * _WARP)))  # 32 bytes a thread: 16 numbers of two bytes
-    tried = [(16, 4, 32), (32, 8, 32), (16, 4, 24), (64, 16, 32)]
+    tried = [(16, 4, 32), (32, 8, 32), (64, 16, 32), (16, 4, 24)]
     tried = tried[: 1 if rows * N * itemsize <= MOST_BYTES else None]
     configs = (
         Config.of(
