@@ -216,7 +216,10 @@ BENCHED: dict[str, tuple[Callable[..., object], dict[str, inputs.Maker]]] = {
     ),
     "embedding_backward": (
         eager.embedding_backward,
-        {"t512 n768, 30522 words": inputs.embedding_backward_arguments(512, 768, 30522)},
+        {
+            "t512 n768, 30522 words": inputs.embedding_backward_arguments(512, 768, 30522),
+            "t4096 n768, 50304 words, tied": inputs.embedding_backward_arguments(4096, 768, 50304, tied=True),
+        },
     ),
     "embedding_layer_norm": (eager.embedding_layer_norm, {"b8 s128 n384": inputs.embedding_arguments(8, 128, 384)}),
     "cross_entropy": (eager.cross_entropy, {"t128 v50257": inputs.cross_entropy_arguments(128, 50257)}),

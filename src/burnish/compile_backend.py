@@ -24,6 +24,7 @@ from burnish.compile_choices import choose_impls
 from burnish.compile_decompositions import decompositions
 from burnish.compile_norms import Statistics, use_norms
 from burnish.compile_products import widen_products
+from burnish.compile_tables import add_tables
 from burnish.compile_trace import regions, trace_for_compile
 from burnish.graph.autocast import without_autocast
 from burnish.graph.trace import clean
@@ -68,6 +69,7 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **optio
     def compile_inner(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **rest: Any) -> Any:
         use_norms(graph_module, statistics)
         pack_gradients(graph_module)
+        add_tables(graph_module)
         choose_impls(graph_module, tuner)
         widen_products(graph_module)
         return compile_fx_inner(graph_module, example_inputs, **rest)

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from burnish.lower import op_of
 from burnish.op import Op
+from burnish.ops import embedding_backward
 from burnish.ops._common import HALF_TYPES
 from burnish.tuning import Tuner
 
@@ -60,7 +61,19 @@ def _like(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if value is None and isinstance(arg, fx.Node):
             return None
         found.append(value)
+    if op is embedding_backward and 0 not in found[1].stride():
+        _spread(found[1], found[2])
     return tuple(found)
+
+
+def _spread(ids: Tensor, entries: int) -> None:
+    """As words are in a text: the second most frequent one is half as frequent as the first, and so on.
+
+    By Zipf's law; with one id for all, the time would be that of a single row's sum.
+    """
+    generator = torch.Generator(ids.device).manual_seed(0)
+    share = torch.rand(ids.shape, generator=generator, device=ids.device, dtype=torch.float64)
+    ids.copy_((float(entries) ** share).long() - 1)
 
 
 def _tensor_like(fake: Tensor, evenly: bool, rows: int) -> Tensor | None:

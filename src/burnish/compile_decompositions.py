@@ -40,10 +40,10 @@ def _table_gradient(
     if scale_grad_by_freq:
         result: Tensor = theirs(grad, ids, entries, padding_idx, scale_grad_by_freq)
         return result
+    if padding_idx >= 0:  # its gradients are of no row: rows are not written again
+        ids = torch.where(ids == padding_idx, -1, ids)
     table: Tensor = embedding_backward(grad, ids, entries)
-    if padding_idx < 0:
-        return table
-    return table.masked_fill((torch.arange(entries, device=table.device) == padding_idx)[:, None], 0)
+    return table
 
 
 def _gelu(theirs: Decomposition, x: Tensor, approximate: str = "none") -> Tensor:

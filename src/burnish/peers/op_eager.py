@@ -339,8 +339,13 @@ def embedding(ids: Tensor, word: Tensor, position_ids: Tensor | None, position: 
     return words if position_ids is None or position is None else words + F.embedding(position_ids, position)
 
 
-def embedding_backward(grad: Tensor, ids: Tensor, entries: int) -> Tensor:
-    return torch.ops.aten.embedding_dense_backward(grad, ids, entries, -1, False)
+def embedding_backward(
+    grad: Tensor, ids: Tensor, entries: int, table_grad: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
+    table: Tensor = torch.ops.aten.embedding_dense_backward(grad, ids, entries, -1, False)
+    if table_grad is None:
+        return table
+    return table_grad.to(table.dtype).mul_(1 if scale is None else scale).add_(table)
 
 
 def embedding_layer_norm(

@@ -29,10 +29,14 @@ def norm_backward_arguments(*shape: int, bias: bool) -> Maker:
     return arguments
 
 
-def embedding_backward_arguments(tokens: int, width: int, entries: int) -> Maker:
+def embedding_backward_arguments(tokens: int, width: int, entries: int, tied: bool = False) -> Maker:
+    """`tied`: with the gradient of a product that shares the table, and its factor."""
+
     def arguments(dtype: torch.dtype) -> Arguments:
         generator = torch.Generator().manual_seed(0)
-        return *tensors((1, tokens, width))(dtype), torch.randint(entries, (1, tokens), generator=generator), entries
+        grad, table_grad = tensors((1, tokens, width), (entries if tied else 0, width))(dtype)
+        ids = torch.randint(entries, (1, tokens), generator=generator)
+        return grad, ids, entries, *((table_grad, torch.tensor(0.5)) if tied else ())
 
     return arguments
 
