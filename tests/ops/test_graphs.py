@@ -45,7 +45,7 @@ FEATURES = {  # of each Op, samples that together use every argument
     "cross_entropy": ("every option", "transposed", "none", "smoothed"),
     "cross_entropy_with_gradient": ("every option", "transposed", "a gradient of each loss"),
     "embedding": ("positions", "one token of each text"),
-    "embedding_backward": ("words", "odd"),
+    "embedding_backward": ("words", "odd", "tied"),
     "embedding_layer_norm": ("BERT", "no types"),
     "gate_backward": ("gelu_tanh", "no hidden", "transposed"),
     "gated_mlp": ("gelu_tanh", "biases"),
@@ -164,7 +164,7 @@ SMALL = {  # float64 inputs small enough for numerical derivatives
         *(None, None, 0.4, torch.tensor([5])),
     ),
     "embedding": lambda r: (torch.tensor([[0, 2, 2]]), r(3, 4), torch.arange(3)[None], r(3, 4)),
-    "embedding_backward": lambda r: (r(1, 3, 4), torch.tensor([[0, 2, 2]]), 3),
+    "embedding_backward": lambda r: (r(1, 3, 4), torch.tensor([[0, 2, 2]]), 3, r(3, 4), r()),
     "embedding_layer_norm": lambda r: (
         torch.tensor([[0, 2, 2]]),
         r(3, 4),

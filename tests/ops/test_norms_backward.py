@@ -286,7 +286,7 @@ def test_a_second_derivative_that_is_not_there_says_what_to_do() -> None:
         torch.autograd.grad(first.sum(), x)
 
 
-X = torch.ones(2, 4)
+X, IDS = torch.ones(2, 4), torch.zeros(2, dtype=torch.long)
 
 
 @pytest.mark.parametrize(
@@ -317,6 +317,10 @@ X = torch.ones(2, 4)
         ),
         ("embedding_backward", (X, torch.zeros(2), 5), TypeError, "ids has dtype torch.float32; it must be int32 or"),
         ("embedding_backward", (X, torch.zeros(2).long(), 0), ValueError, "entries is 0; a table has at least one"),
+        ("embedding_backward", (X, IDS, 3, X), ValueError, r"table_grad has shape \(2, 4\); it must be \(3, 4\): the"),
+        ("embedding_backward", (X, IDS, 2, X.long()), TypeError, "table_grad has dtype torch.int64; it must be a"),
+        ("embedding_backward", (X, IDS, 2, None, X.sum()), ValueError, "scale is given where table_grad is None"),
+        ("embedding_backward", (X, IDS, 2, X, X), ValueError, r"scale has shape \(2, 4\); it must be one number"),
     ],
 )
 def test_bad_input_is_named(name: str, args: tuple[Any, ...], error: type[Exception], says: str) -> None:

@@ -227,8 +227,12 @@ def embedding_backward_configs(N: int) -> list[Config]:
     """How to write rows of N entries, the most promising first."""
     widest = max(32, next_power_of_2(N))
     block = next((b for b in (256, 128) if N % b == 0), 256)
-    shapes = ((8, block, 2, 4), (4, block, 2, 2), (4, block, 4, 4), (4, 512, 2, 4), (16, block, 2, 8))
-    found = (Config.of(w, ROWS=r, BLOCK_N=min(b, widest), AHEAD=a) for r, b, a, w in shapes)
+    found = []
+    for rows, columns, ahead, warps in ((8, block, 2, 4), (4, block, 2, 2), (4, block, 4, 4), (4, 512, 2, 4)):
+        columns = min(columns, widest)
+        # Eight entries or more in a thread: with fewer the compiler spills one, in narrow tables for want of no register.
+        warps = min(warps, rows * columns // 256) if columns >= 128 else 1
+        found.append(Config.of(warps, ROWS=rows, BLOCK_N=columns, AHEAD=ahead))
     return list(dict.fromkeys(found))
 
 

@@ -109,9 +109,7 @@ def _triton_why_not(
         if given is not None and given.dtype not in (*HALF_TYPES, torch.float32):
             reasons.append(f"{name} is {given.dtype}; the kernel takes float16, bfloat16 and float32")
     if entries > _MOST_ENTRIES:
-        reasons.append(
-            f"a table of {entries} rows is too long for the kernel's keys of 32 bits; {_MOST_ENTRIES} is not"
-        )
+        reasons.append(f"{entries} rows are too many for the kernel's keys of 32 bits; {_MOST_ENTRIES} are not")
     return reasons
 
 
