@@ -189,7 +189,9 @@ def kernels_for_rows(rows: list[int]) -> list[list[str]]:
             tensor(1, n, 64), weight, None, tensor(1, n, 64), tensor(1, n, 64), 64, 128
         ),
         ("embedding", "triton"): lambda n: (torch.zeros(n, 1, dtype=torch.int64), weight) * 2,
-        ("embedding_backward", "triton"): lambda n: (tensor(1, n, 64), torch.zeros(1, n, dtype=torch.int64), 192, weight),
+        ("embedding_backward", "triton"): lambda n: (
+            tensor(1, n, 64), torch.zeros(1, n, dtype=torch.int64), 192, weight
+        ),
         ("embedding_layer_norm", "triton"): lambda n: (
             *(torch.zeros(1, n, dtype=torch.int64), weight) * 2, *(torch.zeros(1, n, dtype=torch.int64), weight)
         ),

@@ -31,7 +31,7 @@ _CHUNK = 1024  # lookups that are sorted by comparing each with each: 12 million
 _BLOCK = 16  # sorted lookups; of a row within one block the row's own program adds them up
 MAX_ENTRIES = 2**31 // _CHUNK - 2  # as row and place within a chunk share 32 bits, and one row more is for wrong ids
 
-_SORT = Config.of(4, CHUNK=_CHUNK, PLACES=64, OTHERS=64)
+_SORT = Config.of(8, CHUNK=_CHUNK, PLACES=32, OTHERS=256)  # four rounds of loads, each of 32 comparisons a thread
 _RANK = Config.of(8, CHUNK=_CHUNK, PLACES=64, CHUNKS=16)
 _NONE = tl.constexpr(2**31 - 1)  # the key of no lookup, after all others
 _LEVELS = tl.constexpr(_CHUNK.bit_length() - 1)
@@ -230,7 +230,7 @@ def embedding_backward_configs(N: int) -> list[Config]:
     found = []
     for rows, columns, ahead, warps in ((8, block, 2, 4), (4, block, 2, 2), (4, block, 4, 4), (4, 512, 2, 4)):
         columns = min(columns, widest)
-        # Eight entries or more in a thread: with fewer the compiler spills one, in narrow tables for want of no register.
+        # Eight entries or more in a thread: with fewer the compiler spills one, though it has registers left.
         warps = min(warps, rows * columns // 256) if columns >= 128 else 1
         found.append(Config.of(warps, ROWS=rows, BLOCK_N=columns, AHEAD=ahead))
     return list(dict.fromkeys(found))
