@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from burnish.kernels import embedding_backward as kernels
 from burnish.kernels.embedding_backward import embedding_backward, embedding_backward_configs
-from burnish.kernels.launch import Launch, Target, recording
+from burnish.kernels.launch import Launch, Target, launch, recording
 from burnish.ops import _triton
 
 HOPPER = Target((9, 0), 132)
@@ -99,8 +99,18 @@ def test_the_table_is_written_once_and_nothing_is_filled() -> None:
         with recording(launches.append, HOPPER):
             embedding_backward(torch.empty(lookups, 768), torch.zeros(lookups, dtype=torch.long), 50304)
         assert len(launches) == count
-        sizes = [a.numel() for launch in launches[:-1] for a in launch.args if isinstance(a, Tensor)]
+        sizes = [a.numel() for each in launches[:-1] for a in each.args if isinstance(a, Tensor)]
         assert max(sizes) <= max(50304, 2 * lookups // 16 * 768, lookups * 768)
+
+
+def test_ids_of_no_row_note_nothing() -> None:
+    """What would be their row's is another tensor's memory."""
+    keys, places, rows = (torch.zeros(3, dtype=torch.int32) for _ in range(3))
+    keys.copy_(torch.tensor([1 * 1024 + 2, 5 * 1024, 5 * 1024 + 1]))  # two of the row past all five
+    spans = torch.zeros(6, dtype=torch.int64)
+    launch(kernels._rank_kernel, (1,), keys, places, rows, spans, 3, 5, config=kernels._RANK, like=keys)
+    assert spans.tolist() == [0, 1 << 32, 0, 0, 0, 0]
+    assert (places.tolist(), rows.tolist()) == ([2, 0, 1], [1, 5, 5])
 
 
 def test_reasons_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
