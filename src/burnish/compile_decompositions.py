@@ -8,7 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 
 from burnish.ops import embedding_backward
 from burnish.ops._common import HALF_TYPES
@@ -20,17 +22,58 @@ _ERFC_SCALE = 0.3275911
 
 
 def decompositions() -> dict[Any, Decomposition]:
-    """Inductor's table, with ours in place of those for GELU and the gradients of tables."""
+    """Inductor's table, with ours for the gradients of tables, and without GELU: that stays whole, so that it can be
+    found in graphs, until `expand_gelu` takes what is left of it apart."""
     from torch._inductor.decomposition import select_decomp_table
 
     found: dict[Any, Decomposition] = dict(select_decomp_table())
-    for ours, operator in (
-        (_table_gradient, torch.ops.aten.embedding_dense_backward.default),
-        (_gelu, torch.ops.aten.gelu.default),
-        (_gelu_backward, torch.ops.aten.gelu_backward.default),
-    ):
-        found[operator] = functools.partial(ours, found[operator])
-    return found
+    for operator in gelu_decompositions():
+        del found[operator]
+    operator = torch.ops.aten.embedding_dense_backward.default
+    return found | {operator: functools.partial(_table_gradient, found[operator])}
+
+
+def gelu_decompositions() -> dict[Any, Decomposition]:
+    """What GELU and its backward pass are made of: in half precision ours, else Inductor's."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    theirs = select_decomp_table()
+    gelu, backward = torch.ops.aten.gelu.default, torch.ops.aten.gelu_backward.default
+    return {
+        gelu: functools.partial(_gelu, theirs[gelu]),
+        backward: functools.partial(_gelu_backward, theirs[backward]),
+    }
+
+
+def expand_gelu(graph_module: fx.GraphModule) -> None:
+    """Takes GELU and its backward pass apart in the graph and in those that it calls, in place: Inductor fuses them."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    table = select_decomp_table() | gelu_decompositions()
+    for module in (m for m in graph_module.modules() if isinstance(m, fx.GraphModule)):
+        for operator in gelu_decompositions():
+            for node in module.graph.find_nodes(op="call_function", target=operator):
+                _expand(node, table)
+        module.recompile()
+
+
+def _expand(node: fx.Node, table: dict[Any, Decomposition]) -> None:
+    """The operators that the table has for a node in its place."""
+    graph, tensors = node.graph, node.all_input_nodes
+    values = [tensor.meta["val"] for tensor in tensors]
+
+    def run(*values: Any) -> Any:
+        given = dict(zip(tensors, values, strict=True))
+        return node.target(*map_arg(node.args, given.__getitem__), **node.kwargs)  # type: ignore[operator]
+
+    with values[0].fake_mode:
+        parts = make_fx(run, decomposition_table=table)(*values).graph
+    parts.eliminate_dead_code()  # what a decomposition tried
+    with graph.inserting_before(node):
+        node.replace_all_uses_with(
+            graph.graph_copy(parts, dict(zip(parts.find_nodes(op="placeholder"), tensors, strict=True)))  # type: ignore[arg-type]
+        )
+    graph.erase_node(node)
 
 
 def _table_gradient(

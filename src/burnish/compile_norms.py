@@ -9,13 +9,13 @@ the Op's kernel does all of them for what it writes.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
 
-from burnish.compile_nodes import call, value_of
+from burnish.compile_nodes import call, move_behind, needing, value_of
+from burnish.compile_sums import readers, replace_sums, sums_of_rows
 from burnish.lower import op_of
 from burnish.op import Op
 from burnish.ops import layer_norm_backward, rms_norm_backward
@@ -30,7 +30,6 @@ _NARROW, _SUM, _NORMED = -3, -2, -1  # among the results
 
 _aten = torch.ops.aten
 _CAST = torch.ops.prims.convert_element_type.default
-_VIEWS = (_aten.view.default, _aten.reshape.default, _aten.permute.default, _aten.unsqueeze.default)
 _PRODUCTS = (_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default)
 
 
@@ -79,7 +78,7 @@ def _take_narrow(node: fx.Node) -> None:
     """The cast of dx to half precision, for products -> the Op's `narrow`."""
     dx = _result(node, 0)
     casts = [user for user in dx.users if _is_narrowing(user)] if dx is not None else []
-    if not casts or not any(user.target in _PRODUCTS for user in _readers(casts[0])):
+    if not casts or not any(user.target in _PRODUCTS for user in readers(casts[0])):
         return
     dtype = casts[0].meta["val"].dtype
     _ask(node, narrow=dtype)
@@ -93,38 +92,11 @@ def _take_narrow(node: fx.Node) -> None:
 def _take_sum(node: fx.Node) -> None:
     """The sum of dx over all rows, or of its copy -> the Op's `dx_sum`."""
     sources = [n for n in (_result(node, 0), _result(node, _NARROW)) if n is not None]
-    sums = [user for source in sources for user in _readers(source, _keeps_order) if _adds_rows(user, node)]
-    if not sums:
-        return
-    _ask(node, dx_sum=True)
-    total = _new_result(node, _SUM)
-    dtype = total.meta["val"].dtype
-    for each in sums:
-        casts = [u for u in _readers(each, _keeps_order) if u.target is _CAST and u.meta["val"].dtype == dtype]
-        for wanted in (*casts, each):  # which need no rounding to half precision and back
-            if wanted.users:
-                wanted.replace_all_uses_with(_shaped_like(wanted, total))
-
-
-def _adds_rows(node: fx.Node, norm: fx.Node) -> bool:
-    """Whether it adds up all dimensions but the last, which is the norm's."""
-    x = norm.args[1].meta["val"]  # type: ignore[union-attr]
-    if node.target is not _aten.sum.dim_IntList or node.meta["val"].dtype not in (*HALF_TYPES, x.dtype):
-        return False
-    value, columns = node.args[0].meta["val"], x.shape[-1]  # type: ignore[union-attr]
-    if not isinstance(columns, int) or value.dim() < 2 or value.shape[-1] != columns:
-        return False
-    dims = sorted(dim % value.dim() for dim in node.args[1] or range(value.dim()))  # type: ignore[union-attr]
-    return dims == list(range(value.dim() - 1))
-
-
-def _shaped_like(node: fx.Node, total: fx.Node) -> fx.Node:
-    """The total (N,) in the shape and dtype of `node`."""
-    value, graph = node.meta["val"], node.graph
-    with graph.inserting_before(node):
-        if value.shape != total.meta["val"].shape:
-            total = call(_aten.view.default, total, list(value.shape))
-        return total if value.dtype == total.meta["val"].dtype else call(_CAST, total, value.dtype)
+    x = node.args[1].meta["val"]  # type: ignore[union-attr]
+    sums = [each for source in sources for each in sums_of_rows(source, x.shape[-1], (*HALF_TYPES, x.dtype))]
+    if sums:
+        _ask(node, dx_sum=True)
+        replace_sums(sums, _new_result(node, _SUM))
 
 
 # --- the norm's own result --------------------------------------------------------------------------------------------
@@ -144,33 +116,16 @@ def _take_normed(node: fx.Node, statistics: Statistics) -> None:
             break
     else:
         return
-    if not all(user.target in _PRODUCTS for user in _readers(cast)):
+    if not all(user.target in _PRODUCTS for user in readers(cast)):
         return
-    moved: list[fx.Node] = []
-    behind = {cast}
-    for user in _between(cast, node):
-        if behind.isdisjoint(user.all_input_nodes):
-            continue
-        if user.op != "call_function" or user.is_impure():  # or draws random numbers
-            return
-        behind.add(user)
-        moved.append(user)
-    if not behind.isdisjoint(node.all_input_nodes):
+    moved = needing(cast, node)
+    if moved is None:
         return
     _ask(node, normed=cast.meta["val"].dtype)
-    last = normed = _new_result(node, _NORMED)
-    for user in moved:
-        last.append(user)
-        last = user
+    normed = _new_result(node, _NORMED)
+    move_behind(normed, moved)
     cast.replace_all_uses_with(normed)
     graph.erase_node(cast)
-
-
-def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
-    node = first.next
-    while node is not last:
-        yield node
-        node = node.next
 
 
 def _is_normed(value: Any, norm: fx.Node, statistics: Statistics) -> bool:
@@ -298,16 +253,3 @@ def _new_result(node: fx.Node, place: int) -> fx.Node:
 
 def _is_narrowing(node: fx.Node) -> bool:
     return node.target is _CAST and node.meta["val"].dtype in HALF_TYPES
-
-
-def _keeps_order(view: fx.Node) -> bool:
-    return view.target in (_aten.view.default, _aten.reshape.default)
-
-
-def _readers(node: fx.Node, through: Callable[[fx.Node], bool] | None = None) -> Iterator[fx.Node]:
-    """Who reads it, itself or by views of it: any, or those that `through` takes."""
-    for user in node.users:
-        if user.target in _VIEWS and (through is None or through(user)):
-            yield from _readers(user, through)
-        else:
-            yield user

@@ -2,10 +2,10 @@
 
 Run as `python -m tests.kernels.aot OP...` in a process of its own: the kernels must not be decorated for the
 interpreter. Prints one JSON list of what was compiled; `--barriers`, `--attention`, `--shared-attention`,
-`--finishing`, `--vocabularies`, `--shared-memory`, `--pushed-rows` and `--tokens` instead what `barriers`,
-`attention_at_models_sizes`, `shared_attention`, `finishing`, `full_vocabularies`, `shared_memory_of_gpus`,
-`rows_pushed_between_gpus` and `tokens_of_padded_batches` find with everything, and `--few` a little of each, as one
-JSON object.
+`--finishing`, `--gelu`, `--vocabularies`, `--shared-memory`, `--pushed-rows` and `--tokens` instead what `barriers`,
+`attention_at_models_sizes`, `shared_attention`, `finishing`, `around_gelu`, `full_vocabularies`,
+`shared_memory_of_gpus`, `rows_pushed_between_gpus` and `tokens_of_padded_batches` find with everything, and `--few` a
+little of each, as one JSON object.
 """
 
 from __future__ import annotations
@@ -169,6 +169,8 @@ def kernels_for_rows(rows: list[int]) -> list[list[str]]:
         ("gated_mlp", "triton_tma_gate"): lambda n: (tensor(1, n, 64), weight, tensor(64, 96)),
         ("gate", "triton"): lambda n: (tensor(1, n, 192),),
         ("gate_backward", "triton"): lambda n: (tensor(1, n, 96), tensor(1, n, 192)),
+        ("linear_gelu_backward", "gluon"): lambda n: (tensor(1, n, 64), tensor(64, 192), tensor(1, n, 192)),
+        ("linear_gelu_backward", "torch_triton"): lambda n: (tensor(1, n, 64), tensor(64, 192), tensor(1, n, 192)),
         ("linear_add_layer_norm", "triton"): lambda n: (tensor(1, n, 64), weight, vector, tensor(1, n, 192), vector),
         ("add_rms_norm", "triton"): lambda n: (tensor(1, n, 64), tensor(1, n, 64), None),
         ("rms_norm_backward", "triton"): lambda n: (tensor(1, n, 64), tensor(1, n, 64), tensor(64), 1e-6),
@@ -303,6 +305,27 @@ def finishing(everything: bool) -> list[dict[str, Any]]:
                 if everything:
                     matmul_wgmma(x, weight, None, activation, None, gated, config)
     return [compile_launch(launch, 90) | _synchronization(launch) for launch in launches]
+
+
+def around_gelu(everything: bool) -> list[dict[str, Any]]:
+    """What `compile_launch` and `barriers` say of the products around GELU in GPT-2, with each config; with
+    `everything` in each dtype, with each activation, and also where rows are aligned to 16 bytes only."""
+    from burnish.kernels.launch import Launch, Target, recording
+    from burnish.kernels.linear_gelu_wgmma import linear_gelu_backward, linear_gelu_wgmma_configs
+
+    launches: list[Launch] = []
+    dtypes, activations, sizes = (torch.bfloat16,), ("gelu",), ((3072, 768),)
+    if everything:
+        dtypes, activations, sizes = (torch.bfloat16, torch.float16), ("gelu", "gelu_tanh"), ((3072, 768), (456, 136))
+    with recording(launches.append, Target((9, 0), SMS[90])):
+        for dtype, activation, (columns, depth) in itertools.product(dtypes, activations, sizes):
+            grad, weight = torch.zeros(4096, depth, dtype=dtype), torch.zeros(depth, columns, dtype=dtype)
+            x = torch.zeros(4096, columns, dtype=dtype)
+            for config in linear_gelu_wgmma_configs(3072, 768):
+                for keep in (True, False) if everything else (True,):
+                    linear_gelu_backward(grad, weight, x, activation, keep, config)
+    gluon = [launch for launch in launches if launch.kernel.is_gluon()]
+    return [compile_launch(launch, 90) | _synchronization(launch) for launch in gluon]
 
 
 def attention_at_models_sizes(everything: bool) -> list[dict[str, Any]]:
@@ -452,6 +475,7 @@ OF_ONE_KIND = {
     "--attention": attention_at_models_sizes,
     "--shared-attention": shared_attention,
     "--finishing": finishing,
+    "--gelu": around_gelu,
     "--vocabularies": full_vocabularies,
     "--shared-memory": shared_memory_of_gpus,
     "--pushed-rows": rows_pushed_between_gpus,

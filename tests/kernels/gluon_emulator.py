@@ -22,6 +22,7 @@ from burnish.kernels import (
     digits,
     gemv_mma,
     gemv_mma_append,
+    linear_gelu_wgmma,
     matmul_wgmma,
     matmul_wgmma_finish,
     rope_wgmma,
@@ -33,6 +34,7 @@ from burnish.ops._activations import activate
 MODULES: tuple[ModuleType, ...] = (
     matmul_wgmma,
     matmul_wgmma_finish,
+    linear_gelu_wgmma,
     rope_wgmma,
     attention_wgmma,
     digits,
@@ -225,6 +227,12 @@ def mma_v2(a: Block, b: Block, acc: Block) -> Block:
     if a.dtype == torch.int8:
         return Block(acc.data + (a.data.double() @ b.data.double()).to(torch.int32), acc.type.layout)
     return Block(acc.data + a.data.float() @ b.data.float(), acc.type.layout)
+
+
+def activate_with_slope(x: Block, name: str) -> tuple[Block, Block]:
+    approximate = "tanh" if name == "gelu_tanh" else "none"
+    slope = torch.ops.aten.gelu_backward(torch.ones_like(x.data), x.data, approximate=approximate)
+    return Block(activate(x.data, name.removesuffix("_half")), x.type.layout), Block(slope, x.type.layout)
 
 
 def _bits(entries: Tensor, asm: str) -> Block:
@@ -445,6 +453,7 @@ def _as_python(gluon: Gluon) -> Iterator[None]:
         "two_of": two_of,
         "three_of": three_of,
         "reinterpret": lambda buffer, dtype, shape, layout: buffer.reshape(shape),
+        "activate_with_slope": activate_with_slope,
         "activate": lambda x, name: Block(activate(x.data, name.removesuffix("_half")), x.type.layout),
     }
     try:

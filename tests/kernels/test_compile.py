@@ -91,6 +91,15 @@ def test_tiles_finished_by_a_team_of_their_own_with_every_activation() -> None:
     _assert_synchronized(_aot("--finishing"))
 
 
+def test_products_around_gelu(few: Any) -> None:
+    _assert_synchronized(few["--gelu"])
+
+
+@pytest.mark.slow
+def test_products_around_gelu_with_every_activation() -> None:
+    _assert_synchronized(_aot("--gelu"))
+
+
 def test_sampling_from_full_vocabularies(few: Any) -> None:
     _assert_fit(few["--vocabularies"])
 

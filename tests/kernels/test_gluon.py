@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 
 from burnish.kernels import attention_wgmma
 from burnish.kernels.launch import Config, Launch, Target, recording
+from burnish.kernels.linear_gelu_wgmma import linear_gelu_wgmma_configs
 from burnish.kernels.matmul_configs import Product
 from burnish.kernels.matmul_wgmma import matmul_wgmma
 from burnish.kernels.matmul_wgmma_configs import finishes, matmul_wgmma_configs
@@ -115,6 +116,25 @@ def test_tiles_finished_by_a_team_of_its_own(
             out = matmul_wgmma(x, weight, bias, activation, residual, gated, config)
         emulate(launches[0])
         assert_close(out, *expected)
+
+
+# Rows, columns and depth: with several tiles each, of which some hang over; fewer tiles than programs; whole tiles, and
+# one step over K; more steps than twice the stages of shared memory.
+AROUND_GELU = [(1100, 456, 136), (200, 104, 72), (768, 384, 64), (300, 456, 720)]
+
+
+@pytest.mark.parametrize(("rows", "columns", "depth"), AROUND_GELU)
+def test_products_around_gelu(rows: int, columns: int, depth: int) -> None:
+    dtype = torch.bfloat16
+    grad, x = randn(rows, depth, dtype=dtype, seed=0), randn(rows, columns, dtype=dtype, seed=1)
+    weight = randn(depth, columns, dtype=dtype, seed=2) / math.sqrt(depth)
+    op = OPS["linear_gelu_backward"]
+    bound = op.bind(grad, weight, x)
+    expected = op.reference(*bound), oracle(op.reference, *bound)
+    configs = linear_gelu_wgmma_configs(3072, 768)
+    assert len(configs) == 2
+    for config in configs:
+        assert_close(emulated(op, "gluon", bound, config), *expected)
 
 
 @pytest.mark.slow

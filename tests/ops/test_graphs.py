@@ -55,6 +55,7 @@ FEATURES = {  # of each Op, samples that together use every argument
     "linear_add_rms_norm": ("bias", "no sum", "plain"),
     "linear_cross_entropy": ("every option", "transposed", "none", "bias, sum"),
     "linear_cross_entropy_with_gradients": ("every option", "transposed", "none", "bias, sum"),
+    "linear_gelu_backward": ("gelu_tanh", "no hidden", "transposed"),
     "linear_rope": ("head_dim 20", "no bias", "table per row"),
     "linear_rope_append": ("interleaved", "18 rows, partial", "no tables, not all fit"),
     "quantized_gated_product": ("int8, 16 rows, bias, gelu_tanh", "int4, 64 columns a group, zeros"),
@@ -200,6 +201,7 @@ SMALL = {  # float64 inputs small enough for numerical derivatives
     "linear_cross_entropy_with_gradients": lambda r: (
         *(r(3, 2), r(5, 2), torch.tensor([4, 1, 0]), r(5), r(3), 1, 0.1, 0.2, 1.5, "none", True, True, True),
     ),
+    "linear_gelu_backward": lambda r: (r(2, 3), r(3, 4), r(2, 4), "gelu"),
     "linear_rope": lambda r: (r(1, 3, 4), r(7, 4), r(7), r(3, 2), r(3, 2), 2, 4),
     "linear_rope_append": lambda r: (
         r(1, 2, 3),

@@ -361,9 +361,9 @@ def _launch(
         turning = (cos.shape[-2], batch, cos.stride(-2), rope.rotated)
     memory = (weight, *weight.shape, weight.stride(0))
     arguments: tuple[Any, ...] = (
-        _described(x, rows.count, depth, rows.stride_inner, block_m, block_k),
-        _described(*memory, block_n, block_k),
-        _described(*memory, other, block_k) if other else None,
+        described(x, rows.count, depth, rows.stride_inner, block_m, block_k),
+        described(*memory, block_n, block_k),
+        described(*memory, other, block_k) if other else None,
         *(bias, residual, *tables, out, rows.count, columns, depth),
         1 if bias is None else bias.stride(0),
         *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1)),
@@ -386,6 +386,7 @@ def _launch(
     launch(matmul_wgmma_kernel, (programs,), *arguments, config=config, like=x, registers=registers, **constants)
 
 
-def _described(x: Tensor, rows: int, columns: int, stride: int, *block: int) -> TensorDescriptor:
+def described(x: Tensor, rows: int, columns: int, stride: int, *block: int) -> TensorDescriptor:
+    """A matrix of so many rows, which begin `stride` entries apart, as blocks of it are copied to shared memory."""
     layout = gl.NVMMASharedLayout.get_default_for(list(block), HALF_TYPES[x.dtype])
     return TensorDescriptor(x, [rows, columns], [stride, 1], list(block), layout)

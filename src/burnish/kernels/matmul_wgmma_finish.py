@@ -61,11 +61,11 @@ def write(
 ):  # fmt: skip
     """Adds the residual to a tile and writes it."""
     acc = _with_residual(acc, first_m, first_n, M, N, epilogue, epilogue[6], BLOCK_M, BLOCK_N, gl.int64)
-    _store(acc, first_m, first_n, split, M, N, out_ptr, BLOCK_M, BLOCK_N, WARPS)
+    store(acc, first_m, first_n, split, M, N, out_ptr, BLOCK_M, BLOCK_N, WARPS)
 
 
 @gluon.jit
-def _store(
+def store(
     acc, first_m, first_n, split, M, N, out_ptr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, WARPS: gl.constexpr
 ):  # fmt: skip
     """Writes a tile, 16 bytes by each thread, side by side."""
@@ -132,20 +132,20 @@ def finish_rows(
     ROWS: gl.constexpr = (4 if GATED or epilogue[2] is not None else 8) * WARPS  # at once: as registers allow
     for i in range(start // ROWS, stop // ROWS):
         m = first_m + i * ROWS
-        acc = activate(_take(sums[0], i, BLOCK_M, ROWS, WARPS), ACTIVATION)
+        acc = activate(take(sums[0], i, BLOCK_M, ROWS, WARPS), ACTIVATION)
         if GATED:
-            acc *= _take(sums[1], i, BLOCK_M, ROWS, WARPS)
+            acc *= take(sums[1], i, BLOCK_M, ROWS, WARPS)
         acc = _with_residual(acc, m, first_n, M, N, epilogue, stride_n, ROWS, BLOCK_N, gl.int32)
-        _store(acc, m, first_n, 0, M, N, out_ptr, ROWS, BLOCK_N, WARPS)
+        store(acc, m, first_n, 0, M, N, out_ptr, ROWS, BLOCK_N, WARPS)
         if MORE_N > 0:
-            more = activate(_take(sums[1], i, BLOCK_M, ROWS, WARPS), ACTIVATION)
+            more = activate(take(sums[1], i, BLOCK_M, ROWS, WARPS), ACTIVATION)
             more = _with_residual(more, m, first_n + BLOCK_N, M, N, epilogue, stride_n, ROWS, MORE_N, gl.int32)
-            _store(more, m, first_n + BLOCK_N, 0, M, N, out_ptr, ROWS, MORE_N, WARPS)
+            store(more, m, first_n + BLOCK_N, 0, M, N, out_ptr, ROWS, MORE_N, WARPS)
 
 
 @gluon.jit
-def _take(sums, i, BLOCK_M: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr):
-    """The `i`th ROWS of a tile's sums, which lie in one piece, as `_store` has them: 16 bytes a thread."""
+def take(sums, i, BLOCK_M: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr):
+    """The `i`th ROWS of a tile's sums, which lie in one piece, as `store` has them: 16 bytes a thread."""
     COLUMNS: gl.constexpr = sums.shape[1]
     OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [WARPS, 1], [1, 0])
     rows = reinterpret(sums, sums.dtype, [BLOCK_M // ROWS, ROWS, COLUMNS], sums.layout)
@@ -166,11 +166,11 @@ def finish(
         tl_cuda.gdc_wait()
     for turn in range(0, mine):
         m, n, _, _ = place_of(turn * steps, M, N, steps, BLOCK_M, BLOCK_N + MORE_N, 1)
-        _put_bias(biases[0], epilogue, n, N, BLOCK_N)
+        put_bias(biases[0], epilogue[0], epilogue[1], n, N, BLOCK_N)
         if GATED:
-            _put_bias(biases[1], epilogue, N + n, 2 * N, BLOCK_N)
+            put_bias(biases[1], epilogue[0], epilogue[1], N + n, 2 * N, BLOCK_N)
         elif MORE_N > 0:
-            _put_bias(biases[1], epilogue, n + BLOCK_N, N, MORE_N)
+            put_bias(biases[1], epilogue[0], epilogue[1], n + BLOCK_N, N, MORE_N)
         mbarrier.arrive(taken.index(0), count=1)
         start = 0
         if turn == mine - 1:
@@ -183,8 +183,8 @@ def finish(
 
 
 @gluon.jit
-def _put_bias(bias, epilogue, first_n, N, COLUMNS: gl.constexpr):
-    bias_ptr, stride_bias = epilogue[0], epilogue[1]
+def put_bias(bias, bias_ptr, stride_bias, first_n, N, COLUMNS: gl.constexpr):
+    """Puts the bias of a tile's columns where `hand_over` takes it from, if there is one."""
     if bias_ptr is not None:
         n = first_n + gl.arange(0, COLUMNS, gl.BlockedLayout([1], [32], [_FINISHERS], [0]))
         bias.store(gl.load(bias_ptr + n * stride_bias, mask=n < N, other=0.0).to(gl.float32))

@@ -286,6 +286,13 @@ def _in_rows(*tensors: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...], lis
 _PARTS_CONFIG = Config.of(num_warps=4, COLUMNS=_COLUMNS, PARTS=_PARTS)
 
 
+def add_parts(parts: Tensor, out: Tensor) -> None:
+    """out (N,), of any floating dtype, becomes the sum of parts (count, N), float32, contiguous, in a fixed order."""
+    count, N = parts.shape
+    args = (parts, None, None, out, None, None, count)
+    launch(_add_parts_kernel, (cdiv(N, _COLUMNS), 1), *args, config=_PARTS_CONFIG, like=parts, N=N)
+
+
 def norm_backward_configs(
     rows: int, N: int, dtype: torch.dtype, added: bool, target: Target, crowded: bool = False
 ) -> list[Config]:

@@ -29,6 +29,7 @@ from burnish.ops.linear_add_layer_norm import linear_add_layer_norm
 from burnish.ops.linear_add_rms_norm import linear_add_rms_norm
 from burnish.ops.linear_cross_entropy import linear_cross_entropy
 from burnish.ops.linear_cross_entropy_with_gradients import linear_cross_entropy_with_gradients
+from burnish.ops.linear_gelu_backward import linear_gelu_backward
 from burnish.ops.linear_rope import linear_rope
 from burnish.ops.linear_rope_append import linear_rope_append
 from burnish.ops.penalize_repetition import penalize_repetition
@@ -75,6 +76,7 @@ __all__ = [
     "linear_add_rms_norm",
     "linear_cross_entropy",
     "linear_cross_entropy_with_gradients",
+    "linear_gelu_backward",
     "linear_rope",
     "linear_rope_append",
     "penalize_repetition",

@@ -209,6 +209,16 @@ def gate_backward(grad_hidden: Tensor, gate_up: Tensor, activation: str, keep_hi
     return torch.cat((d_gate, grad_hidden * active), dim=-1), active * up if keep_hidden else gate_up.new_empty(0)
 
 
+def linear_gelu_backward(
+    grad: Tensor, weight: Tensor, x: Tensor, activation: str, keep_hidden: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What autograd runs where the result of GELU was not kept."""
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    dx = torch.ops.aten.gelu_backward(grad @ weight, x, approximate=approximate)
+    hidden = _ACTIVATIONS[activation](x) if keep_hidden else x.new_empty(0)
+    return dx, hidden, dx.flatten(0, -2).sum(0).float()
+
+
 def quantized_linear(
     x: Tensor,
     weight: Tensor,
