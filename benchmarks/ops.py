@@ -137,6 +137,10 @@ BENCHED: dict[str, tuple[Callable[..., object], dict[str, inputs.Maker]]] = {
         eager.linear_gelu_backward,
         {"t256 d512 i2048": inputs.tensors((256, 512), (512, 2048), (256, 2048))},
     ),
+    "linear_with_preactivation": (
+        eager.linear_with_preactivation,
+        {"t256 d512 i2048": inputs.tensors((256, 512), (2048, 512), (2048,))},
+    ),
     "rope": (eager.rope, {"h16 s128 d64": inputs.rope_arguments(16, 128, 64)}),
     "rope_qk": (eager.rope_qk, {"h16/4 s128 d64": inputs.rope_qk_arguments(16, 4, 128, 64)}),
     "rope_tables": (

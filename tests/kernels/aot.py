@@ -170,6 +170,7 @@ def kernels_for_rows(rows: list[int]) -> list[list[str]]:
         ("gate", "triton"): lambda n: (tensor(1, n, 192),),
         ("gate_backward", "triton"): lambda n: (tensor(1, n, 96), tensor(1, n, 192)),
         ("linear_gelu_backward", "gluon"): lambda n: (tensor(1, n, 64), tensor(64, 192), tensor(1, n, 192)),
+        ("linear_with_preactivation", "gluon"): lambda n: (tensor(1, n, 64), weight, vector),
         ("linear_gelu_backward", "torch_triton"): lambda n: (tensor(1, n, 64), tensor(64, 192), tensor(1, n, 192)),
         ("linear_add_layer_norm", "triton"): lambda n: (tensor(1, n, 64), weight, vector, tensor(1, n, 192), vector),
         ("add_rms_norm", "triton"): lambda n: (tensor(1, n, 64), tensor(1, n, 64), None),
@@ -311,7 +312,11 @@ def around_gelu(everything: bool) -> list[dict[str, Any]]:
     """What `compile_launch` and `barriers` say of the products around GELU in GPT-2, with each config; with
     `everything` in each dtype, with each activation, and also where rows are aligned to 16 bytes only."""
     from burnish.kernels.launch import Launch, Target, recording
-    from burnish.kernels.linear_gelu_wgmma import linear_gelu_backward, linear_gelu_wgmma_configs
+    from burnish.kernels.linear_gelu_wgmma import (
+        linear_gelu_backward,
+        linear_gelu_wgmma_configs,
+        linear_with_preactivation,
+    )
 
     launches: list[Launch] = []
     dtypes, activations, sizes = (torch.bfloat16,), ("gelu",), ((3072, 768),)
@@ -322,6 +327,8 @@ def around_gelu(everything: bool) -> list[dict[str, Any]]:
             grad, weight = torch.zeros(4096, depth, dtype=dtype), torch.zeros(depth, columns, dtype=dtype)
             x = torch.zeros(4096, columns, dtype=dtype)
             for config in linear_gelu_wgmma_configs(3072, 768):
+                for bias in (x[0], None) if everything else (x[0],):
+                    linear_with_preactivation(grad, weight.t().contiguous(), bias, activation, config)
                 for keep in (True, False) if everything else (True,):
                     linear_gelu_backward(grad, weight, x, activation, keep, config)
     gluon = [launch for launch in launches if launch.kernel.is_gluon()]

@@ -128,13 +128,17 @@ def test_products_around_gelu(rows: int, columns: int, depth: int) -> None:
     dtype = torch.bfloat16
     grad, x = randn(rows, depth, dtype=dtype, seed=0), randn(rows, columns, dtype=dtype, seed=1)
     weight = randn(depth, columns, dtype=dtype, seed=2) / math.sqrt(depth)
-    op = OPS["linear_gelu_backward"]
-    bound = op.bind(grad, weight, x)
-    expected = op.reference(*bound), oracle(op.reference, *bound)
     configs = linear_gelu_wgmma_configs(3072, 768)
     assert len(configs) == 2
-    for config in configs:
-        assert_close(emulated(op, "gluon", bound, config), *expected)
+    for name, args in (
+        ("linear_gelu_backward", (grad, weight, x)),
+        ("linear_with_preactivation", (grad, weight.t().contiguous(), x[0].clone())),
+    ):
+        op = OPS[name]
+        bound = op.bind(*args)
+        expected = op.reference(*bound), oracle(op.reference, *bound)
+        for config in configs:
+            assert_close(emulated(op, "gluon", bound, config), *expected)
 
 
 @pytest.mark.slow

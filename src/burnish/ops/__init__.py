@@ -32,6 +32,7 @@ from burnish.ops.linear_cross_entropy_with_gradients import linear_cross_entropy
 from burnish.ops.linear_gelu_backward import linear_gelu_backward
 from burnish.ops.linear_rope import linear_rope
 from burnish.ops.linear_rope_append import linear_rope_append
+from burnish.ops.linear_with_preactivation import linear_with_preactivation
 from burnish.ops.penalize_repetition import penalize_repetition
 from burnish.ops.quantized_gated_product import quantized_gated_product
 from burnish.ops.quantized_linear import quantized_linear
@@ -79,6 +80,7 @@ __all__ = [
     "linear_gelu_backward",
     "linear_rope",
     "linear_rope_append",
+    "linear_with_preactivation",
     "penalize_repetition",
     "quantized_gated_product",
     "quantized_linear",

@@ -219,6 +219,11 @@ def linear_gelu_backward(
     return dx, hidden, dx.flatten(0, -2).sum(0).float()
 
 
+def linear_with_preactivation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
+    pre = F.linear(x, weight, bias)
+    return _ACTIVATIONS[activation](pre), pre
+
+
 def quantized_linear(
     x: Tensor,
     weight: Tensor,

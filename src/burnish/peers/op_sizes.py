@@ -74,6 +74,7 @@ SIZED: dict[str, Sized] = {
     "gate": _tokens(lambda a, n: inputs.tensors((1, n, 2 * a.inner))),
     "gate_backward": _tokens(lambda a, n: inputs.tensors((1, n, a.inner), (1, n, 2 * a.inner))),
     "linear_gelu_backward": _tokens(lambda a, n: inputs.tensors((1, n, a.width), (a.width, a.inner), (1, n, a.inner))),
+    "linear_with_preactivation": _tokens(lambda a, n: inputs.tensors((1, n, a.width), (a.inner, a.width), (a.inner,))),
     "rms_norm_linear": _tokens(lambda a, n: inputs.norm_linear_arguments(n, a.width, a.inner)),
     "rms_norm_gated_mlp": _tokens(lambda a, n: inputs.norm_gated_mlp_arguments(n, a.width, a.inner)),
     "quantized_linear": _tokens(lambda a, n: inputs.quantized_arguments(n, a.width, a.inner, "int8")),
