@@ -13,11 +13,14 @@ from torch import Tensor, fx
 
 from burnish import compile_backend, compile_gelu
 from burnish.compile_choices import choose_impls
+from burnish.compile_decompositions import expand_gelu
 from burnish.numerics import assert_close, randn
+from burnish.ops import linear_with_preactivation
 from burnish.tuning import Tuner
 
 pytestmark = pytest.mark.usefixtures("untimed")
 D, INNER = 16, 64
+FORWARD = "burnish.linear_with_preactivation.default"
 BACKWARD = "burnish.linear_gelu_backward.default"
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
@@ -75,7 +78,9 @@ def test_the_backward_pass_is_one_op(
     graphs: list[fx.Graph], shape: tuple[int, ...], any_rows: bool, dtype: torch.dtype
 ) -> None:
     check(mlp, *inputs(dtype, *shape), any_rows=any_rows)
-    _, backward = map(targets, graphs)
+    forward, backward = map(targets, graphs)
+    assert forward[FORWARD] == 1
+    assert forward["aten.addmm.default"] == 1, "of the second layer"
     assert backward[BACKWARD] == 1
     assert not [name for name in backward if "gelu" in name and name != BACKWARD]
     assert backward["aten.mm.default"] == 3, "gradients of both weights and of x"
@@ -111,6 +116,46 @@ def test_gelu_is_worked_out_again_where_it_was_not_kept(graphs: list[fx.Graph], 
     assert fused.args[4] == recompute
 
 
+@pytest.mark.parametrize("shape", [(9,), (2, 5)], ids=str)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_what_the_kernel_was_not_chosen_for_is_taken_apart(
+    graphs: list[fx.Graph], monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], biased: bool, kernel: bool
+) -> None:
+    found: list[Counter[str]] = []
+
+    def choose(graph_module: fx.GraphModule, tuner: Tuner) -> None:
+        for node in graph_module.graph.find_nodes(op="call_function", target=linear_with_preactivation.overload):
+            node.kwargs = {"impl": "gluon BLOCK_M=128" if kernel else "torch"}
+        found.append(targets(graph_module.graph))
+
+    def expand(graph_module: fx.GraphModule) -> None:
+        graph_module.graph.lint()
+        found.append(targets(graph_module.graph))
+        expand_gelu(graph_module)
+
+    monkeypatch.setattr(compile_backend, "choose_impls", choose)
+    monkeypatch.setattr(compile_backend, "expand_gelu", expand)
+    x, up, up_bias, down, bias = inputs(torch.bfloat16, *shape)
+    if biased:
+        check(mlp, x, up, up_bias, down, bias)
+    else:
+        check(lambda x, up, down, bias: mlp(x, up, None, down, bias), x, up, down, bias)
+    put, left, *_ = found
+    assert (put[FORWARD], left[FORWARD]) == (1, int(kernel))
+    assert left["aten.gelu.default"] == int(not kernel)
+    assert put["aten.addmm.default"] == 1
+    assert left["aten.addmm.default"] + left["aten.mm.default"] == 2 - int(kernel)
+
+
+def test_without_gradients_nothing_is_kept(graphs: list[fx.Graph]) -> None:
+    given = inputs(torch.bfloat16, 9)
+    with torch.no_grad():
+        result = torch.compile(mlp, backend="burnish", fullgraph=True)(*given)
+        assert_close(result, mlp(*given), mlp(*(t.double() for t in given)))
+    assert FORWARD not in targets(graphs[-1])
+
+
 def of_two_readers(x: Tensor, up: Tensor, bias: Tensor, down: Tensor, _: Tensor) -> Tensor:
     """GELU's result goes elsewhere, too: its gradient is a sum."""
     hidden = F.gelu(F.linear(x, up, bias))
@@ -129,13 +174,13 @@ def test_other_gradients_are_left(graphs: list[fx.Graph], fn: Callable[..., Tens
 
 def test_float32_is_left(graphs: list[fx.Graph]) -> None:
     check(mlp, *inputs(torch.float32, 9))
-    assert BACKWARD not in targets(graphs[-1])
+    assert not {FORWARD, BACKWARD} & (targets(graphs[0]) | targets(graphs[1])).keys()
 
 
 def test_without_a_kernel_it_is_left(graphs: list[fx.Graph], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_gelu, "_why_not", lambda *args: ["the inputs are on cpu"])
     check(mlp, *inputs(torch.bfloat16, 9))
-    assert BACKWARD not in targets(graphs[-1])
+    assert not {FORWARD, BACKWARD} & (targets(graphs[0]) | targets(graphs[1])).keys()
 
 
 def test_a_gradient_that_needs_gelus_result(graphs: list[fx.Graph]) -> None:

@@ -22,7 +22,7 @@ from torch._functorch import config as functorch_config
 from burnish.compile_attention import pack_gradients
 from burnish.compile_choices import choose_impls
 from burnish.compile_decompositions import decompositions, expand_gelu
-from burnish.compile_gelu import use_gelu_products
+from burnish.compile_gelu import undo_gelu_products, use_gelu_products
 from burnish.compile_norms import Statistics, use_norms
 from burnish.compile_products import widen_products
 from burnish.compile_tables import add_tables
@@ -73,6 +73,7 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **optio
         add_tables(graph_module)
         use_gelu_products(graph_module)
         choose_impls(graph_module, tuner)
+        undo_gelu_products(graph_module)
         expand_gelu(graph_module)
         widen_products(graph_module)
         return compile_fx_inner(graph_module, example_inputs, **rest)
