@@ -241,7 +241,7 @@ def _put_nothing(parts_ptr, first_m, first_n, N, BLOCK_M: gl.constexpr, COLUMNS:
     _put_part(zeros, parts_ptr, first_m, first_n, N, 1, BLOCK_M, COLUMNS)
 
 
-@gluon.jit(do_not_specialize=["M"])
+@gluon.jit(do_not_specialize=["M", "K"])
 def linear_gelu_wgmma_kernel(
     x_desc,  # (M, K): what is multiplied
     weight_desc,  # (N, K), or (K, N) if TURNED
