@@ -25,8 +25,6 @@ from burnish.kernels.matmul_wgmma import async_load, described
 from burnish.kernels.matmul_wgmma_finish import hand_over, handing_over, place_of, put_bias, store, take
 from burnish.kernels.norms_backward import add_parts
 
-_FINISHERS = gl.constexpr(4)  # warps
-
 
 @gluon.jit
 def _fill(
@@ -124,7 +122,7 @@ def _finish(
     KEEP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, MORE_N: gl.constexpr, SHARE: gl.constexpr,
     PDL: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: they finish the tiles whose sums are left to them, of the last one the rows from `SHARE` on."""
+    """FINISHERS warps: they finish the tiles whose sums are left to them, of the last one the rows from `SHARE` on."""
     sums, biases, left, taken = handover
     M, N, steps, mine = size[0], size[1] * 8, size[2], size[3]
     if PDL:
@@ -143,18 +141,18 @@ def _finish(
             if MORE_N > 0:
                 _put_nothing(parts_ptr, m, n + BLOCK_N, N, BLOCK_M, MORE_N)
         # What the first rows need of x is asked for before their sums are there.
-        x, soon = _first_rows(x_ptr, m + start, m + BLOCK_M, n, M, N, BLOCK_N, _FINISHERS)
+        x, soon = _first_rows(x_ptr, m + start, m + BLOCK_M, n, M, N, BLOCK_N, gl.num_warps())
         if MORE_N > 0:
-            more, more_soon = _first_rows(x_ptr, m + start, m + BLOCK_M, n + BLOCK_N, M, N, MORE_N, _FINISHERS)
+            more, more_soon = _first_rows(x_ptr, m + start, m + BLOCK_M, n + BLOCK_N, M, N, MORE_N, gl.num_warps())
         mbarrier.wait(left.index(0), turn & 1)
         _finish_rows(
             sums[0], x, soon, start, BLOCK_M, m, n, M, N, x_ptr, out_ptr, hidden_ptr, parts_ptr, 0, ACTIVATION, KEEP,
-            BLOCK_M, BLOCK_N, _FINISHERS,
+            BLOCK_M, BLOCK_N, gl.num_warps(),
         )  # fmt: skip
         if MORE_N > 0:
             _finish_rows(
                 sums[1], more, more_soon, start, BLOCK_M, m, n + BLOCK_N, M, N, x_ptr, out_ptr, hidden_ptr, parts_ptr,
-                0, ACTIVATION, KEEP, BLOCK_M, MORE_N, _FINISHERS,
+                0, ACTIVATION, KEEP, BLOCK_M, MORE_N, gl.num_warps(),
             )  # fmt: skip
 
 
@@ -180,7 +178,7 @@ def _finish_rows(
     or, where there is an x, times its slope there, with the activation of x and with sums of columns.
 
     `x` and `soon` are the first rows of x, which were asked for before."""
-    ROWS: gl.constexpr = 4 * WARPS
+    ROWS: gl.constexpr = _at_once(COLUMNS, WARPS)
     LAYOUT: gl.constexpr = _layout(COLUMNS, WARPS)
     total = gl.zeros((ROWS, COLUMNS), gl.float32, LAYOUT)
     for i in range(start // ROWS, stop // ROWS):
@@ -207,6 +205,12 @@ def _layout(columns, warps):
     return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [warps, 1], [1, 0])
 
 
+@gluon.constexpr_function
+def _at_once(columns, warps):
+    """How many rows: 8 entries a thread, or 16 of four warps, which have the registers and nobody to hide their waits."""
+    return 16 if warps == 4 else warps * (256 // columns)
+
+
 @gluon.jit
 def _first_rows(x_ptr, m, stop, first_n, M, N, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
     """The first and the next rows of x."""
@@ -214,7 +218,7 @@ def _first_rows(x_ptr, m, stop, first_n, M, N, COLUMNS: gl.constexpr, WARPS: gl.
         x, soon = m, m  # Triton 3.6 returns no None: what there is not stands as something that there is
     else:
         x = _rows(x_ptr, m, stop, first_n, M, N, COLUMNS, WARPS)
-        soon = _rows(x_ptr, m + 4 * WARPS, stop, first_n, M, N, COLUMNS, WARPS)
+        soon = _rows(x_ptr, m + _at_once(COLUMNS, WARPS), stop, first_n, M, N, COLUMNS, WARPS)
     return x, soon
 
 
@@ -222,7 +226,7 @@ def _first_rows(x_ptr, m, stop, first_n, M, N, COLUMNS: gl.constexpr, WARPS: gl.
 def _rows(x_ptr, first_m, stop, first_n, M, N, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
     """Rows of x from `first_m` on, those before `stop`."""
     LAYOUT: gl.constexpr = _layout(COLUMNS, WARPS)
-    m = first_m + gl.arange(0, 4 * WARPS, gl.SliceLayout(1, LAYOUT))
+    m = first_m + gl.arange(0, _at_once(COLUMNS, WARPS), gl.SliceLayout(1, LAYOUT))
     n = first_n + gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))
     inside = ((m < M) & (m < stop))[:, None] & (n < N)[None, :]
     return gl.load(x_ptr + (m.to(gl.int64) * N)[:, None] + n[None, :], mask=inside, other=0.0)
@@ -237,7 +241,7 @@ def _put_part(total, parts_ptr, first_m, first_n, N, team: gl.constexpr, BLOCK_M
 
 @gluon.jit
 def _put_nothing(parts_ptr, first_m, first_n, N, BLOCK_M: gl.constexpr, COLUMNS: gl.constexpr):
-    zeros = gl.zeros((COLUMNS,), gl.float32, gl.BlockedLayout([1], [32], [_FINISHERS], [0]))
+    zeros = gl.zeros((COLUMNS,), gl.float32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     _put_part(zeros, parts_ptr, first_m, first_n, N, 1, BLOCK_M, COLUMNS)
 
 
@@ -266,6 +270,7 @@ def linear_gelu_wgmma_kernel(
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
     SHARE: gl.constexpr,  # rows of the last tile that those who multiply finish
+    FINISHERS: gl.constexpr,  # warps
     PDL: gl.constexpr,
 ):
     xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
@@ -295,19 +300,19 @@ def linear_gelu_wgmma_kernel(
                        BLOCK_M, BLOCK_N, MORE_N, SHARE, PDL)),
             (_fill, (x_desc, descs, stages, size, BLOCK_N + MORE_N, STAGES, TURNED, PDL)),
         ],
-        [4, 1],
+        [FINISHERS, 1],
         [FINISH_REGISTERS, FILL_REGISTERS],
     )  # fmt: skip
 
 
 def linear_gelu_wgmma_configs(columns: int, depth: int) -> list[Config]:
     """Configs of both products, the most promising first."""
-    # (BLOCK_M, BLOCK_N, MORE_N, STAGES, SHARE). What is left of shared memory beside the stages are a tile's sums.
-    # 128x256 spills.
-    shapes = [(128, 128, 64, 4, 64), (256, 128, 0, 3, 192)]
+    # (BLOCK_M, BLOCK_N, MORE_N, STAGES, SHARE, FINISHERS). What is left of shared memory beside the stages are a tile's
+    # sums. 128x256 spills.
+    shapes = [(128, 128, 64, 4, 64, 8), (256, 128, 0, 3, 128, 8), (256, 128, 0, 3, 192, 4), (128, 128, 64, 4, 64, 4)]
     configs = [
-        Config.of(8, 1, BLOCK_M=m, BLOCK_N=n, MORE_N=more, BLOCK_K=64, STAGES=stages, SHARE=share)
-        for m, n, more, stages, share in shapes
+        Config.of(8, 1, BLOCK_M=m, BLOCK_N=n, MORE_N=more, BLOCK_K=64, STAGES=stages, SHARE=share, FINISHERS=finishers)
+        for m, n, more, stages, share, finishers in shapes
     ]
     return configs[: 1 if columns * depth < 1 << 16 else None]  # so small, whichever it is
 
@@ -376,13 +381,16 @@ def _launch(
         *(bias, x, out, hidden, parts, rows, columns // 8, depth),
         1 if bias is None else bias.stride(0),
     )
+    # All registers are dealt out; what the others leave is for those who multiply.
+    registers = 65536 // (32 * (8 + config["FINISHERS"] + 4)) // 8 * 8
+    finishing = 64 if block_m == 256 else 96
     constants = {
         "ACTIVATION": in_half(activation, given.dtype),
         "KEEP": keep,
         "TURNED": turned,
-        "FINISH_REGISTERS": 152 if turned else 104,
+        "FINISH_REGISTERS": finishing if config["FINISHERS"] == 8 else 152 if turned else 104,
         "FILL_REGISTERS": 24,
     }
     tiles = cdiv(rows, block_m) * cdiv(columns, block_n + more_n)
     programs = min(tiles, target_of(given).num_sms)
-    launch(linear_gelu_wgmma_kernel, (programs,), *arguments, config=config, like=given, registers=128, **constants)
+    launch(linear_gelu_wgmma_kernel, (programs,), *arguments, config=config, like=given, registers=registers, **constants)

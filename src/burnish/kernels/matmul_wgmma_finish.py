@@ -186,5 +186,5 @@ def finish(
 def put_bias(bias, bias_ptr, stride_bias, first_n, N, COLUMNS: gl.constexpr):
     """Puts the bias of a tile's columns where `hand_over` takes it from, if there is one."""
     if bias_ptr is not None:
-        n = first_n + gl.arange(0, COLUMNS, gl.BlockedLayout([1], [32], [_FINISHERS], [0]))
+        n = first_n + gl.arange(0, COLUMNS, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
         bias.store(gl.load(bias_ptr + n * stride_bias, mask=n < N, other=0.0).to(gl.float32))
