@@ -1,9 +1,10 @@
-"""Attention's backward pass in three kernels: no weights in memory, no atomics, the same bits at every run.
+"""Attention's backward pass in two kernels: no weights in memory, no atomics, the same bits at every run.
 
-One adds up delta, the sum over each row of result times gradient. One takes a block of keys and goes over the queries
-that see it: gradients of k and v, of all heads of queries that share them, in a fixed order. One takes a block of
-queries and goes over its keys: the gradient of q. Weights are computed twice, from the logsumexp that forward left; in
-return no program waits for another. A fourth kernel adds up the gradient of a bias where one is wanted.
+The first takes a block of queries and goes over its keys: the gradient of q. It also adds up delta, the sum over each
+row of result times gradient, and leaves it. The second takes a block of keys and goes over the queries that see it:
+gradients of k and v, of all heads of queries that share them, in a fixed order. Weights are computed twice, from the
+logsumexp that forward left; in return no program waits for another of its kernel. A third kernel adds up the gradient
+of a bias where one is wanted.
 
 Source of the method: Dao, "FlashAttention-2", arXiv:2307.08691, section 3.1.2, there with atomic additions for q.
 """
@@ -17,52 +18,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from burnish.kernels.attention_backward_blocks import add_for_keys, gradient_of_scores, load_block, load_by_query
+from burnish.kernels.attention_backward_blocks import (
+    add_for_keys,
+    gradient_of_scores,
+    load_block,
+    load_by_query,
+    prepared_sums,
+)
 from burnish.kernels.attention_backward_configs import BackwardConfig, backward_configs_for
 from burnish.kernels.attention_bias_backward import bias_gradient
 from burnish.kernels.attention_blocks import block_of, key_terms, load_rows
 from burnish.kernels.attention_configs import padded
 from burnish.kernels.attention_inputs import as_bytes, described, prepared_bias
-from burnish.kernels.launch import Config, launch, launch_dependents, wait_for_inputs
+from burnish.kernels.launch import launch, launch_dependents, wait_for_inputs
 from burnish.kernels.matmul import dot
 from burnish.ops._dropout import threshold_of
 
 _FAR = 1 << 29  # more than any distance between positions, and small enough to be added to one in int32
-_DELTA = Config.of(4, 1, BLOCK_M=32)
 _FEW = ["heads", "groups", "lq", "lk", "before", "after", "stride_pb", "threshold"]  # may be any number
-
-
-@triton.jit(do_not_specialize=["heads", "lq"])
-def attention_delta_kernel(
-    out,  # (B, Lq, Hq, DV), contiguous
-    grad,
-    delta,  # (B, Hq, Lq)
-    heads,
-    lq,
-    stride_gb,
-    stride_gh,
-    stride_gm,
-    DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    launch_dependents(PDL)
-    wait_for_inputs(PDL)
-    blocks = tl.cdiv(lq, BLOCK_M)
-    batch_head = tl.cast(tl.program_id(0) // blocks, tl.int64)
-    row = tl.program_id(0) % blocks * BLOCK_M
-    batch, head = batch_head // heads, batch_head % heads
-    stride = tl.cast(heads, tl.int64) * DV
-    results = load_rows(
-        out + batch * lq * stride + head * DV, row, lq, stride, DV, BLOCK_M, BLOCK_DV, True, DV == BLOCK_DV
-    )
-    gradients = load_rows(
-        grad + batch * stride_gb + head * stride_gh, row, lq, stride_gm, DV, BLOCK_M, BLOCK_DV, True, DV == BLOCK_DV
-    )
-    rows = row + tl.arange(0, BLOCK_M)
-    total = tl.sum(results.to(tl.float32) * gradients.to(tl.float32), 1)
-    tl.store(delta + batch_head * lq + rows, total, mask=rows < lq)
 
 
 @triton.jit(do_not_specialize=_FEW)
@@ -71,7 +44,7 @@ def attention_keys_backward_kernel(
     k,
     v,
     grad,
-    logsumexp,  # (B, Hq, Lq)
+    sums,  # (B, Hq, Lq), as the kernel of queries left it
     delta,
     dk,  # (B, Lk, Hkv, D)
     dv,
@@ -183,7 +156,7 @@ def attention_keys_backward_kernel(
                 for i in range(0, count):
                     row = block_of(i, EDGE, first, left_edges, full_first, full_stop, BLOCK_M)
                     dk_sum, dv_sum = add_for_keys(
-                        dk_sum, dv_sum, key, value, head_q, head_grad, logsumexp + place * lq, delta + place * lq,
+                        dk_sum, dv_sum, key, value, head_q, head_grad, sums + place * lq, delta + place * lq,
                         head_bias, terms, tl.cast(batch, tl.int32), tl.cast(head, tl.int32), row, start, lq, lk, before,
                         after, scale, stride_qm, stride_gm, stride_bm, stride_bn, key_seed, tl.cast(place, tl.int32),
                         threshold, kept_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BIAS, REACH, EDGE, TMA,
@@ -205,7 +178,9 @@ def attention_queries_backward_kernel(
     k,
     v,
     grad,
+    out,  # (B, Lq, Hq, DV), contiguous
     logsumexp,  # (B, Hq, Lq)
+    sums,
     delta,
     dq,  # (B, Lq, Hq, D)
     bias,
@@ -255,7 +230,7 @@ def attention_queries_backward_kernel(
     PDL: tl.constexpr,
 ):
     """BLOCK_M queries of one head, against all keys that one of them may attend to, in the order of
-    `attention_kernel`."""
+    `attention_kernel`. Leaves delta, and logsumexp as `prepared_sums` has it, for the kernels that come after."""
     launch_dependents(PDL)
     wait_for_inputs(PDL)
     blocks = tl.cdiv(lq, BLOCK_M)
@@ -276,8 +251,17 @@ def attention_queries_backward_kernel(
     gradient = load_rows(
         grad + batch * stride_gb + head * stride_gh, row, lq, stride_gm, DV, BLOCK_M, BLOCK_DV, True, BLOCK_DV == DV
     )
-    sums = load_by_query(logsumexp + place * lq, row, lq, float("inf"), BLOCK_M, True)
-    less = load_by_query(delta + place * lq, row, lq, 0.0, BLOCK_M, True)
+    results = load_rows(
+        out + (batch * lq * heads + head) * DV, row, lq, tl.cast(heads, tl.int64) * DV, DV, BLOCK_M, BLOCK_DV, True,
+        BLOCK_DV == DV,
+    )  # fmt: skip
+    less = tl.sum(results.to(tl.float32) * gradient.to(tl.float32), 1)
+    by_query = load_by_query(logsumexp + place * lq, row, lq, float("inf"), BLOCK_M, True)
+    by_query = prepared_sums(by_query, BIAS)
+    kept_rows = row + tl.arange(0, BLOCK_M)
+    tl.store(delta + place * lq + kept_rows, less, mask=kept_rows < lq)
+    if BIAS != "added" and BIAS != "added by key":
+        tl.store(sums + place * lq + kept_rows, by_query, mask=kept_rows < lq)
 
     first, last = row + (lk - lq), tl.minimum(row + BLOCK_M, lq) - 1 + (lk - lq)  # positions of the queries
     if REACH != "all":
@@ -314,7 +298,7 @@ def attention_queries_backward_kernel(
                     BLOCK_DV, EDGE, TMA,
                 )  # fmt: skip
                 dscores = gradient_of_scores(
-                    query, gradient, key, value, sums, less, bias, terms, row, block, lq, lk, before, after, scale,
+                    query, gradient, key, value, by_query, less, bias, terms, row, block, lq, lk, before, after, scale,
                     stride_bm, stride_bn, key_seed, tl.cast(place, tl.int32), threshold, kept_scale, BLOCK_M, BLOCK_N,
                     BIAS, REACH, EDGE,
                 )  # fmt: skip
@@ -355,13 +339,6 @@ def attention_backward(
     logsumexp = logsumexp.contiguous()
     (batch, heads, lq, d), (_, key_heads, lk, dv) = q.shape, v.shape
     config = config or backward_configs_for(grad, q, k, v, bias, dropout_p > 0)[0]
-    delta = torch.empty_like(logsumexp)
-    blocks = triton.cdiv(lq, _DELTA["BLOCK_M"])
-    launch(
-        attention_delta_kernel, (batch * heads * blocks,), out, grad, delta, heads, lq, *grad.stride()[:3],
-        config=_DELTA, like=q, DV=dv, BLOCK_DV=padded(dv),
-    )  # fmt: skip
-
     kind, prepared, bias_strides = prepared_bias(bias, q, (batch, heads, lq, lk))
     padding, padding_strides = q, [0, 0]
     if key_padding_mask is not None:
@@ -384,24 +361,26 @@ def attention_backward(
     else:
         dq, dk, dvalues = packed.split([heads, key_heads, key_heads], dim=2)
 
+    delta = torch.empty_like(logsumexp)
+    sums = logsumexp if kind.startswith("added") else torch.empty_like(logsumexp)
     keys, queries = config.keys, config.queries
-    rows = keys["BLOCK_M"]
-    tma = bool(keys["TMA"])
-    launch(
-        attention_keys_backward_kernel, (batch * key_heads * triton.cdiv(lk, keys["BLOCK_N"]),),
-        described(q, rows, widths[0]) if tma else q, k, v, described(grad, rows, widths[1]) if tma else grad,
-        logsumexp, delta, dk, dvalues, *masks, *sizes, *strides,
-        config=keys, like=q, INSIDE=lq >= rows, EDGES=near or lq % rows != 0, PACKED=packed is not None, **constants,
-    )  # fmt: skip
     rows = queries["BLOCK_N"]
     tma = bool(queries["TMA"])
     launch(
         attention_queries_backward_kernel, (batch * heads * triton.cdiv(lq, queries["BLOCK_M"]),),
         q, described(k, rows, widths[0]) if tma else k, described(v, rows, widths[1]) if tma else v, grad,
-        logsumexp, delta, dq, *masks, *sizes, *strides,
+        out, logsumexp, sums, delta, dq, *masks, *sizes, *strides,
         config=queries, like=q, INSIDE=lk >= rows, EDGES=near or lk % rows != 0, PACKED=packed is not None, **constants,
+    )  # fmt: skip
+    rows = keys["BLOCK_M"]
+    tma = bool(keys["TMA"])
+    launch(
+        attention_keys_backward_kernel, (batch * key_heads * triton.cdiv(lk, keys["BLOCK_N"]),),
+        described(q, rows, widths[0]) if tma else q, k, v, described(grad, rows, widths[1]) if tma else grad,
+        sums, delta, dk, dvalues, *masks, *sizes, *strides,
+        config=keys, like=q, INSIDE=lq >= rows, EDGES=near or lq % rows != 0, PACKED=packed is not None, **constants,
     )  # fmt: skip
     dbias = None
     if bias_grad and bias is not None:
-        dbias = bias_gradient((q, k, v, grad, logsumexp, delta), masks, sizes, strides, bias, constants, config.bias)
+        dbias = bias_gradient((q, k, v, grad, sums, delta), masks, sizes, strides, bias, constants, config.bias)
     return dq.transpose(1, 2), dk.transpose(1, 2), dvalues.transpose(1, 2), dbias

@@ -46,9 +46,18 @@ def load_by_query(base, row, lq, OTHER: tl.constexpr, ROWS: tl.constexpr, BOUNDE
 
 
 @triton.jit
+def prepared_sums(logsumexp, BIAS: tl.constexpr):
+    """As `weights_of` takes it: in units of log2, unless a bias is added."""
+    if BIAS == "added" or BIAS == "added by key":
+        return logsumexp
+    else:
+        return logsumexp * _LOG2_E
+
+
+@triton.jit
 def weights_of(
     scores,  # (queries, keys), or (keys, queries) if TURNED: products of q and k
-    logsumexp,  # of each query
+    sums,  # of each query, by `prepared_sums`
     bias,
     terms,  # (keys,) float32 or None: what is added to the scores of each key
     row,
@@ -73,10 +82,10 @@ def weights_of(
     rows, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     if TURNED:
         by_row, by_key = rows[None, :], keys[:, None]
-        logsumexp = logsumexp[None, :]
+        sums = sums[None, :]
     else:
         by_row, by_key = rows[:, None], keys[None, :]
-        logsumexp = logsumexp[:, None]
+        sums = sums[:, None]
     ADDED: tl.constexpr = BIAS == "added" or BIAS == "added by key"
     hidden = None
     if BIAS == "added" or BIAS == "allowed":
@@ -95,9 +104,9 @@ def weights_of(
             scores *= scale
         if terms is not None:
             scores += terms
-        weights = tl.exp2((scores - logsumexp) * _LOG2_E)
+        weights = tl.exp2((scores - sums) * _LOG2_E)
     else:
-        exponents = scores * (scale * _LOG2_E) - logsumexp * _LOG2_E
+        exponents = scores * (scale * _LOG2_E) - sums
         if terms is not None:
             exponents += terms
         weights = tl.exp2(exponents)
@@ -124,7 +133,7 @@ def add_for_keys(
     value,
     q,
     grad,
-    logsumexp,
+    sums,
     delta,
     bias,
     terms,
@@ -158,12 +167,12 @@ def add_for_keys(
 ):
     """What a block of queries adds to the gradients of a block of keys and values."""
     query = load_block(q, batch, head, row, lq, stride_qm, D, BLOCK_M, BLOCK_D, EDGE, TMA)
-    sums = load_by_query(logsumexp, row, lq, float("inf"), BLOCK_M, EDGE)
     scores = dot(key, tl.trans(query), tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
+    by_query = load_by_query(sums, row, lq, float("inf"), BLOCK_M, EDGE)
     gradient = load_block(grad, batch, head, row, lq, stride_gm, DV, BLOCK_M, BLOCK_DV, EDGE, TMA)
     dweights = dot(value, tl.trans(gradient), tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
     weights = weights_of(
-        scores, sums, bias, terms, row, start, lq, lk, before, after, scale, stride_bm, stride_bn, BLOCK_M, BLOCK_N,
+        scores, by_query, bias, terms, row, start, lq, lk, before, after, scale, stride_bm, stride_bn, BLOCK_M, BLOCK_N,
         BIAS, REACH, EDGE, True, False,
     )  # fmt: skip
     if seed is not None:

@@ -20,7 +20,7 @@ def attention_bias_backward_kernel(
     k,
     v,
     grad,
-    logsumexp,  # (B, Hq, Lq)
+    logsumexp,  # (B, Hq, Lq), as forward left it
     delta,
     dbias,  # (B or 1, Hq or 1, Lq or blocks of queries, Lk or blocks of keys) float32
     bias,
