@@ -141,10 +141,33 @@ def test_strides_of_every_kind() -> None:
         check(q, k, v, grad=grad.half(), is_causal=True)
 
 
-def test_blocks_by_descriptor() -> None:
-    tma = blocks((32, 64), (64, 32), tma=1)
-    check(*qkv(2, 4, 2, 70, 130, 32), config=tma)
-    check(*qkv(2, 2, 2, 70, 70, 80), None, padding(2, 70), True, config=tma)
+@pytest.mark.parametrize("tma", [1, 2])
+def test_blocks_by_descriptor(tma: int) -> None:
+    config = blocks((32, 64), (64, 32), tma)
+    check(*qkv(2, 4, 2, 70, 130, 32), config=config)
+    check(*qkv(2, 2, 2, 70, 70, 80), None, padding(2, 70), True, config=config)
+
+
+def test_numbers_of_queries_by_descriptor() -> None:
+    """Past the last query descriptors give zeros: with these weights are no zeros, and with large terms infinite."""
+    config = blocks((32, 16), (16, 16), tma=2)
+    for lq in (1, 33, 35):  # numbers that do not begin at multiples of 16 bytes in a tensor without gaps
+        check(*qkv(2, 4, 2, lq, 40, 16), is_causal=True, window=20, config=config)
+        check(*qkv(2, 4, 2, lq, 40, 16), 1e4 + randn(2, 1, 1, 40, seed=5), padding(2, 40), config=config)
+        check(*qkv(2, 4, 2, lq, 40, 16), randn(2, 1, 1, 40, seed=5) > 0, config=config)
+    check(*qkv(1, 2, 1, 33, 40, 16), randn(2, 33, 40, seed=5) * 100, dropout_p=0.3, seed=SEED, config=config)
+
+
+@pytest.mark.parametrize("tma", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_queries_that_see_no_key(dtype: torch.dtype, tma: int) -> None:
+    """Whole blocks of queries before the first key: what they leave for the kernel of keys is finite."""
+    config = blocks((16, 16), (16, 16), tma)
+    dq, dk, dv = check(*qkv(2, 4, 2, 70, 20, 16, dtype), is_causal=True, config=config)[:3]
+    assert dq[:, :, :50].abs().max() == 0
+    assert all(t.isfinite().all() for t in (dk, dv))
+    q, k, v = qkv(2, 4, 4, 24, 9, 16, dtype)
+    check(q, k, torch.cat([v, v], dim=3), None, torch.zeros(2, 9, dtype=torch.bool), config=config)
 
 
 def test_the_same_bits_at_every_run() -> None:

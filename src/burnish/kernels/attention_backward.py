@@ -17,9 +17,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from burnish.kernels.attention_backward_blocks import (
     add_for_keys,
+    aligned_rows,
     gradient_of_scores,
     load_block,
     load_by_query,
@@ -44,7 +46,7 @@ def attention_keys_backward_kernel(
     k,
     v,
     grad,
-    sums,  # (B, Hq, Lq), as the kernel of queries left it
+    sums,  # as the kernel of queries left them
     delta,
     dk,  # (B, Lk, Hkv, D)
     dv,
@@ -143,9 +145,11 @@ def attention_keys_backward_kernel(
     for member in range(0, members):
         head = key_head * groups + member
         place = batch * heads + head
-        head_q, head_grad = q, grad
+        head_q, head_grad, head_sums, head_delta = q, grad, sums, delta
         if not TMA:
             head_q, head_grad = q + batch * stride_qb + head * stride_qh, grad + batch * stride_gb + head * stride_gh
+        if TMA < 2:
+            head_sums, head_delta = sums + place * aligned_rows(lq), delta + place * aligned_rows(lq)
         head_bias = bias + batch * stride_bb + head * stride_bh
         terms = None
         if BIAS == "added by key" or BIAS == "allowed by key":
@@ -156,7 +160,7 @@ def attention_keys_backward_kernel(
                 for i in range(0, count):
                     row = block_of(i, EDGE, first, left_edges, full_first, full_stop, BLOCK_M)
                     dk_sum, dv_sum = add_for_keys(
-                        dk_sum, dv_sum, key, value, head_q, head_grad, sums + place * lq, delta + place * lq,
+                        dk_sum, dv_sum, key, value, head_q, head_grad, head_sums, head_delta,
                         head_bias, terms, tl.cast(batch, tl.int32), tl.cast(head, tl.int32), row, start, lq, lk, before,
                         after, scale, stride_qm, stride_gm, stride_bm, stride_bn, key_seed, tl.cast(place, tl.int32),
                         threshold, kept_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BIAS, REACH, EDGE, TMA,
@@ -180,7 +184,7 @@ def attention_queries_backward_kernel(
     grad,
     out,  # (B, Lq, Hq, DV), contiguous
     logsumexp,  # (B, Hq, Lq)
-    sums,
+    sums,  # (B, Hq, aligned_rows(Lq)), written
     delta,
     dq,  # (B, Lq, Hq, D)
     bias,
@@ -258,10 +262,9 @@ def attention_queries_backward_kernel(
     less = tl.sum(results.to(tl.float32) * gradient.to(tl.float32), 1)
     by_query = load_by_query(logsumexp + place * lq, row, lq, float("inf"), BLOCK_M, True)
     by_query = prepared_sums(by_query, BIAS)
-    kept_rows = row + tl.arange(0, BLOCK_M)
-    tl.store(delta + place * lq + kept_rows, less, mask=kept_rows < lq)
-    if BIAS != "added" and BIAS != "added by key":
-        tl.store(sums + place * lq + kept_rows, by_query, mask=kept_rows < lq)
+    rows = row + tl.arange(0, BLOCK_M)
+    tl.store(delta + place * aligned_rows(lq) + rows, less, mask=rows < lq)
+    tl.store(sums + place * aligned_rows(lq) + rows, by_query, mask=rows < lq)
 
     first, last = row + (lk - lq), tl.minimum(row + BLOCK_M, lq) - 1 + (lk - lq)  # positions of the queries
     if REACH != "all":
@@ -303,7 +306,7 @@ def attention_queries_backward_kernel(
                     BIAS, REACH, EDGE,
                 )  # fmt: skip
                 acc = dot(dscores.to(key.dtype), key, acc)
-    rows = row + tl.arange(0, BLOCK_M)[:, None]
+    rows = rows[:, None]
     columns = tl.arange(0, BLOCK_D)[None, :]
     pointers = dq + ((batch * lq + rows) * (heads + 2 * (heads // groups) if PACKED else heads) + head) * D + columns
     tl.store(pointers, (acc * scale).to(dq.dtype.element_ty), mask=(rows < lq) & (columns < D))
@@ -361,8 +364,8 @@ def attention_backward(
     else:
         dq, dk, dvalues = packed.split([heads, key_heads, key_heads], dim=2)
 
-    delta = torch.empty_like(logsumexp)
-    sums = logsumexp if kind.startswith("added") else torch.empty_like(logsumexp)
+    aligned = triton.cdiv(lq, 4) * 4  # as in `aligned_rows`
+    sums, delta = (torch.empty((batch, heads, aligned), dtype=torch.float32, device=q.device) for _ in range(2))
     keys, queries = config.keys, config.queries
     rows = queries["BLOCK_N"]
     tma = bool(queries["TMA"])
@@ -373,11 +376,14 @@ def attention_backward(
         config=queries, like=q, INSIDE=lk >= rows, EDGES=near or lk % rows != 0, PACKED=packed is not None, **constants,
     )  # fmt: skip
     rows = keys["BLOCK_M"]
-    tma = bool(keys["TMA"])
+    tma = keys["TMA"]
+    of_queries = (sums, delta)
+    if tma == 2:
+        of_queries = tuple(TensorDescriptor(t, [batch * heads, lq], [aligned, 1], [1, rows]) for t in of_queries)
     launch(
         attention_keys_backward_kernel, (batch * key_heads * triton.cdiv(lk, keys["BLOCK_N"]),),
         described(q, rows, widths[0]) if tma else q, k, v, described(grad, rows, widths[1]) if tma else grad,
-        sums, delta, dk, dvalues, *masks, *sizes, *strides,
+        *of_queries, dk, dvalues, *masks, *sizes, *strides,
         config=keys, like=q, INSIDE=lq >= rows, EDGES=near or lq % rows != 0, PACKED=packed is not None, **constants,
     )  # fmt: skip
     dbias = None

@@ -36,6 +36,12 @@ def load_block(
 
 
 @triton.jit
+def aligned_rows(lq):
+    """How far apart the numbers that the kernel of queries leaves begin: descriptors want multiples of 16 bytes."""
+    return (lq + 3) // 4 * 4
+
+
+@triton.jit
 def load_by_query(base, row, lq, OTHER: tl.constexpr, ROWS: tl.constexpr, BOUNDED: tl.constexpr):
     """One number for each of ROWS queries; OTHER for those past the last."""
     rows = row + tl.arange(0, ROWS)
@@ -167,9 +173,17 @@ def add_for_keys(
 ):
     """What a block of queries adds to the gradients of a block of keys and values."""
     query = load_block(q, batch, head, row, lq, stride_qm, D, BLOCK_M, BLOCK_D, EDGE, TMA)
-    scores = dot(key, tl.trans(query), tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
-    by_query = load_by_query(sums, row, lq, float("inf"), BLOCK_M, EDGE)
     gradient = load_block(grad, batch, head, row, lq, stride_gm, DV, BLOCK_M, BLOCK_DV, EDGE, TMA)
+    if TMA == 2:
+        # Side by side all four copies end at one barrier; a wait for one between two products would have ptxas
+        # finish each product by itself.
+        by_query = sums.load([batch_head, row]).reshape(BLOCK_M)
+        less = delta.load([batch_head, row]).reshape(BLOCK_M)
+        if EDGE and (BIAS == "added" or BIAS == "added by key"):  # zeros of queries past the last are not enough
+            by_query = tl.where(row + tl.arange(0, BLOCK_M) < lq, by_query, float("inf"))
+    scores = dot(key, tl.trans(query), tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
+    if TMA < 2:
+        by_query = load_by_query(sums, row, lq, float("inf"), BLOCK_M, EDGE)
     dweights = dot(value, tl.trans(gradient), tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
     weights = weights_of(
         scores, by_query, bias, terms, row, start, lq, lk, before, after, scale, stride_bm, stride_bn, BLOCK_M, BLOCK_N,
@@ -181,7 +195,8 @@ def add_for_keys(
         dweights = tl.where(kept, dweights * kept_scale, 0.0)
     else:
         dv = dot(weights.to(gradient.dtype), gradient, dv)
-    less = load_by_query(delta, row, lq, 0.0, BLOCK_M, EDGE)
+    if TMA < 2:
+        less = load_by_query(delta, row, lq, 0.0, BLOCK_M, EDGE)
     dscores = weights * (dweights - less[None, :])
     dk = dot(dscores.to(query.dtype), query, dk)
     return dk, dv

@@ -11,7 +11,7 @@ from torch import Tensor
 from burnish.kernels.attention_configs import is_by_key, is_describable, padded
 from burnish.kernels.launch import Config, target_of
 
-_Blocks = tuple[int, int, int, int, int]  # BLOCK_M queries, BLOCK_N keys, warps, stages, TMA
+_Blocks = tuple[int, int, int, int, int]  # BLOCK_M queries, BLOCK_N keys, warps, stages, TMA (0, 1 or 2)
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,26 @@ class BackwardConfig:
 
 _Table = dict[int, list[_Blocks]]  # by the width of a head
 
-# Two programs of 4 warps on a multiprocessor, one multiplying while the other takes exponentials, are faster than
-# one of 8, even where they spill: 12x12x1024x64, causal, on an H200 takes 314 us with dk and dv by 128 queries and 64
-# keys (264 bytes on the stack), 359 by 64 and 128 with 8 warps; and 281 with dq by 64 and 64, 359 by 128 and 64 with 8.
+# With TMA 1 keys, values, queries and gradients come by descriptor, with 2 also the two numbers of each query: by
+# pointers triton 3.6 has each thread copy all that it will need of them where there are fewer queries than threads (32
+# copies a block, and 392 bytes on the stack with 64 x 64 in 3 stages; by descriptor 253 registers and none).
+# Two programs of 4 warps on a multiprocessor, one multiplying while the other takes exponentials, are faster than one
+# of 8, even where they spill: 12x12x1024x64, causal, on an H200 takes 314 us with dk and dv by 128 queries and 64 keys
+# in 2 stages, 359 by 64 and 128 with 8 warps; and 281 with dq by 64 and 64, 359 by 128 and 64 with 8. With 2 stages the
+# next block is asked for at the end of the one before it, so each waits for all of its way from the L2 cache; 3 hide
+# that, and only 64 queries leave room for 3 twice.
 # The others compile without spilling for sm_80, 90 and 100, by the most that their inputs may ask for. A bias of all
 # pairs and dropout each want a tile more (SHORT of registers). Where both meet, with padding, up to 32 bytes spill.
 _KEYS: _Table = {
-    64: [(128, 64, 4, 2, 1), (64, 64, 4, 2, 1), (32, 64, 8, 2, 0), (64, 128, 8, 2, 1)],
-    128: [(32, 64, 4, 2, 1), (32, 128, 8, 2, 1), (32, 64, 8, 2, 0), (64, 64, 8, 2, 1)],
+    64: [
+        (64, 64, 4, 3, 2),
+        (128, 64, 4, 2, 1),
+        (64, 128, 8, 3, 2),
+        (32, 64, 8, 2, 0),
+        (64, 64, 4, 4, 2),
+        (32, 64, 4, 4, 2),
+    ],
+    128: [(32, 64, 4, 3, 2), (32, 64, 4, 2, 1), (32, 128, 8, 3, 2), (32, 64, 8, 2, 0), (64, 64, 8, 3, 2)],
     256: [(32, 32, 8, 1, 0)],
 }
 _KEYS_SHORT: _Table = {64: [(32, 64, 8, 2, 0)], 128: [(32, 32, 4, 2, 0)], 256: [(32, 32, 8, 1, 0)]}

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from burnish.kernels.attention_backward_blocks import gradient_of_scores, load_by_query
+from burnish.kernels.attention_backward_blocks import aligned_rows, gradient_of_scores, load_by_query
 from burnish.kernels.attention_blocks import key_terms, load_rows
 from burnish.kernels.launch import Config, launch, launch_dependents, wait_for_inputs
 
@@ -20,7 +20,7 @@ def attention_bias_backward_kernel(
     k,
     v,
     grad,
-    logsumexp,  # (B, Hq, Lq), as forward left it
+    sums,  # as the kernel of queries left them
     delta,
     dbias,  # (B or 1, Hq or 1, Lq or blocks of queries, Lk or blocks of keys) float32
     bias,
@@ -111,8 +111,8 @@ def attention_bias_backward_kernel(
                 v + batch * stride_vb + key_head * stride_vh,
                 start, lk, stride_vn, DV, BLOCK_N, BLOCK_DV, True, BLOCK_DV == DV,
             )  # fmt: skip
-            sums = load_by_query(logsumexp + place * lq, row, lq, float("inf"), BLOCK_M, True)
-            less = load_by_query(delta + place * lq, row, lq, 0.0, BLOCK_M, True)
+            by_query = load_by_query(sums + place * aligned_rows(lq), row, lq, float("inf"), BLOCK_M, True)
+            less = load_by_query(delta + place * aligned_rows(lq), row, lq, 0.0, BLOCK_M, True)
             head_bias = bias + batch * stride_bb + head * stride_bh
             terms = None
             if PADDING or BIAS == "added by key":
@@ -120,7 +120,7 @@ def attention_bias_backward_kernel(
                     head_bias, padding + batch * stride_pb, start, lk, stride_bn, stride_pn, BIAS, PADDING, BLOCK_N
                 )
             acc += gradient_of_scores(
-                query, gradient, key, value, sums, less, head_bias, terms, row, start, lq, lk, before, after, scale,
+                query, gradient, key, value, by_query, less, head_bias, terms, row, start, lq, lk, before, after, scale,
                 stride_bm, stride_bn, key_seed, tl.cast(place, tl.int32), threshold, kept_scale, BLOCK_M, BLOCK_N, BIAS,
                 REACH, True,
             )  # fmt: skip
