@@ -368,7 +368,7 @@ def attention_backward(
     sums, delta = (torch.empty((batch, heads, aligned), dtype=torch.float32, device=q.device) for _ in range(2))
     keys, queries = config.keys, config.queries
     rows = queries["BLOCK_N"]
-    tma = bool(queries["TMA"])
+    tma = queries["TMA"]
     launch(
         attention_queries_backward_kernel, (batch * heads * triton.cdiv(lq, queries["BLOCK_M"]),),
         q, described(k, rows, widths[0]) if tma else k, described(v, rows, widths[1]) if tma else v, grad,

@@ -175,8 +175,8 @@ def add_for_keys(
     query = load_block(q, batch, head, row, lq, stride_qm, D, BLOCK_M, BLOCK_D, EDGE, TMA)
     gradient = load_block(grad, batch, head, row, lq, stride_gm, DV, BLOCK_M, BLOCK_DV, EDGE, TMA)
     if TMA == 2:
-        # Side by side all four copies end at one barrier; a wait for one between two products would have ptxas
-        # finish each product by itself.
+        # All four side by side, so that none is waited for between two products: then ptxas would finish each of the
+        # instructions that these are made of before the next one.
         by_query = sums.load([batch_head, row]).reshape(BLOCK_M)
         less = delta.load([batch_head, row]).reshape(BLOCK_M)
         if EDGE and (BIAS == "added" or BIAS == "added by key"):  # zeros of queries past the last are not enough

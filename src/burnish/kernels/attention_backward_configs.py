@@ -30,7 +30,8 @@ _Table = dict[int, list[_Blocks]]  # by the width of a head
 
 # With TMA 1 keys, values, queries and gradients come by descriptor, with 2 also the two numbers of each query: by
 # pointers triton 3.6 has each thread copy all that it will need of them where there are fewer queries than threads (32
-# copies a block, and 392 bytes on the stack with 64 x 64 in 3 stages; by descriptor 253 registers and none).
+# copies a block, and 392 bytes on the stack with 64 x 64 in 3 stages; by descriptor 253 registers and none). That needs
+# 32 queries or more: copies go to multiples of 128 bytes.
 # Two programs of 4 warps on a multiprocessor, one multiplying while the other takes exponentials, are faster than one
 # of 8, even where they spill: 12x12x1024x64, causal, on an H200 takes 314 us with dk and dv by 128 queries and 64 keys
 # in 2 stages, 359 by 64 and 128 with 8 warps; and 281 with dq by 64 and 64, 359 by 128 and 64 with 8. With 2 stages the
