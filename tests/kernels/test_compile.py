@@ -18,8 +18,12 @@ import burnish.ops  # noqa: F401 isort: skip
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that one block may use
 RESERVED = 1024  # bytes that the system takes of each block
-STACK = {("attention_keys_backward_kernel", 90): 768}
-"""Bytes that threads may spill, of kernels that were measured to be faster so than by configs that spill nothing."""
+STACK = {
+    ("attention_keys_backward_kernel", 90): 768,
+    **{("attention_queries_backward_kernel", c): 24 for c in CAPABILITIES},
+}
+"""Bytes that threads may spill, of kernels that were measured to be faster so than by configs that spill nothing, or
+that store a few numbers before their loop and load them once after it."""
 WITH_KERNELS = sorted(
     name for name, op in OPS.items() if any("triton" in impl or impl.startswith("gluon") for impl in op.impls)
 )
