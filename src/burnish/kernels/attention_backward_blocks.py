@@ -173,10 +173,10 @@ def add_for_keys(
 ):
     """What a block of queries adds to the gradients of a block of keys and values."""
     query = load_block(q, batch, head, row, lq, stride_qm, D, BLOCK_M, BLOCK_D, EDGE, TMA)
-    gradient = load_block(grad, batch, head, row, lq, stride_gm, DV, BLOCK_M, BLOCK_DV, EDGE, TMA)
     if TMA == 2:
         # All four side by side, so that none is waited for between two products: then ptxas would finish each of the
         # instructions that these are made of before the next one.
+        gradient = load_block(grad, batch, head, row, lq, stride_gm, DV, BLOCK_M, BLOCK_DV, EDGE, TMA)
         by_query = sums.load([batch_head, row]).reshape(BLOCK_M)
         less = delta.load([batch_head, row]).reshape(BLOCK_M)
         if EDGE and (BIAS == "added" or BIAS == "added by key"):  # zeros of queries past the last are not enough
@@ -184,6 +184,7 @@ def add_for_keys(
     scores = dot(key, tl.trans(query), tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
     if TMA < 2:
         by_query = load_by_query(sums, row, lq, float("inf"), BLOCK_M, EDGE)
+        gradient = load_block(grad, batch, head, row, lq, stride_gm, DV, BLOCK_M, BLOCK_DV, EDGE, TMA)
     dweights = dot(value, tl.trans(gradient), tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
     weights = weights_of(
         scores, by_query, bias, terms, row, start, lq, lk, before, after, scale, stride_bm, stride_bn, BLOCK_M, BLOCK_N,
