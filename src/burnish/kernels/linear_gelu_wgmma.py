@@ -141,18 +141,18 @@ def _finish(
             if MORE_N > 0:
                 _put_nothing(parts_ptr, m, n + BLOCK_N, N, BLOCK_M, MORE_N)
         # What the first rows need of x is asked for before their sums are there.
-        x, soon = _first_rows(x_ptr, m + start, m + BLOCK_M, n, M, N, BLOCK_N, gl.num_warps())
+        ahead = _ahead(x_ptr, m + start, m + BLOCK_M, n, M, N, BLOCK_N, gl.num_warps())
         if MORE_N > 0:
-            more, more_soon = _first_rows(x_ptr, m + start, m + BLOCK_M, n + BLOCK_N, M, N, MORE_N, gl.num_warps())
+            more = _ahead(x_ptr, m + start, m + BLOCK_M, n + BLOCK_N, M, N, MORE_N, gl.num_warps())
         mbarrier.wait(left.index(0), turn & 1)
         _finish_rows(
-            sums[0], x, soon, start, BLOCK_M, m, n, M, N, x_ptr, out_ptr, hidden_ptr, parts_ptr, 0, ACTIVATION, KEEP,
+            sums[0], ahead, start, BLOCK_M, m, n, M, N, x_ptr, out_ptr, hidden_ptr, parts_ptr, 0, ACTIVATION, KEEP,
             BLOCK_M, BLOCK_N, gl.num_warps(),
         )  # fmt: skip
         if MORE_N > 0:
             _finish_rows(
-                sums[1], more, more_soon, start, BLOCK_M, m, n + BLOCK_N, M, N, x_ptr, out_ptr, hidden_ptr, parts_ptr,
-                0, ACTIVATION, KEEP, BLOCK_M, MORE_N, gl.num_warps(),
+                sums[1], more, start, BLOCK_M, m, n + BLOCK_N, M, N, x_ptr, out_ptr, hidden_ptr, parts_ptr, 0,
+                ACTIVATION, KEEP, BLOCK_M, MORE_N, gl.num_warps(),
             )  # fmt: skip
 
 
@@ -162,41 +162,71 @@ def _finish_columns(
     ACTIVATION: gl.constexpr, KEEP: gl.constexpr, BLOCK_M: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """`_finish_rows` where nothing was asked for yet."""
-    x, soon = _first_rows(x_ptr, first_m + start, first_m + stop, first_n, M, N, COLUMNS, WARPS)
+    ahead = _ahead(x_ptr, first_m + start, first_m + stop, first_n, M, N, COLUMNS, WARPS)
     _finish_rows(
-        sums, x, soon, start, stop, first_m, first_n, M, N, x_ptr, out_ptr, hidden_ptr, parts_ptr, team, ACTIVATION,
-        KEEP, BLOCK_M, COLUMNS, WARPS,
+        sums, ahead, start, stop, first_m, first_n, M, N, x_ptr, out_ptr, hidden_ptr, parts_ptr, team, ACTIVATION, KEEP,
+        BLOCK_M, COLUMNS, WARPS,
     )  # fmt: skip
 
 
 @gluon.jit
 def _finish_rows(
-    sums, x, soon, start, stop, first_m, first_n, M, N, x_ptr, out_ptr, hidden_ptr, parts_ptr, team: gl.constexpr,
+    sums, ahead, start, stop, first_m, first_n, M, N, x_ptr, out_ptr, hidden_ptr, parts_ptr, team: gl.constexpr,
     ACTIVATION: gl.constexpr, KEEP: gl.constexpr, BLOCK_M: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Rows from `start` up to `stop` of the sums that were left, some at once: as they are and through the activation,
     or, where there is an x, times its slope there, with the activation of x and with sums of columns.
 
-    `x` and `soon` are the first rows of x, which were asked for before."""
+    `ahead` are the first rows of x, which were asked for before. A turn of the loop takes as many as there are, and
+    asks for the next ones into the same registers: handed from one to the other, each would be waited for.
+    """
     ROWS: gl.constexpr = _at_once(COLUMNS, WARPS)
     LAYOUT: gl.constexpr = _layout(COLUMNS, WARPS)
     total = gl.zeros((ROWS, COLUMNS), gl.float32, LAYOUT)
-    for i in range(start // ROWS, stop // ROWS):
-        m = first_m + i * ROWS
-        value = take(sums, i, BLOCK_M, ROWS, WARPS)
-        if x_ptr is None:
-            hidden = activate(value, ACTIVATION)
-        else:
-            later = _rows(x_ptr, m + 2 * ROWS, first_m + stop, first_n, M, N, COLUMNS, WARPS)
-            hidden, slope = activate_with_slope(x.to(gl.float32), ACTIVATION)
-            value *= slope
-            total += value
-            x, soon = soon, later
-        store(value, m, first_n, 0, M, N, out_ptr, ROWS, COLUMNS, WARPS)
-        if KEEP:
-            store(hidden, m, first_n, 0, M, N, hidden_ptr, ROWS, COLUMNS, WARPS)
+    first, second, third, fourth = ahead
+    for i in range(start // ROWS, stop // ROWS, _turns(COLUMNS, WARPS)):
+        total, first = _finish_some(
+            sums, first, total, i, stop, first_m, first_n, M, N, x_ptr, out_ptr, hidden_ptr, ACTIVATION, KEEP, BLOCK_M,
+            COLUMNS, WARPS,
+        )  # fmt: skip
+        total, second = _finish_some(
+            sums, second, total, i + 1, stop, first_m, first_n, M, N, x_ptr, out_ptr, hidden_ptr, ACTIVATION, KEEP,
+            BLOCK_M, COLUMNS, WARPS,
+        )  # fmt: skip
+        if _turns(COLUMNS, WARPS) == 4:
+            total, third = _finish_some(
+                sums, third, total, i + 2, stop, first_m, first_n, M, N, x_ptr, out_ptr, hidden_ptr, ACTIVATION, KEEP,
+                BLOCK_M, COLUMNS, WARPS,
+            )  # fmt: skip
+            total, fourth = _finish_some(
+                sums, fourth, total, i + 3, stop, first_m, first_n, M, N, x_ptr, out_ptr, hidden_ptr, ACTIVATION, KEEP,
+                BLOCK_M, COLUMNS, WARPS,
+            )  # fmt: skip
     if x_ptr is not None:
         _put_part(gl.sum(total, 0), parts_ptr, first_m, first_n, N, team, BLOCK_M, COLUMNS)
+
+
+@gluon.jit
+def _finish_some(
+    sums, x, total, i, stop, first_m, first_n, M, N, x_ptr, out_ptr, hidden_ptr, ACTIVATION: gl.constexpr,
+    KEEP: gl.constexpr, BLOCK_M: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """The `i`th rows. Returns the sums of columns with theirs, and the rows of x that come a turn later."""
+    ROWS: gl.constexpr = _at_once(COLUMNS, WARPS)
+    m = first_m + i * ROWS
+    if x_ptr is None:
+        value = take(sums, i, BLOCK_M, ROWS, WARPS)
+        hidden = activate(value, ACTIVATION)
+    else:
+        wide = x.to(gl.float32)
+        x = _rows(x_ptr, m + _turns(COLUMNS, WARPS) * ROWS, first_m + stop, first_n, M, N, COLUMNS, WARPS)
+        hidden, slope = activate_with_slope(wide, ACTIVATION)
+        value = take(sums, i, BLOCK_M, ROWS, WARPS) * slope
+        total += value
+    store(value, m, first_n, 0, M, N, out_ptr, ROWS, COLUMNS, WARPS)
+    if KEEP:
+        store(hidden, m, first_n, 0, M, N, hidden_ptr, ROWS, COLUMNS, WARPS)
+    return total, x
 
 
 @gluon.constexpr_function
@@ -207,19 +237,30 @@ def _layout(columns, warps):
 
 @gluon.constexpr_function
 def _at_once(columns, warps):
-    """How many rows: 8 entries a thread, or 16 of four warps, which have the registers and nobody to hide their waits."""
+    """How many rows: 8 entries a thread, or 16 of four warps, which have the registers and nobody who hides waits."""
     return 16 if warps == 4 else warps * (256 // columns)
 
 
+@gluon.constexpr_function
+def _turns(columns, warps):
+    """How many of them, one after the other, have rows of x on their way. They divide what a team finishes."""
+    return 4 if columns == 128 and warps == 8 else 2
+
+
 @gluon.jit
-def _first_rows(x_ptr, m, stop, first_n, M, N, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
-    """The first and the next rows of x."""
+def _ahead(x_ptr, m, stop, first_n, M, N, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
+    """The first rows of x: four times as many as are finished at once, or twice and nothing."""
     if x_ptr is None:
-        x, soon = m, m  # Triton 3.6 returns no None: what there is not stands as something that there is
+        first, second, third, fourth = m, m, m, m  # Triton 3.6 returns no None: what there is not stands as something
     else:
-        x = _rows(x_ptr, m, stop, first_n, M, N, COLUMNS, WARPS)
-        soon = _rows(x_ptr, m + _at_once(COLUMNS, WARPS), stop, first_n, M, N, COLUMNS, WARPS)
-    return x, soon
+        ROWS: gl.constexpr = _at_once(COLUMNS, WARPS)
+        first = _rows(x_ptr, m, stop, first_n, M, N, COLUMNS, WARPS)
+        second = _rows(x_ptr, m + ROWS, stop, first_n, M, N, COLUMNS, WARPS)
+        third, fourth = m, m
+        if _turns(COLUMNS, WARPS) == 4:
+            third = _rows(x_ptr, m + 2 * ROWS, stop, first_n, M, N, COLUMNS, WARPS)
+            fourth = _rows(x_ptr, m + 3 * ROWS, stop, first_n, M, N, COLUMNS, WARPS)
+    return first, second, third, fourth
 
 
 @gluon.jit
@@ -305,11 +346,11 @@ def linear_gelu_wgmma_kernel(
     )  # fmt: skip
 
 
-def linear_gelu_wgmma_configs(columns: int, depth: int) -> list[Config]:
+def linear_gelu_wgmma_configs(columns: int, depth: int, backward: bool) -> list[Config]:
     """Configs of both products, the most promising first."""
     # (BLOCK_M, BLOCK_N, MORE_N, STAGES, SHARE, FINISHERS). What is left of shared memory beside the stages are a tile's
-    # sums. 128x256 spills.
-    shapes = [(128, 128, 64, 4, 64, 8), (256, 128, 0, 3, 128, 8), (256, 128, 0, 3, 192, 4), (128, 128, 64, 4, 64, 4)]
+    # sums. 128x256 spills, and so does 256x128 backward with eight warps that finish.
+    shapes = [(128, 128, 64, 4, 64, 8 if backward else 4), (256, 128, 0, 3, 192, 4)]
     configs = [
         Config.of(8, 1, BLOCK_M=m, BLOCK_N=n, MORE_N=more, BLOCK_K=64, STAGES=stages, SHARE=share, FINISHERS=finishers)
         for m, n, more, stages, share, finishers in shapes
@@ -341,7 +382,7 @@ def linear_gelu_backward(
     rows. Rows of grad and weight are contiguous and start at multiples of 16 bytes, N is a multiple of 8. Otherwise as
     `linear_with_preactivation`. The same inputs give the same bits.
     """
-    config = config or linear_gelu_wgmma_configs(*weight.shape)[0]
+    config = config or linear_gelu_wgmma_configs(*weight.shape, backward=True)[0]
     dx = x.new_empty(x.shape)
     hidden = x.new_empty(x.shape if keep_hidden else 0)
     rows, columns = x.numel() // x.shape[-1], x.shape[-1]
@@ -367,7 +408,7 @@ def _launch(
     keep: bool = True,
 ) -> None:
     depth, columns = given.shape[-1], out.shape[-1]
-    config = config or linear_gelu_wgmma_configs(columns, depth)[0]
+    config = config or linear_gelu_wgmma_configs(columns, depth, backward=x is not None)[0]
     block_m, block_n, more_n, block_k = (config[name] for name in ("BLOCK_M", "BLOCK_N", "MORE_N", "BLOCK_K"))
     turned = x is not None
     memory = (weight, *weight.shape, weight.stride(0))
@@ -383,14 +424,15 @@ def _launch(
     )
     # All registers are dealt out; what the others leave is for those who multiply.
     registers = 65536 // (32 * (8 + config["FINISHERS"] + 4)) // 8 * 8
-    finishing = 64 if block_m == 256 else 96
     constants = {
         "ACTIVATION": in_half(activation, given.dtype),
         "KEEP": keep,
         "TURNED": turned,
-        "FINISH_REGISTERS": finishing if config["FINISHERS"] == 8 else 152 if turned else 104,
+        "FINISH_REGISTERS": 96 if config["FINISHERS"] == 8 else 152 if turned else 104,
         "FILL_REGISTERS": 24,
     }
     tiles = cdiv(rows, block_m) * cdiv(columns, block_n + more_n)
     programs = min(tiles, target_of(given).num_sms)
-    launch(linear_gelu_wgmma_kernel, (programs,), *arguments, config=config, like=given, registers=registers, **constants)
+    launch(
+        linear_gelu_wgmma_kernel, (programs,), *arguments, config=config, like=given, registers=registers, **constants
+    )
