@@ -21,6 +21,7 @@ RESERVED = 1024  # bytes that the system takes of each block
 STACK = {
     ("attention_keys_backward_kernel", 90): 768,
     **{("attention_queries_backward_kernel", c): 24 for c in CAPABILITIES},
+    ("linear_gelu_wgmma_kernel", 90): 64,  # by triton 3.9: what stays the same, asked for once in a tile
 }
 """Bytes that threads may spill, of kernels that were measured to be faster so than by configs that spill nothing, or
 that store a few numbers before their loop and load them once after it."""
@@ -185,7 +186,9 @@ def _assert_barriers_are_kept(kernels: Any) -> None:
 
 def _assert_synchronized(kernels: Any) -> None:
     assert len(kernels) >= 3
-    assert not [kernel for kernel in kernels if kernel["spills"] or kernel["shared"] > SHARED_MEMORY[90]]
+    for kernel in kernels:
+        assert kernel["spills"] <= STACK.get((kernel["kernel"].partition(" ")[0], 90), 0), kernel
+        assert kernel["shared"] <= SHARED_MEMORY[90], kernel
     _assert_barriers_are_kept(kernels)
 
 
