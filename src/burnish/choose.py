@@ -24,16 +24,19 @@ class Seen:
     Attributes:
         keys: the signature of each slot's call, by slot name.
         arguments: of each signature the arguments of its calls, all with the first one's activations.
+        live_rows: of each signature how many rows its calls want, where they are told.
     """
 
     def __init__(self, prepared: Prepared, call: Call) -> None:
         self.keys: dict[str, Key] = {}
         self.arguments: dict[Key, list[tuple[Any, ...]]] = {}
+        self.live_rows: dict[Key, Tensor | None] = {}
         weights = set(map(id, prepared.executable.read_weights()))
 
         def recording(slot: Slot) -> Callable[..., Any]:
-            def record(*args: Any) -> Any:
-                key = self.keys[slot.name] = key_of(slot.op, args)
+            def record(*args: Any, live_rows: Tensor | None = None) -> Any:
+                key = self.keys[slot.name] = key_of(slot.op, args, live_rows=live_rows)
+                self.live_rows[key] = live_rows
                 instances = self.arguments.setdefault(key, [])
                 # Other layers' weights on the first layer's activations: little is kept, and weights come from memory.
                 instances.append(args if not instances else _with_activations_of(instances[0], args, weights))
@@ -51,7 +54,11 @@ class Seen:
         if calls:
             from burnish.kernels.warm_up import warm_up
 
-            warm_up(partial(function, *self.arguments[key][0]) for key, function in calls.items())
+            warm_up(partial(function, *self.arguments[key][0], **self.told(key)) for key, function in calls.items())
+
+    def told(self, key: Key) -> dict[str, Tensor]:
+        """The keyword that calls of this signature have."""
+        return _told(self.live_rows[key])
 
 
 @dataclass
@@ -65,7 +72,7 @@ class Chosen:
 
     def reject(self, slot: Slot) -> None:
         """Puts the Op's reference where an Impl failed verification."""
-        self.functions[slot.name] = slot.op.reference
+        self.functions[slot.name] = slot if slot.is_told else slot.op.reference
         self.choices[slot.name] = Choice("reference", source="verified")
 
 
@@ -73,7 +80,8 @@ def choose_by_measuring(prepared: Prepared, call: Call, tuner: Tuner) -> tuple[C
     """Runs once, keeping one set of activations for each distinct signature, and measures the Impls on them."""
     seen, chosen = Seen(prepared, call), Chosen()
     for slot in prepared.executable.slots:
-        args, *others = seen.arguments[seen.keys[slot.name]]
+        key = seen.keys[slot.name]
+        args, *others = seen.arguments[key]
         chosen.functions[slot.name], chosen.choices[slot.name] = tuner.choose(
             slot.op,
             args,
@@ -81,6 +89,7 @@ def choose_by_measuring(prepared: Prepared, call: Call, tuner: Tuner) -> tuple[C
             thorough=True,
             variants=others,
             in_place=slot.in_place,
+            live_rows=seen.live_rows[key],
         )
     seen.compile(chosen)
     return chosen, seen
@@ -102,10 +111,14 @@ def _choose_on_cuda(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
         if slot.name in prepared.rejected:
             chosen.reject(slot)
         else:
-            args = seen.arguments[seen.keys[slot.name]][0]
+            key = seen.keys[slot.name]
             left_us = max(0.0, (ends - time.perf_counter()) * 1e6)
             chosen.functions[slot.name], chosen.choices[slot.name] = tuner.choose(
-                slot.op, args, budget_us=left_us, in_place=slot.in_place
+                slot.op,
+                seen.arguments[key][0],
+                budget_us=left_us,
+                in_place=slot.in_place,
+                live_rows=seen.live_rows[key],
             )
     seen.compile(chosen)
     return chosen
@@ -117,17 +130,17 @@ def _choose_on_the_way(prepared: Prepared, call: Call, tuner: Tuner) -> Chosen:
     budget = tuner.NEW_SIZE_BUDGET_US
 
     def choosing(slot: Slot) -> Callable[..., Any]:
-        def choose(*args: Any) -> Any:
+        def choose(*args: Any, live_rows: Tensor | None = None) -> Any:
             nonlocal budget
             started = time.perf_counter()
             if slot.name in prepared.rejected:
                 chosen.reject(slot)
             else:
                 chosen.functions[slot.name], chosen.choices[slot.name] = tuner.choose(
-                    slot.op, args, budget_us=max(budget, 0), in_place=slot.in_place
+                    slot.op, args, budget_us=max(budget, 0), in_place=slot.in_place, live_rows=live_rows
                 )
             budget -= (time.perf_counter() - started) * 1e6
-            return chosen.functions[slot.name](*args)
+            return chosen.functions[slot.name](*args, **_told(live_rows))
 
         return choose
 
@@ -155,6 +168,10 @@ def choose_differentiable(prepared: Prepared, model: nn.Module, call: Call, tune
 
     _run(executable, choosing, call)
     return executable, chosen
+
+
+def _told(live_rows: Tensor | None) -> dict[str, Tensor]:
+    return {} if live_rows is None else {"live_rows": live_rows}
 
 
 def _run(executable: Executable, fill: Callable[[Slot], Callable[..., Any]], call: Call) -> Sequence[Any]:

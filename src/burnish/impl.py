@@ -46,7 +46,9 @@ class Impl:
     them, lists ways to run `fn` on given inputs (its keyword `config`), the most promising first; each has a distinct
     str(). Without the keyword `fn` uses the first. `in_place`, of an Op that donates, takes what `fn` takes, writes
     into the donated arguments, which share memory with nothing, and returns these same tensors in the results' places.
-    `named_only` says why it is taken only where it is asked for by name; empty for all others.
+    `named_only` says why it is taken only where it is asked for by name; empty for all others. With `live_rows`, `fn`
+    takes a keyword of that name, an int32 on the inputs' device: rows of the results from there on, all dimensions but
+    the last one taken together, are not wanted. What they hold is undefined, and `fn` spares what work it can.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Impl:
     configs: Callable[..., Sequence[Any]] | None = None
     in_place: Callable[..., Result] | None = None
     named_only: str = ""
+    live_rows: bool = False
 
     def why_not(self, *args: Any, **kwargs: Any) -> list[str]:
         """Every reason why this Impl cannot take these inputs; empty when it can."""

@@ -63,7 +63,7 @@ def choose_in_model(prepared: Prepared, chosen: Chosen, seen: Seen, tuner: Tuner
         if most_us <= noise_us:
             return
         op, args, winner = slots[0].op, seen.arguments[key][0], chosen.choices[slots[0].name]
-        rivals = tuner.rivals(op, args, winner, slots[0].in_place)
+        rivals = tuner.rivals(op, args, winner, slots[0].in_place, seen.live_rows[key])
         if not rivals or is_over():
             continue
         tried: dict[str, float] = {}
@@ -81,7 +81,7 @@ def choose_in_model(prepared: Prepared, chosen: Chosen, seen: Seen, tuner: Tuner
                 chosen.functions.update(functions)
         winner = replace(winner, in_model_us={winner.candidate: tried[winner.candidate], **tried})
         chosen.choices.update(dict.fromkeys((slot.name for slot in slots), winner))
-        tuner.settle(op, args, winner)
+        tuner.settle(key, winner)
 
 
 class ModelContest:

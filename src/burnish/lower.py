@@ -9,7 +9,7 @@ from __future__ import annotations
 import builtins
 import operator
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -23,21 +23,26 @@ from burnish.places import find_weight
 class Slot:
     """The place of one Op node in the generated code. Calling it runs the Op's reference, so that unbound code is right
     too. `in_place`: all that the Op donates are inputs of the model that nothing else reads, a KV cache's; or, of an
-    Op that sums over ranks, fresh memory of which the same holds."""
+    Op that sums over ranks, fresh memory of which the same holds. `is_told`: calls have the keyword `live_rows`, too
+    (see `Impl`)."""
 
-    def __init__(self, name: str, op: Op, origin: str, in_place: bool) -> None:
+    def __init__(self, name: str, op: Op, origin: str, in_place: bool, is_told: bool = False) -> None:
         self.name = self.__name__ = self.__qualname__ = name
         self.__module__ = "burnish.slots"
         self.op = op
         self.origin = origin
         self.in_place = in_place
+        self.is_told = is_told
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, live_rows: Tensor | None = None) -> Any:
         return self.op.reference(*args)
 
 
 class Executable:
     """The generated code of one Program.
+
+    Args:
+        told: Op nodes that are told the last entry of the input `offsets` as `live_rows`.
 
     Attributes:
         slots: every Op node's slot, in the order of execution.
@@ -47,8 +52,14 @@ class Executable:
         source: the generated Python, for reading.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, model: nn.Module | None = None) -> None:
-        graph, self.slots, paths = _slotted(graph_module)
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        model: nn.Module | None = None,
+        told: Collection[fx.Node] = (),
+        offsets: str = "",
+    ) -> None:
+        graph, self.slots, paths = _slotted(graph_module, told, offsets)
         self.donated, self.borrowed = _shared(graph, len(paths))
         self.weights = [
             find_weight((model, graph_module) if model is not None else (graph_module,), path) for path in paths
@@ -82,7 +93,9 @@ def op_of(target: Any) -> Op | None:
     return OPS.get(target._opname) if getattr(target, "namespace", None) == "burnish" else None
 
 
-def _slotted(graph_module: fx.GraphModule) -> tuple[fx.Graph, list[Slot], list[str]]:
+def _slotted(
+    graph_module: fx.GraphModule, told: Collection[fx.Node], offsets: str
+) -> tuple[fx.Graph, list[Slot], list[str]]:
     """A copy of the graph with Op nodes calling slots, each weight a leading placeholder, and counts taken first."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -94,17 +107,22 @@ def _slotted(graph_module: fx.GraphModule) -> tuple[fx.Graph, list[Slot], list[s
                 weight_nodes[node.target] = graph.placeholder(f"w{len(weight_nodes)}_{node.name}")
             mapping[node] = weight_nodes[node.target]
     slots: list[Slot] = []
+    live_rows = None
     for node in nodes:
         if node.op == "get_attr":
             continue
+        if told and live_rows is None and node.op != "placeholder":
+            given = next(new for old, new in mapping.items() if old.op == "placeholder" and old.target == offsets)
+            live_rows = graph.call_function(operator.getitem, (given, slice(-1, None)))
         op = op_of(node.target) if node.op == "call_function" else None
         new = graph.node_copy(node, lambda n: mapping[n])
         if op is not None:
-            slot = Slot(f"{op.name}_{len(slots)}", op, node.name, _may_write(node, op))
+            slot = Slot(f"{op.name}_{len(slots)}", op, node.name, _may_write(node, op), node in told)
             slots.append(slot)
             new.target = slot
             args = op.bind(*new.args, **new.kwargs)
-            new.args, new.kwargs = tuple(_settled(graph, arg, i in op.weights) for i, arg in enumerate(args)), {}
+            new.args = tuple(_settled(graph, arg, i in op.weights) for i, arg in enumerate(args))
+            new.kwargs = {"live_rows": live_rows} if slot.is_told else {}
         elif (fast := METHOD_OF.get(node.target)) is not None:
             new.target = fast
         elif is_all_reduce(node) and _is_read_once(node.args[0]):

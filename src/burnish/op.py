@@ -130,12 +130,13 @@ class Op:
         configs: Callable[..., Sequence[Any]] | None = None,
         in_place: Callable[..., Result] | None = None,
         named_only: str = "",
+        live_rows: bool = False,
     ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
         """Register the decorated function as an Impl, preferred after those registered before it.
 
         `why_not` takes all arguments of the Op positionally and returns every reason against; without it the Impl takes
         everything. `configs` takes the same arguments. `in_place` is the Impl without copies of what the Op donates.
-        With `named_only`, a reason, it is never chosen but by name.
+        With `named_only`, a reason, it is never chosen but by name. `live_rows`: see `Impl`.
         ValueError for a name that is taken, and for an `in_place` where the Op donates nothing.
         """
         if name in self.impls:
@@ -146,7 +147,8 @@ class Op:
         def register(fn: Callable[..., Result]) -> Callable[..., Result]:
             description = (inspect.getdoc(fn) or "").split("\n")[0]
             reasons = why_not or _always_available
-            impl = Impl(name, fn, differentiable, description, reasons, self.bind, configs, in_place, named_only)
+            how = (configs, in_place, named_only, live_rows)
+            impl = Impl(name, fn, differentiable, description, reasons, self.bind, *how)
             reference = self.impls.pop("reference", None)
             self.impls[name] = impl
             if reference is not None:  # the fallback stays last

@@ -24,6 +24,7 @@ from burnish.parallel.graphs import drop_copies, has_copies
 from burnish.places import Places, WeightPlace, find_weight
 from burnish.quantize import Kind
 from burnish.quantized_weights import Quantization, QuantizedWeights, check_kind
+from burnish.ragged.live import OFFSETS, told
 from burnish.ragged.masks import Refused
 from burnish.ragged.unpad import Unpadded, unpad
 from burnish.record import NearMiss, StepRecord
@@ -184,11 +185,13 @@ class Packed:
     """A Program on a batch's real tokens alone, and what was found out on the way there.
 
     Attributes:
+        of_all_places: whether its code has one size for all masks of a shape, and is told how many tokens are real.
         checked: kinds of calls ("inference", "differentiable") whose outputs were compared with the padded ones.
     """
 
     prepared: Prepared
     unpadded: Unpadded
+    of_all_places: bool = False
     checked: set[str] = field(default_factory=set)
 
 
@@ -247,7 +250,13 @@ class Preparer:
     def _pack_tokens(self, program: Program, unpadded: Unpadded, for_inference: bool) -> Packed:
         graph_module = unpadded.graph_module
         of_tokens = replace(program, graph_module=graph_module, captured=_copied(graph_module), history=[])
-        return Packed(self._finish(of_tokens, of_tokens.captured, for_inference), unpadded)
+        prepared = self._finish(of_tokens, of_tokens.captured, for_inference)
+        # Windows count distances between tokens: whether these have gaps has to be known before.
+        of_all_places = unpadded.mask is not None and not unpadded.windowed
+        nodes = told(graph_module.graph) if of_all_places else []
+        if nodes:
+            prepared.executable = Executable(graph_module, self.model, nodes, OFFSETS)
+        return Packed(prepared, unpadded, bool(nodes))
 
     def _unpad(self, program: Program) -> Unpadded | str:
         """The raised graph without padding, or why it cannot be had; with a record in the Program's history."""

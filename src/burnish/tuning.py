@@ -35,6 +35,7 @@ _IN_MODEL = "in model|"  # before a family: times of whole models
 _RIVAL = 1.4  # H200: in BERT-base a product 1.3 times as slow by itself was the faster one
 _RIVALS = 8  # so many are tried for a signature,
 _OF_ONE_IMPL = 3  # and of each Impl so many: a config of attention took 9.9 us in one process and 18.1 in another
+_LIVE_STEP = 128
 _NEIGHBOURS_BEST = 4  # of a nearby size's candidates, so many are measured for a new size
 
 
@@ -73,8 +74,8 @@ class Key:
     sizes: tuple[int, ...]
 
 
-def key_of(op: Op, args: Sequence[Any], differentiable: bool = False) -> Key:
-    """The family and sizes of a call `op(*args)`."""
+def key_of(op: Op, args: Sequence[Any], differentiable: bool = False, live_rows: Tensor | None = None) -> Key:
+    """The family and sizes of a call `op(*args)`; where it is told how many rows are wanted, these are a size, too."""
     family = [op.name, "grad" if differentiable else ""]
     sizes: list[int] = []
     for arg in args:
@@ -89,7 +90,16 @@ def key_of(op: Op, args: Sequence[Any], differentiable: bool = False) -> Key:
         family[2 + list(op.signature.parameters).index("group_name")] = f"{rank_and_size(group)[1]} ranks"
     if any(isinstance(arg, Tensor) and arg.is_cuda for arg in args):
         family.append(kernels_hash(op))
+    if live_rows is not None:
+        family.append("live rows")
+        sizes.append(_rounded(live_rows))
     return Key("|".join(family), tuple(sizes))
+
+
+def _rounded(live_rows: Tensor) -> int:
+    """How many rows are wanted now, up to a multiple, by which batches of about as many share a choice. Waits for the
+    device."""
+    return max(1, -(-int(live_rows) // _LIVE_STEP)) * _LIVE_STEP
 
 
 def is_current(family: str) -> bool:
@@ -145,26 +155,29 @@ class Tuner:
         thorough: bool = False,
         variants: Sequence[Sequence[Any]] = (),
         in_place: bool = False,
+        live_rows: Tensor | None = None,
     ) -> tuple[Callable[..., Any], Choice]:
         """The callable for `op(*args)`, and the choice that it stands for.
 
         Args:
             in_place: the callable may write into what the Op donates.
+            live_rows: how many rows are wanted; the callable then takes that keyword, whether the Impl does or not, and
+                is measured with what it holds now.
             budget_us: how many microseconds may be spent on measuring; 0 means look up only.
             thorough: measure these very sizes unless they are remembered; a neighbour's choice will not do.
             variants: further argument lists of the same signature (other layers' weights), measured in turn, so that
                 weights come from where they come from in the model rather than from the nearest cache.
         """
-        key = key_of(op, args)
+        key = key_of(op, args, live_rows=live_rows)
         known = self.choices.get(key)
         if known is None:
             if group := group_of_call(op, args):
                 _set_up_exchange(group, args)
-            known = self._explicit(op, args) or self._choose(op, key, args, budget_us, thorough, variants)
+            known = self._explicit(op, args) or self._choose(op, key, args, budget_us, thorough, variants, live_rows)
             if self.agreement.is_shared:
                 known = Choice(**self.agreement.first(asdict(known)))
             self.choices[key] = known
-        return _callable(op, args, known, in_place), known
+        return _callable(op, args, known, in_place, live_rows), known
 
     def _explicit(self, op: Op, args: Sequence[Any]) -> Choice | None:
         name = op.asked_for(self.explicit)
@@ -182,6 +195,7 @@ class Tuner:
         budget_us: float,
         thorough: bool,
         variants: Sequence[Sequence[Any]],
+        live_rows: Tensor | None,
     ) -> Choice:
         rejected = {name: reasons for name, impl in op.impls.items() if (reasons := _reasons_against(impl, args))}
         remembered, in_model = (self._disk.get(prefix + key.family, {}) for prefix in ("", _IN_MODEL))
@@ -197,7 +211,7 @@ class Tuner:
         device = "cuda" if any(isinstance(arg, Tensor) and arg.is_cuda for arg in args) else "cpu"
         if device == "cuda" and len(able) > 1:  # many passes over memory: not worth the time to measure it
             able.remove("reference")
-        candidates = _candidates(op, args, able)
+        candidates = _candidates(op, args, able, live_rows)
 
         def chosen(times: Mapping[str, float], source: str, sizes: str) -> Choice:
             found = in_model.get(sizes, {})
@@ -230,7 +244,7 @@ class Tuner:
         if group:
             times = self.agreement.first(self._measure_in_step(op, candidates, args, device))
         else:
-            times = self._measure(op, candidates, [args, *variants], device, budget_us)
+            times = self._measure(op, candidates, [args, *variants], device, budget_us, live_rows)
         self._remember(key.family, sizes, times)
         return chosen(times, "measured", sizes)
 
@@ -240,23 +254,22 @@ class Tuner:
         return [tuple(sizes) for sizes in self.agreement.first(near)]
 
     def rivals(
-        self, op: Op, args: Sequence[Any], choice: Choice, in_place: bool
+        self, op: Op, args: Sequence[Any], choice: Choice, in_place: bool, live_rows: Tensor | None = None
     ) -> list[tuple[Callable[..., Any], Choice]]:
         """What else might be fastest in a model: the best few of each Impl that were measured and are not far behind
         the chosen one, the nearest first."""
         most = _RIVAL * choice.times_us.get(choice.candidate, 0.0)
-        candidates = _candidates(op, args, [name for name in op.impls if name not in choice.rejected])
+        candidates = _candidates(op, args, [name for name in op.impls if name not in choice.rejected], live_rows)
         found: list[Choice] = []
         for name in sorted(candidates.keys() & choice.times_us.keys(), key=choice.times_us.__getitem__):
             impl, config = candidates[name]
             known = sum(rival.impl == impl for rival in found)
             if name != choice.candidate and choice.times_us[name] <= most and known < _OF_ONE_IMPL:
                 found.append(replace(choice, impl=impl, config=config))
-        return [(_callable(op, args, rival, in_place), rival) for rival in found[:_RIVALS]]
+        return [(_callable(op, args, rival, in_place, live_rows), rival) for rival in found[:_RIVALS]]
 
-    def settle(self, op: Op, args: Sequence[Any], choice: Choice) -> None:
+    def settle(self, key: Key, choice: Choice) -> None:
         """Remembers what was fastest in a model, for this signature."""
-        key = key_of(op, args)
         self.choices[key] = choice
         self._remember(_IN_MODEL + key.family, _sizes_text(key.sizes), choice.in_model_us)
 
@@ -267,12 +280,15 @@ class Tuner:
         arguments: Sequence[Sequence[Any]],
         device: str,
         budget_us: float,
+        live_rows: Tensor | None,
     ) -> dict[str, float]:
         functions = {
             # In place, where that is possible: to write the same again changes nothing.
-            name: _callable(op, arguments[0], Choice(impl, config=config), in_place=True)
+            name: _callable(op, arguments[0], Choice(impl, config=config), True, live_rows)
             for name, (impl, config) in candidates.items()
         }
+        if live_rows is not None:  # with what it holds: of fewer rows another kernel is the fastest
+            functions = {name: functools.partial(run, live_rows=live_rows) for name, run in functions.items()}
         if device == "cpu":
             return measure(functions, arguments, budget_us=budget_us)
         if any(config is not None for _, config in candidates.values()):
@@ -349,25 +365,57 @@ def _with_weights(fn: Callable[..., Any], weights: Sequence[Tensor], x: Tensor) 
     return lambda i: fn(x, weights[i])
 
 
-def _candidates(op: Op, args: Sequence[Any], able: Sequence[str]) -> dict[str, tuple[str, str | None]]:
+def _candidates(
+    op: Op, args: Sequence[Any], able: Sequence[str], live_rows: Tensor | None = None
+) -> dict[str, tuple[str, str | None]]:
     """Each way to run the Op, by name: an Impl, or an Impl and one of its configs."""
     found: dict[str, tuple[str, str | None]] = {}
     for name in able:
-        configs = op.impls[name].configs
-        if configs is None:
+        if op.impls[name].configs is None:
             found[name] = (name, None)
         else:
-            found |= {f"{name} {config}": (name, str(config)) for config in configs(*args)}
+            configs = _configs(op.impls[name], args, live_rows)
+            found |= {f"{name} {config}": (name, str(config)) for config in configs}
     return found
 
 
-def _callable(op: Op, args: Sequence[Any], choice: Choice, in_place: bool) -> Callable[..., Any]:
+def _configs(impl: Impl, args: Sequence[Any], live_rows: Tensor | None) -> list[Any]:
+    """The Impl's configs; where it is told how many rows are wanted also those for as many."""
+    assert impl.configs is not None
+    found = list(impl.configs(*args))
+    if live_rows is not None and impl.live_rows:
+        found += impl.configs(*_of_live_rows(args, _rounded(live_rows)))
+    return list({str(config): config for config in found}.values())
+
+
+def _of_live_rows(args: Sequence[Any], live: int) -> list[Any]:
+    """The arguments, those that have a line for each row of the first, a batch of one, cut to so many."""
+    rows = args[0].shape[:2]
+
+    def cut(arg: Any) -> Any:
+        has_rows = isinstance(arg, Tensor) and arg.dim() > 1 and arg.shape[:2] == rows and rows[0] == 1
+        return arg[:, :live] if has_rows else arg
+
+    return list(map(cut, args))
+
+
+def _callable(
+    op: Op, args: Sequence[Any], choice: Choice, in_place: bool, live_rows: Tensor | None = None
+) -> Callable[..., Any]:
     impl = op.impls[choice.impl]
     function = (impl.in_place if in_place else None) or impl.fn
-    if choice.config is None or impl.configs is None:
-        return function
-    config = next((config for config in impl.configs(*args) if str(config) == choice.config), None)
-    return function if config is None else functools.partial(function, config=config)
+    if choice.config is not None and impl.configs is not None:
+        configs = _configs(impl, args, live_rows)
+        config = next((config for config in configs if str(config) == choice.config), None)
+        function = function if config is None else functools.partial(function, config=config)
+    if live_rows is not None and not impl.live_rows:
+        return functools.partial(_all_rows, function)
+    return function
+
+
+def _all_rows(function: Callable[..., Any], *args: Any, live_rows: Tensor) -> Any:
+    """By an Impl that does not take how many rows are wanted."""
+    return function(*args)
 
 
 def _covers(times: Mapping[str, float], candidates: Mapping[str, tuple[str, str | None]]) -> bool:

@@ -340,8 +340,10 @@ class Gluon:
         return cls.full(shape, 0, dtype, layout)
 
     @staticmethod
-    def load(pointer: Pointer, mask: Block | None = None, other: float = 0) -> Block:
+    def load(pointer: Pointer, mask: Block | None = None, other: float = 0) -> Any:
         places, memory = pointer.places(), pointer.memory()
+        if places.dim() == 0 and mask is None and memory.dtype == torch.int32:
+            return Int(memory[places])
         shown = torch.ones_like(places, dtype=torch.bool) if mask is None else mask.data.expand(places.shape)
         loaded = torch.full(places.shape, other, dtype=memory.dtype)
         loaded[shown] = memory[places[shown]]
@@ -364,7 +366,9 @@ class Gluon:
         return Block(torch.broadcast_tensors(a.data, b.data)[0], a.type.layout), b
 
     @staticmethod
-    def minimum(a: Block, b: Any) -> Block:
+    def minimum(a: Any, b: Any) -> Any:
+        if not isinstance(a, Block):
+            return Int(min(a, b))
         return Block(a.data.clamp(max=b), a.type.layout)
 
     @staticmethod

@@ -52,6 +52,39 @@ def test_tokens_are_those_of_operators(name: str, ask: bool, step: int) -> None:
     assert torch.equal(found.sources, numbers[:-1])
 
 
+@pytest.mark.parametrize("ask", [False, True])
+@pytest.mark.parametrize("name", MASKS)
+def test_tokens_of_all_places(name: str, ask: bool) -> None:
+    """As many as there are places, the dummies after the real ones and in no sequence."""
+    mask = MASKS[name]
+    memory = TokenMemory(mask, None)
+    for part in (*INPUTS, "found"):
+        getattr(memory, part).fill_(-7)
+    found, true, places = tokens_of(mask, ask, memory=memory), tokens_of(mask), mask.numel()
+    assert (found.real, found.contiguous) == (None, None)
+    assert memory.count() == true.real
+    assert torch.equal(found.cu_seqlens, true.cu_seqlens[: mask.shape[0] + 1])
+    for part, dummy in (("places", places), ("nearest", places - 1), ("columns", mask.shape[1] - 1)):
+        tokens = getattr(found, part)
+        assert tokens.shape == (places,)
+        assert torch.equal(tokens[: true.real], getattr(true, part)[: true.real])
+        assert (tokens[true.real :] == dummy).all()
+    assert found.sources is not None
+    numbers = torch.full((places + 1,), -1, dtype=torch.int32)
+    numbers[true.places[: true.real]] = torch.arange(true.real, dtype=torch.int32)
+    assert torch.equal(found.sources, numbers[:-1])
+
+
+def test_what_no_kernel_puts_back_looks_at_no_dummy(monkeypatch: Any) -> None:
+    mask = MASKS["gaps"]
+    found = tokens_of(mask, memory=TokenMemory(mask, None))
+    packed = randn(mask.numel(), 3, 2, dtype=torch.float64)
+    packed[int(mask.sum()) :] = float("nan")
+    whole = ragged.put_back(packed, found.places, found.sources, *mask.shape)
+    assert torch.equal(whole[mask != 0], packed[: int(mask.sum())])
+    assert not whole[mask == 0].any()
+
+
 def test_the_same_memory_for_every_mask() -> None:
     """What a graph reads by its address."""
     memory = TokenMemory(MASKS["gaps"], 16)

@@ -61,6 +61,7 @@ def test_impls_are_described_and_take_the_ops_arguments(op: Op) -> None:
         assert impl.description
         parameters = dict(inspect.signature(impl.fn).parameters)
         assert (impl.configs is not None) == (parameters.pop("config", None) is not None), impl.name
+        assert impl.live_rows == (parameters.pop("live_rows", None) is not None), impl.name
         assert [(p.name, p.default) for p in parameters.values()] == [
             (p.name, p.default) for p in op.signature.parameters.values()
         ], impl.name

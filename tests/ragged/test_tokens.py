@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 import burnish
+from burnish import tuning
 from burnish.capture import capture
 from burnish.numerics import assert_close
-from burnish.ragged import entry
+from burnish.ragged import entry, live
 from burnish.ragged import tokens as ragged
 from burnish.ragged.tokens import INPUTS, tokens_of
 from burnish.ragged.unpad import unpad
@@ -67,16 +69,94 @@ def test_dummies_change_nothing(name: str) -> None:
         assert_close(*(real(t, mask) for t in (result, eager, true)))
 
 
-def test_a_model_on_tokens_found_by_the_kernel(monkeypatch: Any) -> None:
-    """As on CUDA, but for the graphs: every mask's tokens in the same memory, put back by a kernel."""
+def as_on_cuda(monkeypatch: Any) -> list[Any]:
+    """As on CUDA, but for the graphs: every mask's tokens in the same memory, put back by a kernel. Returns where it is
+    noted that such memory is used."""
     pytest.importorskip("triton")
-    torch.manual_seed(0)
-    model = Encoder().eval()
     seen: list[Any] = []
     for module in (entry, ragged):
         monkeypatch.setattr(module, "has_kernel", lambda x: not isinstance(x, FakeTensor))
     monkeypatch.setattr(ragged, "triton_why_not", lambda x: [])
     monkeypatch.setattr(GraphPool, "enter", lambda self, device: seen.append(device))
+    return seen
+
+
+def poisoned(function: Callable[..., Any], *args: Any, live_rows: Tensor) -> Any:
+    """What an Impl that spares rows may leave there."""
+    results = function(*args)
+    for result in results if isinstance(results, tuple) else (results,):
+        result.view(-1, result.shape[-1] if result.numel() else 1)[int(live_rows) :] = float("nan")
+    return results
+
+
+@pytest.fixture
+def attention_that_leaves_tokens_over() -> Iterator[None]:
+    with burnish.use(varlen_attention="reference"):  # the CPU's others take no tokens after the last sequence
+        yield
+
+
+@pytest.mark.usefixtures("attention_that_leaves_tokens_over")
+def test_a_model_on_tokens_of_all_places(monkeypatch: Any) -> None:
+    """One entry serves all masks of a shape, told how many tokens are real: nothing depends on the others."""
+    torch.manual_seed(0)
+    model = Encoder(lambda x, mask: (x, torch.tanh(x[:, 0]))).eval()
+    seen = as_on_cuda(monkeypatch)
+    monkeypatch.setattr(live, "on_cuda", lambda node: True)
+    monkeypatch.setattr(tuning, "_all_rows", poisoned)
+    fast: Any = burnish.optimize(
+        copy.deepcopy(model),
+        batch(MASKS["right padding"]()),
+        padding="remove",
+        cache="off",
+        impls={"varlen_attention": "reference"},
+    )
+    serving = fast.serving
+    assert serving.served[0].padding == "21 of 36 tokens are real"
+    packed = serving._prepared[0].packed
+    assert packed.of_all_places
+    assert packed.prepared.executable.source.count("live_rows") == len(
+        [slot for slot in packed.prepared.executable.slots if not slot.op.name.startswith("varlen")]
+    )
+    names = ("gaps", "a row without tokens", "one token", "no token at all", "full rows", "other sizes", "left padding")
+    for name in names:
+        ids, mask = batch(MASKS[name]())
+        before = len(seen)
+        with torch.no_grad():
+            result, eager, true = fast(ids, mask), model(ids, mask), copy.deepcopy(model).double()(ids, mask)
+        assert len(seen) > before
+        if mask.any():
+            assert_close(*(real(t[0], mask) for t in (result, eager, true)))
+        assert not result[0][mask == 0].any()
+        first = mask[:, 0] != 0
+        if first.any():
+            assert_close(*(t[1][first] for t in (result, eager, true)))
+    entries = [e for e in fast._entries.values() if isinstance(e, entry.PackedEntry)]
+    assert sorted(len(e._entries) for e in entries) == [1, 1], "one for each shape of masks"
+    fast(*batch(MASKS["gaps"]()))[0].sum().backward()  # gradients are of as many as there are
+
+
+def test_a_window_and_other_ops_keep_the_count_on_the_host(monkeypatch: Any) -> None:
+    as_on_cuda(monkeypatch)
+    monkeypatch.setattr(live, "on_cuda", lambda node: True)
+    for impl in burnish.ops.linear.impls.values():
+        object.__setattr__(impl, "live_rows", False)
+    try:
+        torch.manual_seed(0)
+        model = Encoder().eval()
+        ids, mask = batch(MASKS["right padding"]())
+        fast: Any = burnish.optimize(copy.deepcopy(model), (ids, mask), padding="remove", cache="off")
+    finally:
+        for name in ("triton", "triton_tma", "gluon"):
+            object.__setattr__(burnish.ops.linear.impls[name], "live_rows", True)
+    assert not fast.serving._prepared[0].packed.of_all_places
+    with torch.no_grad():
+        result, eager, true = fast(ids, mask), model(ids, mask), copy.deepcopy(model).double()(ids, mask)
+    assert_close(*(real(t, mask) for t in (result, eager, true)))
+
+
+def test_a_model_on_tokens_found_by_the_kernel(monkeypatch: Any) -> None:
+    torch.manual_seed(0)
+    model, seen = Encoder().eval(), as_on_cuda(monkeypatch)
     fast = burnish.optimize(copy.deepcopy(model), batch(MASKS["right padding"]()), padding="remove", cache="off")
     assert fast.serving.served[0].padding == "21 of 36 tokens are real"  # type: ignore[attr-defined]
     for name in ("gaps", "a row without tokens", "one token", "no token at all", "other sizes", "right padding"):

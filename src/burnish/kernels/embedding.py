@@ -36,7 +36,7 @@ def _gather(table, entries, stride, ids, batch, position, ids_batch, ids_step, c
 def _embedding_layer_norm_kernel(
     ids, word, position_ids, position, type_ids, type, weight, bias, out, length,
     ids_batch, ids_step, position_ids_batch, position_ids_step, type_ids_batch, type_ids_step,
-    words, word_stride, positions, position_stride, types, type_stride, weight_step, bias_step, eps,
+    words, word_stride, positions, position_stride, types, type_stride, weight_step, bias_step, eps, live,
     N: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program for each token."""
@@ -48,6 +48,10 @@ def _embedding_layer_norm_kernel(
         shift = load_vector(bias, bias_step, N, BLOCK_N).to(tl.float32)
     wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
+    if live is not None:
+        wanted = tl.load(live)
+        if row >= wanted:
+            return
     batch, place = row // length, row % length
     column = tl.arange(0, BLOCK_N)[None, :]
     mask = column < N
@@ -72,12 +76,16 @@ def _embedding_layer_norm_kernel(
 @triton.jit(do_not_specialize=["length", "ids_batch", "position_ids_batch"])
 def _embedding_kernel(
     ids, word, position_ids, position, out, length, ids_batch, ids_step, position_ids_batch, position_ids_step,
-    words, word_stride, positions, position_stride, N: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    words, word_stride, positions, position_stride, live, N: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns of one token."""
     launch_dependents(PDL)
     wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
+    if live is not None:
+        wanted = tl.load(live)
+        if row >= wanted:
+            return
     batch, place = row // length, row % length
     column = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     total = _gather(word, words, word_stride, ids, batch, place, ids_batch, ids_step, column, N)
@@ -91,11 +99,16 @@ def _embedding_kernel(
 
 
 def embedding(
-    ids: Tensor, word: Tensor, position_ids: Tensor | None, position: Tensor | None, config: Config | None = None
+    ids: Tensor,
+    word: Tensor,
+    position_ids: Tensor | None,
+    position: Tensor | None,
+    config: Config | None = None,
+    live_rows: Tensor | None = None,
 ) -> Tensor:
     """`word[ids]`, and `position[position_ids]` added where given, rounded once.
 
-    Shapes, dtypes and what is out of range as of `embedding_layer_norm`.
+    Shapes, dtypes, what is out of range and `live_rows` as of `embedding_layer_norm`.
     """
     B, S = ids.shape
     N = word.shape[1]
@@ -103,7 +116,7 @@ def embedding(
     out = torch.empty((B, S, N), dtype=word.dtype, device=word.device)
     launch(
         _embedding_kernel, (B * S, cdiv(N, config["BLOCK_N"])), ids, word, position_ids, position, out, S,
-        *_steps(ids, position_ids), *_sizes(word, position), config=config, like=word, N=N,
+        *_steps(ids, position_ids), *_sizes(word, position), live_rows, config=config, like=word, N=N,
     )  # fmt: skip
     return out
 
@@ -127,12 +140,14 @@ def _sizes(*tables: Tensor | None) -> list[int]:
 def embedding_layer_norm(
     ids: Tensor, word: Tensor, position_ids: Tensor, position: Tensor, type_ids: Tensor | None, type: Tensor | None,
     weight: Tensor | None, bias: Tensor | None, eps: float, config: Config | None = None,
+    live_rows: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`layer_norm(word[ids] + type[type_ids] + position[position_ids])`, rounded after each addition.
 
     Shapes: ids (B, S), position_ids and type_ids (B or 1, S), of any strides; the tables (entries, N), the last stride
     1; weight and bias (N,) or None; the result (B, S, N). Dtypes: indices int32 or int64; the tables one of float16,
     bfloat16, float32, which is the result's; weight and bias each their own. An index that is out of range gives NaN.
+    Tokens of the result from `live_rows` on, an int32 on the device, are left as they are.
     """
     B, S = ids.shape
     N = word.shape[1]
@@ -141,8 +156,8 @@ def embedding_layer_norm(
     vector_steps = (1 if v is None else v.stride(0) for v in (weight, bias))
     launch(
         _embedding_layer_norm_kernel, (B * S,), ids, word, position_ids, position, type_ids, type, weight, bias, out, S,
-        *_steps(ids, position_ids, type_ids), *_sizes(word, position, type), *vector_steps, eps, config=config,
-        like=word, N=N, BLOCK_N=next_power_of_2(N),
+        *_steps(ids, position_ids, type_ids), *_sizes(word, position, type), *vector_steps, eps, live_rows,
+        config=config, like=word, N=N, BLOCK_N=next_power_of_2(N),
     )  # fmt: skip
     return out
 

@@ -190,6 +190,7 @@ def matmul_kernel(
     stride_residual_outer,
     stride_residual_inner,
     stride_residual_n,
+    live_ptr,  # how many rows are wanted, or None for all
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     EVEN: tl.constexpr,
@@ -227,6 +228,10 @@ def matmul_kernel(
         if GATED:
             prefetch_weight(weight_ptr + to_up, n, N, stride_weight_n, first, last, BLOCK_K)
     wait_for_inputs(PDL)
+    if live_ptr is not None:
+        wanted = tl.load(live_ptr)
+        if tile_m * BLOCK_M >= wanted:  # so for all parts of K: no counter is left over
+            return
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(first, last):
@@ -263,12 +268,14 @@ def matmul(
     residual: Tensor | None = None,
     gated: bool = False,
     config: Config | None = None,
+    live_rows: Tensor | None = None,
 ) -> Tensor:
     """`act(x @ weight.T + bias) + residual`, or `act(gate) * up` of the two halves of `x @ weight.T + bias` if gated.
 
     Shapes: x (..., K) with at most two strides for its rows, weight (N, K), or (2*N, K) if gated, of any strides,
     bias its rows' number, residual and the contiguous result (..., N). All of one dtype: float16, bfloat16 or float32;
     sums are float32, and the result is rounded once. The order of summation depends on the config alone.
+    Rows from `live_rows` on, an int32 on the device, are not wanted: what the result has there is undefined.
     Source: the tiling and its order are Triton's tutorial "Matrix Multiplication"; the reduction by the last program to
     arrive is that of CUDA's sample threadFenceReduction.
     """
@@ -290,7 +297,7 @@ def matmul(
         *(rows.count, columns, x.shape[-1]),
         *(rows.inner, rows.stride_outer, rows.stride_inner, x.stride(-1)),
         *(weight.stride(0), weight.stride(1), columns * weight.stride(0), 1 if bias is None else bias.stride(0)),
-        *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1)),
+        *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1), live_rows),
     )
     constants: dict[str, Any] = {
         "ACTIVATION": in_half(activation, x.dtype),

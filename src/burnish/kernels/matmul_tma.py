@@ -43,6 +43,7 @@ def matmul_tma_kernel(
     stride_residual_outer,
     stride_residual_inner,
     stride_residual_n,
+    live_ptr,  # how many rows are wanted, or None for all
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     K_MAJOR: tl.constexpr,
@@ -64,6 +65,8 @@ def matmul_tma_kernel(
         if GATED:
             prefetch_weight(weight_ptr, N + soon, 2 * N, stride_weight_n, 0, min(steps, AHEAD), BLOCK_K)
     wait_for_inputs(PDL)
+    if live_ptr is not None:
+        rows = tl.minimum(rows, tl.cdiv(tl.load(live_ptr), BLOCK_M))
     for tile in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = tile_of(tile, rows, columns, GROUP_M)
         first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
@@ -180,13 +183,15 @@ def matmul_tma(
     residual: Tensor | None = None,
     gated: bool = False,
     config: Config | None = None,
+    live_rows: Tensor | None = None,
 ) -> Tensor:
     """`act(x @ weight.T + bias) + residual`, or `act(gate) * up` of the two halves of `x @ weight.T + bias` if gated.
 
     Shapes: x (..., K) with one stride for its rows, weight (N, K), or (2*N, K) if gated, or the transpose of such
     memory, bias its rows' number, residual and the contiguous result (..., N). Rows of x, weight and result are
     contiguous and multiples of 16 bytes. All of one dtype: float16 or bfloat16; sums are float32, the result is rounded
-    once. Source: Triton's tutorial "Persistent Matmul".
+    once. Rows from `live_rows` on, an int32 on the device, are not wanted: what the result has there is undefined.
+    Source: Triton's tutorial "Persistent Matmul".
     """
     columns = weight.shape[0] // 2 if gated else weight.shape[0]
     product = Product.of(x, weight, gated)
@@ -215,7 +220,7 @@ def matmul_tma(
         ),
         *(weight, bias, residual, rows.count, columns, depth),
         *(weight.stride(0), 1 if bias is None else bias.stride(0)),
-        *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1)),
+        *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1), live_rows),
     )
     constants = {
         "ACTIVATION": in_half(activation, x.dtype),

@@ -33,6 +33,7 @@ from burnish.kernels.matmul_wgmma_finish import (
     finish_rows,
     hand_over,
     handing_over,
+    live_size,
     place_of,
     write,
 )
@@ -46,10 +47,10 @@ HALF_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 @gluon.jit
 def _ask_for_weight(
     x_desc, descs, buffers, full, i, total, M, N, steps,
-    GATED: gl.constexpr, COLUMNS: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr,
+    GATED: gl.constexpr, COLUMNS: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr, BY_ROWS: gl.constexpr,
 ):  # fmt: skip
     """Step `i`'s tiles of weight, into their stage; its barrier waits for x, too."""
-    _, n, _, step = place_of(i, M, N, steps, x_desc.block_shape[0], COLUMNS, SPLIT_K)
+    _, n, _, step = place_of(i, M, N, steps, x_desc.block_shape[0], COLUMNS, SPLIT_K, BY_ROWS)
     barrier, wanted = full.index(i % STAGES), i < total
     nbytes: gl.constexpr = x_desc.block_type.nbytes + descs[0].block_type.nbytes
     k = step * x_desc.block_shape[1]
@@ -64,10 +65,11 @@ def _ask_for_weight(
 
 @gluon.jit
 def _ask_for_x(
-    desc, buffers, full, i, total, M, N, steps, COLUMNS: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr
+    desc, buffers, full, i, total, M, N, steps, COLUMNS: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr,
+    BY_ROWS: gl.constexpr,
 ):  # fmt: skip
     """Step `i`'s tile of x, into its stage."""
-    m, _, _, step = place_of(i, M, N, steps, desc.block_shape[0], COLUMNS, SPLIT_K)
+    m, _, _, step = place_of(i, M, N, steps, desc.block_shape[0], COLUMNS, SPLIT_K, BY_ROWS)
     place = [m, step * desc.block_shape[1]]
     async_load(desc, place, full.index(i % STAGES), buffers.index(i % STAGES), i < total)
 
@@ -77,21 +79,37 @@ def _fill(
     x_desc, weight_descs, stages, size, GATED: gl.constexpr, COLUMNS: gl.constexpr, SPLIT_K: gl.constexpr,
     STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """One warp: the stages are filled with weight at once, and with x when the kernel ahead is done."""
+    """One warp: the stages are filled with weight at once, and with x when the kernel ahead is done.
+
+    Only then it can be known how many rows are wanted: a kernel that waits for the one ahead of it knows that all
+    before are done, but until then even the second one before may still run. So the weight that is asked for before is
+    that of all rows, which those rows' number does not place; its stages get their x, too, and nobody leaves before
+    they have come, as copies into the memory of a program that has ended would end in another's.
+    """
     xs, weights, full, empty, _ = stages
-    M, N, steps, mine = size
-    total = mine * steps
+    M, N, steps, mine, live_ptr = size
+    BY_ROWS: gl.constexpr = live_ptr is not None
+    asked = mine * steps
     for i in gl.static_range(STAGES):
-        _ask_for_weight(x_desc, weight_descs, weights, full, i, total, M, N, steps, GATED, COLUMNS, SPLIT_K, STAGES)
+        _ask_for_weight(
+            x_desc, weight_descs, weights, full, i, asked, M, N, steps, GATED, COLUMNS, SPLIT_K, STAGES, BY_ROWS
+        )  # fmt: skip
     if PDL:
         tl_cuda.gdc_launch_dependents()
         tl_cuda.gdc_wait()
+    M, mine = live_size(size, x_desc.block_shape[0], COLUMNS)
+    total = mine * steps
     for i in gl.static_range(STAGES):
-        _ask_for_x(x_desc, xs, full, i, total, M, N, steps, COLUMNS, SPLIT_K, STAGES)
+        _ask_for_x(x_desc, xs, full, i, asked, M, N, steps, COLUMNS, SPLIT_K, STAGES, BY_ROWS)
     for i in range(STAGES, total):
         mbarrier.wait(empty.index(i % STAGES), (i // STAGES - 1) & 1)
-        _ask_for_weight(x_desc, weight_descs, weights, full, i, total, M, N, steps, GATED, COLUMNS, SPLIT_K, STAGES)
-        _ask_for_x(x_desc, xs, full, i, total, M, N, steps, COLUMNS, SPLIT_K, STAGES)
+        _ask_for_weight(
+            x_desc, weight_descs, weights, full, i, total, M, N, steps, GATED, COLUMNS, SPLIT_K, STAGES, BY_ROWS
+        )  # fmt: skip
+        _ask_for_x(x_desc, xs, full, i, total, M, N, steps, COLUMNS, SPLIT_K, STAGES, BY_ROWS)
+    if BY_ROWS:
+        for i in gl.static_range(STAGES):
+            mbarrier.wait(full.index(i), 0, pred=(i >= total) & (i < asked))
 
 
 @gluon.jit
@@ -103,16 +121,18 @@ def _multiply(
     """The other warps: they multiply what is in the stages, and write tiles of the result. Of two teams each has every
     second tile: one multiplies while the other writes."""
     xs, weights, full, empty, turns = stages
-    M, N, steps, mine = size
+    N, steps = size[1], size[2]
+    BY_ROWS: gl.constexpr = size[4] is not None
     bias_ptr, stride_bias = epilogue[0], epilogue[1]
     OTHER_N: gl.constexpr = BLOCK_N if GATED else MORE_N
     COLUMNS: gl.constexpr = BLOCK_N + MORE_N
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 16])
     if PDL:
         tl_cuda.gdc_wait()
+    M, mine = live_size(size, BLOCK_M, COLUMNS)
     for turn in range(TEAM, mine, TEAMS):
         if FINISH == 0:
-            m, n, split, _ = place_of(turn * steps, M, N, steps, BLOCK_M, COLUMNS, SPLIT_K)
+            m, n, split, _ = place_of(turn * steps, M, N, steps, BLOCK_M, COLUMNS, SPLIT_K, BY_ROWS)
         acc = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, MMA)
         if HEAD > 0:  # asked for before the steps over K: nothing else hides the time that they take to come
             tables = tables_of_rows(halves_of_heads(acc, HEAD, BLOCK_M, BLOCK_N)[0], m, M, rope, HEAD, BLOCK_M)
@@ -146,7 +166,7 @@ def _multiply(
                 other = acc
             hand_over(acc, other, turns, bias_ptr, turn, OTHER_N)
             if turn == mine - 1:  # there is nothing left to multiply
-                m, n, _, _ = place_of(turn * steps, M, N, steps, BLOCK_M, COLUMNS, SPLIT_K)
+                m, n, _, _ = place_of(turn * steps, M, N, steps, BLOCK_M, COLUMNS, SPLIT_K, BY_ROWS)
                 finish_rows(
                     turns, 0, FINISH, m, n, M, N, epilogue, epilogue[6], out_ptr, ACTIVATION, GATED, BLOCK_M, BLOCK_N,
                     MORE_N, gl.num_warps(),
@@ -189,6 +209,7 @@ def matmul_wgmma_kernel(
     stride_table_batch,
     stride_table_position,
     rotated,  # columns
+    live_ptr,  # how many rows are wanted, or None for all
     ACTIVATION: gl.constexpr,
     GATED: gl.constexpr,
     HEAD: gl.constexpr,
@@ -220,6 +241,7 @@ def matmul_wgmma_kernel(
     if FINISH > 0:
         gl.static_assert(TEAMS == 1 and SPLIT_K == 1 and HEAD == 0)
         turns = handing_over(bias_ptr, x_desc.dtype, BLOCK_M, BLOCK_N, BLOCK_N if GATED else MORE_N)
+    gl.static_assert(live_ptr is None or SPLIT_K == 1)
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(empty.index(s), count=1)
@@ -228,7 +250,7 @@ def matmul_wgmma_kernel(
     steps = gl.cdiv(gl.cdiv(K, BLOCK_K), SPLIT_K)
     mine = gl.cdiv(tiles - gl.program_id(0), gl.num_programs(0))
     stages = (xs, weights, full, empty, turns)
-    size = (M, N, steps, mine)
+    size = (M, N, steps, mine, live_ptr)
     epilogue = (
         bias_ptr, stride_bias, residual_ptr, residual_inner, stride_residual_outer, stride_residual_inner,
         stride_residual_n,
@@ -280,18 +302,20 @@ def matmul_wgmma(
     residual: Tensor | None = None,
     gated: bool = False,
     config: Config | None = None,
+    live_rows: Tensor | None = None,
 ) -> Tensor:
     """`act(x @ weight.T + bias) + residual`, or `act(gate) * up` of the two halves of `x @ weight.T + bias` if gated.
 
     Shapes: x (..., K) with one stride for its rows, weight (N, K), or (2*N, K) if gated, bias its rows' number,
     residual and the contiguous result (..., N). Rows of x and weight are contiguous and start at multiples of 16 bytes.
     All of one dtype: float16 or bfloat16; sums are float32, the result is rounded once. Compute capability 9.0 only.
+    Rows of the result from `live_rows` on, an int32 on the device, are left as they are.
     Source: CUTLASS, "Efficient GEMM in CUDA", on warp specialization and its ping-pong kernel.
     """
     columns = weight.shape[0] // 2 if gated else weight.shape[0]
     config = config or matmul_wgmma_configs(Product.of(x, weight, gated))[0]
     out = x.new_empty((*x.shape[:-1], columns))
-    _launch(x, weight, out, config, bias, activation, residual, gated)
+    _launch(x, weight, out, config, bias, activation, residual, gated, live_rows=live_rows)
     return out
 
 
@@ -344,6 +368,7 @@ def _launch(
     residual: Tensor | None = None,
     gated: bool = False,
     rope: Rope | None = None,
+    live_rows: Tensor | None = None,
 ) -> None:
     block_m, block_n, more_n, block_k = (config[name] for name in ("BLOCK_M", "BLOCK_N", "MORE_N", "BLOCK_K"))
     rows, depth, columns = rows_of(x), x.shape[-1], out.shape[-1]
@@ -368,6 +393,7 @@ def _launch(
         1 if bias is None else bias.stride(0),
         *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1)),
         *turning,
+        live_rows,
     )
     # All registers of a multiprocessor are dealt out: where a thread's sums are many, most to those that multiply.
     finishing = finishes(config)

@@ -22,12 +22,33 @@ _FINISHERS = gl.constexpr(4)  # warps
 
 
 @gluon.jit
-def place_of(i, M, N, steps, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT_K: gl.constexpr):
-    """Of step `i` of this program: the tile's first row and column, its part of K, and the step over K as a whole."""
+def place_of(
+    i, M, N, steps, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT_K: gl.constexpr, BY_ROWS: gl.constexpr
+):  # fmt: skip
+    """Of step `i` of this program: the tile's first row and column, its part of K, and the step over K as a whole.
+
+    BY_ROWS: tiles follow each other along rows of tiles, so that how many rows there are decides no tile's place.
+    """
     tile = gl.program_id(0) + i // steps * gl.num_programs(0)
-    row, column = tile_of(tile // SPLIT_K, gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N), _GROUP_M)
+    if BY_ROWS:
+        columns = gl.cdiv(N, BLOCK_N)
+        row = tile // SPLIT_K // columns
+        column = tile // SPLIT_K % columns
+    else:
+        row, column = tile_of(tile // SPLIT_K, gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N), _GROUP_M)
     split = tile % SPLIT_K
     return row * BLOCK_M, column * BLOCK_N, split, split * steps + i % steps
+
+
+@gluon.jit
+def live_size(size, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """The rows that are wanted, and how many of this program's tiles have some. To be asked once the kernels before
+    are done, one of which counts the rows."""
+    M, N, _, mine, live_ptr = size
+    if live_ptr is not None:
+        M = gl.minimum(M, gl.load(live_ptr))
+        mine = gl.cdiv(gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N) - gl.program_id(0), gl.num_programs(0))
+    return M, mine
 
 
 @gluon.jit
@@ -161,11 +182,13 @@ def finish(
     those who multiplied have nothing else to do. The residual's `stride_n` comes by itself: in a tuple it would not be
     known to be 1, and the loads would be narrow."""
     biases, left, taken = handover[1], handover[2], handover[3]
-    M, N, steps, mine = size
+    N, steps = size[1], size[2]
+    BY_ROWS: gl.constexpr = size[4] is not None
     if PDL:
         tl_cuda.gdc_wait()
+    M, mine = live_size(size, BLOCK_M, BLOCK_N + MORE_N)
     for turn in range(0, mine):
-        m, n, _, _ = place_of(turn * steps, M, N, steps, BLOCK_M, BLOCK_N + MORE_N, 1)
+        m, n, _, _ = place_of(turn * steps, M, N, steps, BLOCK_M, BLOCK_N + MORE_N, 1, BY_ROWS)
         put_bias(biases[0], epilogue[0], epilogue[1], n, N, BLOCK_N)
         if GATED:
             put_bias(biases[1], epilogue[0], epilogue[1], N + n, 2 * N, BLOCK_N)

@@ -91,7 +91,7 @@ def load_vector(vector, step, N: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit(do_not_specialize=["rows"])
 def _norm_kernel(
     x, residual, weight, bias, out, total, rows, size1, size2, x_stride0, x_stride1, x_stride2,
-    r_stride0, r_stride1, r_stride2, weight_step, bias_step, eps, N: tl.constexpr, BLOCK_N: tl.constexpr,
+    r_stride0, r_stride1, r_stride2, weight_step, bias_step, eps, live, N: tl.constexpr, BLOCK_N: tl.constexpr,
     RMS: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr, PER_SM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch_dependents(PDL)
@@ -101,6 +101,10 @@ def _norm_kernel(
     if bias is not None:
         shift = load_vector(bias, bias_step, N, BLOCK_N)
     wait_for_inputs(PDL)
+    if live is not None:
+        rows = tl.minimum(rows, tl.load(live))
+        if tl.program_id(0) * ROWS >= rows:
+            return
     if PER_SM == 0:
         _normalize_tile(
             tl.program_id(0), x, residual, scale, shift, out, total, rows, size1, size2, x_stride0, x_stride1,
@@ -115,19 +119,28 @@ def _norm_kernel(
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, config: Config | None = None
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    config: Config | None = None,
+    live_rows: Tensor | None = None,
 ) -> Tensor:
     """Layer normalization of x (..., N); weight and bias (N,) or None. The result is x's, contiguous.
+
+    Rows of the result from `live_rows` on, an int32 on the device, are left as they are.
 
     Dtypes: float16, bfloat16, float32, weight and bias each their own. Any strides; only where the last one is not 1,
     or the leading dimensions need more than three strides, x is copied first. N at most MAX_COLUMNS.
     """
-    return _norm(x, None, weight, bias, eps, False, False, config)[0]
+    return _norm(x, None, weight, bias, eps, False, False, config, live_rows)[0]
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, config: Config | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, config: Config | None = None, live_rows: Tensor | None = None
+) -> Tensor:
     """Root-mean-square normalization of x (..., N) with weight (N,) or None; otherwise as `layer_norm`."""
-    return _norm(x, None, weight, None, eps, True, False, config)[0]
+    return _norm(x, None, weight, None, eps, True, False, config, live_rows)[0]
 
 
 def add_layer_norm(
@@ -138,12 +151,13 @@ def add_layer_norm(
     eps: float,
     keep_sum: bool = True,
     config: Config | None = None,
+    live_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`layer_norm(x + residual)` and the sum, rounded to x's dtype; residual is like x, with strides of its own.
 
     Without `keep_sum` the sum is not written, and the second result is empty.
     """
-    out, total = _norm(x, residual, weight, bias, eps, False, keep_sum, config)
+    out, total = _norm(x, residual, weight, bias, eps, False, keep_sum, config, live_rows)
     return out, out.new_empty(0) if total is None else total
 
 
@@ -154,15 +168,16 @@ def add_rms_norm(
     eps: float,
     keep_sum: bool = True,
     config: Config | None = None,
+    live_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`rms_norm(x + residual)` and the sum, as `add_layer_norm`."""
-    out, total = _norm(x, residual, weight, None, eps, True, keep_sum, config)
+    out, total = _norm(x, residual, weight, None, eps, True, keep_sum, config, live_rows)
     return out, out.new_empty(0) if total is None else total
 
 
 def _norm(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool,
-    keep_sum: bool, config: Config | None,
+    keep_sum: bool, config: Config | None, live_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     N = x.shape[-1]
     rows = x.numel() // N
@@ -184,7 +199,7 @@ def _norm(
         grid = cdiv(tiles, cdiv(tiles, config["PER_SM"] * target.num_sms))
     launch(
         _norm_kernel, (grid,), x, residual, weight, bias, out, total, rows, size1, size2, *steps,
-        *vector_steps, eps, config=config, like=x, N=N, BLOCK_N=next_power_of_2(N), RMS=rms,
+        *vector_steps, eps, live_rows, config=config, like=x, N=N, BLOCK_N=next_power_of_2(N), RMS=rms,
         STAGES=config.num_stages,
     )  # fmt: skip
     return out, total

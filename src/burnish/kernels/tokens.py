@@ -1,6 +1,6 @@
 """The real tokens of a padded batch: found by one launch or two, their inputs taken by one, put back by one.
 
-The host learns how many there are from memory of its own that the kernel writes to. PyTorch's operators for the same
+The host may learn how many there are from memory of its own that the kernel writes to. PyTorch's operators for the same
 (nonzero, sum, cumsum, padding) are 15 launches, and two waits for the device.
 """
 
@@ -49,10 +49,11 @@ def _counts_kernel(mask, counts, rows, length, stride_row, stride_column, BLOCK:
 @triton.jit(do_not_specialize=["rows", "length", "step", "stride_row"])
 def _tokens_kernel(
     mask, counts, places, nearest, columns, cu_seqlens, sources, found, rows, length, step, stride_row, stride_column,
-    FLAT: tl.constexpr, BLOCK: tl.constexpr, MORE: tl.constexpr, PDL: tl.constexpr,
+    ALL: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr, MORE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row's tokens; the last program, past all rows, adds the dummies and tells the host what was found.
 
+    ALL: there are as many tokens as places; each place of padding gives one dummy, from the end on.
     FLAT: the mask's rows follow each other as its columns do, so that no place has to be divided by their length.
     """
     launch_dependents(PDL)
@@ -87,39 +88,46 @@ def _tokens_kernel(
             tl.store(nearest + index, place.to(tl.int64), real != 0)
             tl.store(columns + index, column.to(tl.int64), real != 0)
             tl.store(sources + place, tl.where(real != 0, index, -1), inside)
+            if ALL:
+                dummy = rows * length - 1 - (place - index)  # as much padding comes before
+                padding = inside & (real == 0)
+                tl.store(places + dummy, tl.zeros((BLOCK,), tl.int64) + rows * length, padding)
+                tl.store(nearest + dummy, tl.zeros((BLOCK,), tl.int64) + (rows * length - 1), padding)
+                tl.store(columns + dummy, tl.zeros((BLOCK,), tl.int64) + (length - 1), padding)
             token += tl.sum(real, 0)
     else:
-        total = tl.cdiv(tl.maximum(start, 1), step) * step
-        for first in range(start, total, BLOCK):
-            index = first + tl.arange(0, BLOCK)
-            dummy = index < total
-            tl.store(places + index, tl.zeros((BLOCK,), tl.int64) + rows * length, dummy)
-            tl.store(nearest + index, tl.zeros((BLOCK,), tl.int64) + (rows * length - 1), dummy)
-            tl.store(columns + index, tl.zeros((BLOCK,), tl.int64) + (length - 1), dummy)
-        sequences = tl.cdiv(step, length)
-        for first in range(0, sequences, BLOCK):
-            sequence = first + tl.arange(0, BLOCK)
-            end = tl.minimum(start + (sequence + 1) * length, total)
-            tl.store(cu_seqlens + rows + 1 + sequence, end, sequence < sequences)
+        if not ALL:
+            total = tl.cdiv(tl.maximum(start, 1), step) * step
+            for first in range(start, total, BLOCK):
+                index = first + tl.arange(0, BLOCK)
+                dummy = index < total
+                tl.store(places + index, tl.zeros((BLOCK,), tl.int64) + rows * length, dummy)
+                tl.store(nearest + index, tl.zeros((BLOCK,), tl.int64) + (rows * length - 1), dummy)
+                tl.store(columns + index, tl.zeros((BLOCK,), tl.int64) + (length - 1), dummy)
+            sequences = tl.cdiv(step, length)
+            for first in range(0, sequences, BLOCK):
+                sequence = first + tl.arange(0, BLOCK)
+                end = tl.minimum(start + (sequence + 1) * length, total)
+                tl.store(cu_seqlens + rows + 1 + sequence, end, sequence < sequences)
         tl.store(found, start)
         tl.store(found + 1, tl.sum(gaps, 0))
 
 
 def find_tokens(
     mask: Tensor, places: Tensor, nearest: Tensor, columns: Tensor, cu_seqlens: Tensor, sources: Tensor, found: Tensor,
-    step: int, ask_gaps: bool,
+    step: int | None, ask_gaps: bool,
 ) -> None:  # fmt: skip
     """Writes where the real tokens of `mask` (B, S) are, of any dtype and strides; nothing of it is empty.
 
     The number of tokens is rounded up to a multiple of `step`, at least one, by dummies: what follows has room for
-    B * S + step tokens.
+    B * S + step tokens. Without a step there are as many tokens as places, B * S, the dummies in no sequence.
 
     Args:
         places: (T,) int64, row * S + column of each token; a dummy's is B * S.
         nearest: (T,) int64, the same, a dummy's B * S - 1: to read at.
         columns: (T,) int64, that of `nearest`.
         cu_seqlens: (B + 1 + ceil(step / S),) int32, where the tokens of each row start, and their end; dummies are
-            sequences of at most S.
+            sequences of at most S. Without a step (B + 1,).
         sources: (B * S,) int32, which token is at each place; -1 at padding.
         found: (2,) int32, of pinned memory on CUDA: the number of real tokens, and, where `ask_gaps`, of rows with
             gaps between them. To be read once the stream has come so far.
@@ -131,7 +139,8 @@ def find_tokens(
         launch(_counts_kernel, (rows,), mask, counts, rows, length, *mask.stride(), config=_COUNTS_CONFIG, like=mask)
     launch(
         _tokens_kernel, (rows + 1,), mask, counts, places, nearest, columns, cu_seqlens, sources, found, rows, length,
-        step, *mask.stride(), config=_CONFIG, like=mask, FLAT=mask.stride(0) == length * mask.stride(1),
+        step or 0, *mask.stride(), config=_CONFIG, like=mask, ALL=step is None,
+        FLAT=mask.stride(0) == length * mask.stride(1),
     )  # fmt: skip
 
 

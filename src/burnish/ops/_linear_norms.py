@@ -14,6 +14,7 @@ from burnish.ops._triton import hopper_why_not
 from burnish.ops._triton_norms import triton_norm_why_not
 from burnish.ops.linear import linear
 
+FEWEST_WHOLE = 512  # rows; with fewer a product has too few tiles, and its sum over K is split
 MOST_ROWS = 2048  # beyond, parts in float32 cost more memory traffic than a second kernel does
 
 

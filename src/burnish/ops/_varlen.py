@@ -44,8 +44,10 @@ def pairs_of(
 def sequences(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Each sequence's q, k and v as views (1, heads, length, head_dim)."""
+    """Each sequence's q, k and v as views (1, heads, length, head_dim); tokens of no sequence as one more."""
     queries = lengths_of(cu_q)
+    if cu_k is None and (spare := q.shape[0] - sum(queries)) > 0:
+        queries.append(spare)
     keys = queries if cu_k is None else lengths_of(cu_k)
     pairs = ((q, queries), (k, keys), (v, keys))
     return zip(*(t.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for t, lengths in pairs), strict=True)

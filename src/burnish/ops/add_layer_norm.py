@@ -101,7 +101,7 @@ def _triton_configs(
     return triton_norm_configs(x, added=True)
 
 
-@add_layer_norm.impl("triton", why_not=_triton_why_not, configs=_triton_configs)
+@add_layer_norm.impl("triton", why_not=_triton_why_not, configs=_triton_configs, live_rows=True)
 def _triton(
     x: Tensor,
     residual: Tensor,
@@ -111,11 +111,12 @@ def _triton(
     keep_sum: bool = True,
     *,
     config: Any = None,
+    live_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Addition and normalization in one pass over memory, whole rows in registers."""
     from burnish.kernels import norms
 
-    return norms.add_layer_norm(x, residual, weight, bias, eps, keep_sum, config)
+    return norms.add_layer_norm(x, residual, weight, bias, eps, keep_sum, config, live_rows)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def _triton_configs(x: Tensor, residual: Tensor, weight: Tensor | None, eps: flo
     return triton_norm_configs(x, added=True)
 
 
-@add_rms_norm.impl("triton", why_not=_triton_why_not, configs=_triton_configs)
+@add_rms_norm.impl("triton", why_not=_triton_why_not, configs=_triton_configs, live_rows=True)
 def _triton(
     x: Tensor,
     residual: Tensor,
@@ -105,11 +105,12 @@ def _triton(
     keep_sum: bool = True,
     *,
     config: Any = None,
+    live_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Addition and normalization in one pass over memory, whole rows in registers."""
     from burnish.kernels import norms
 
-    return norms.add_rms_norm(x, residual, weight, eps, keep_sum, config)
+    return norms.add_rms_norm(x, residual, weight, eps, keep_sum, config, live_rows)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

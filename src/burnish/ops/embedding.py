@@ -90,7 +90,7 @@ def _triton_configs(ids: Tensor, word: Tensor, position_ids: Tensor | None, posi
     return lookup_configs(word.shape[1])
 
 
-@embedding.impl("triton", why_not=_triton_why_not, configs=_triton_configs)
+@embedding.impl("triton", why_not=_triton_why_not, configs=_triton_configs, live_rows=True)
 def _triton(
     ids: Tensor,
     word: Tensor,
@@ -98,11 +98,12 @@ def _triton(
     position: Tensor | None = None,
     *,
     config: Any = None,
+    live_rows: Tensor | None = None,
 ) -> Tensor:
     """Rows gathered and added in one pass, several programs for each token."""
     from burnish.kernels import embedding
 
-    return embedding.embedding(ids, word, position_ids, position, config)
+    return embedding.embedding(ids, word, position_ids, position, config, live_rows)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -183,7 +183,7 @@ def _triton_configs(
     return embedding_configs(ids.numel(), word.shape[1], word.dtype, target_of(word))
 
 
-@embedding_layer_norm.impl("triton", why_not=_triton_why_not, configs=_triton_configs)
+@embedding_layer_norm.impl("triton", why_not=_triton_why_not, configs=_triton_configs, live_rows=True)
 def _triton(
     ids: Tensor,
     word: Tensor,
@@ -196,11 +196,13 @@ def _triton(
     eps: float = 1e-12,
     *,
     config: Any = None,
+    live_rows: Tensor | None = None,
 ) -> Tensor:
     """Rows gathered, added and normalized in one pass, a program for each token."""
     from burnish.kernels import embedding
 
-    return embedding.embedding_layer_norm(ids, word, position_ids, position, type_ids, type, weight, bias, eps, config)
+    tables = (ids, word, position_ids, position, type_ids, type)
+    return embedding.embedding_layer_norm(*tables, weight, bias, eps, config, live_rows)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -75,14 +75,20 @@ def _triton_configs(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
     return triton_norm_configs(x, added=False)
 
 
-@layer_norm.impl("triton", why_not=_triton_why_not, configs=_triton_configs)
+@layer_norm.impl("triton", why_not=_triton_why_not, configs=_triton_configs, live_rows=True)
 def _triton(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *, config: Any = None
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    config: Any = None,
+    live_rows: Tensor | None = None,
 ) -> Tensor:
     """One pass over memory, whole rows in registers."""
     from burnish.kernels import norms
 
-    return norms.layer_norm(x, weight, bias, eps, config)
+    return norms.layer_norm(x, weight, bias, eps, config, live_rows)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -169,8 +169,27 @@ def _register_kernel(
 
         return FAMILIES[family].multiply(x, weight, bias, activation, residual, config=config)
 
-    impl.__doc__ = description
-    linear.impl(name, why_not=why_not, configs=configs)(impl)
+    def told(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str = "none",
+        residual: Tensor | None = None,
+        config: Any = None,
+        live_rows: Tensor | None = None,
+    ) -> Tensor:
+        from burnish.kernels.families import FAMILIES
+
+        multiply = FAMILIES[family].multiply
+        return multiply(x, weight, bias, activation, residual, config=config, live_rows=live_rows)
+
+    takes = family in _FOR_MANY_ROWS
+    run = told if takes else impl
+    run.__doc__ = description
+    linear.impl(name, why_not=why_not, configs=configs, live_rows=takes)(run)
+
+
+_FOR_MANY_ROWS = ("matmul", "tma", "wgmma")  # whose kernels take `live_rows`
 
 
 _register_kernel(

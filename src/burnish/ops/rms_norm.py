@@ -83,12 +83,19 @@ def _triton_configs(x: Tensor, weight: Tensor | None, eps: float) -> list[Any]:
     return triton_norm_configs(x, added=False)
 
 
-@rms_norm.impl("triton", why_not=_triton_why_not, configs=_triton_configs)
-def _triton(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, config: Any = None) -> Tensor:
+@rms_norm.impl("triton", why_not=_triton_why_not, configs=_triton_configs, live_rows=True)
+def _triton(
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    config: Any = None,
+    live_rows: Tensor | None = None,
+) -> Tensor:
     """One pass over memory, whole rows in registers."""
     from burnish.kernels import norms
 
-    return norms.rms_norm(x, weight, eps, config)
+    return norms.rms_norm(x, weight, eps, config, live_rows)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -70,7 +70,8 @@ def varlen_attention(
     Shapes: q (T, Hq, D); k (Tk, Hkv, D); v (Tk, Hkv, Dv); Hq a multiple of Hkv. Sequence i has the queries from
     cu_seqlens_q[i] to cu_seqlens_q[i + 1], and the keys likewise by cu_seqlens_k (None: those of the queries). Both are
     (sequences + 1,), rise from 0 to the number of tokens, and may stand still: an empty sequence. The result is
-    (T, Hq, Dv), contiguous; a query that may attend to no key gives zeros.
+    (T, Hq, Dv), contiguous; a query that may attend to no key gives zeros. On CUDA, without cu_seqlens_k, tokens may be
+    left over after the last sequence: no other looks at them, and what the result holds for them is undefined.
     max_seqlen_q, max_seqlen_k: bounds of the lengths, in tokens, which no device is asked for; None: as many as there
     are tokens. The nearer, the fewer programs a kernel on CUDA starts in vain.
     Positions: the last query of a sequence sits at its last key's position. is_causal and window as in `attention`, by

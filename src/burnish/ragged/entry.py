@@ -23,7 +23,8 @@ _STEP = 128  # calls whose numbers of tokens are equal when rounded up to it sha
 class PackedEntry:
     """Serves calls of one signature: packs their real tokens, and runs the packed Program's entry for as many.
 
-    A batch without padding is served by the padded Program, and one in which a window would reach over a gap.
+    A batch without padding is served by the padded Program, and one in which a window would reach over a gap. Not so
+    where the packed Program is one of all places: then nobody waits for the device to learn how many tokens are real.
 
     Args:
         prepared: the padded Program; its `packed` is what runs.
@@ -43,6 +44,7 @@ class PackedEntry:
     ) -> None:
         assert prepared.packed is not None
         self.unpadded = prepared.packed.unpadded
+        self._of_all_places = prepared.packed.of_all_places and graphs is not None
         self._out_spec = prepared.program.out_spec
         self._make_padded, self._make = padded, make
         self._padded: Entry | None = None
@@ -51,7 +53,7 @@ class PackedEntry:
         self._memory: dict[tuple[int, ...], TokenMemory] = {}  # a part of the batch is verified: of another shape
         # The pool's own, which graphs take in turn: two locks could be taken in two orders.
         self._lock = threading.RLock() if graphs is None else graphs.lock
-        self.tokens: tuple[int, int] | None = None  # of the last call: real ones, and places
+        self._last: tuple[int | TokenMemory, int] | None = None  # of the last call: real tokens, and places
         self.not_packed: str | None = None  # why the last call was served padded
 
     def __call__(self, call: Call) -> Any:
@@ -63,11 +65,22 @@ class PackedEntry:
             self._graphs.enter(mask.device.index)
             memory = self._memory.get(mask.shape)
             if memory is None:
-                memory = self._memory[mask.shape] = TokenMemory(mask)
-            return self._serve(call, mask, tokens_of(mask, self.unpadded.windowed, memory=memory))
+                memory = TokenMemory(mask, None) if self._of_all_places else TokenMemory(mask)
+                self._memory[mask.shape] = memory
+            return self._serve(call, mask, tokens_of(mask, self.unpadded.windowed, memory=memory), memory)
 
-    def _serve(self, call: Call, mask: Tensor, tokens: Tokens) -> Any:
-        self.tokens, self.not_packed = (tokens.real, mask.numel()), None
+    @property
+    def tokens(self) -> tuple[int, int] | None:
+        """Of the last call: real tokens, and places. May wait for the device."""
+        if self._last is None:
+            return None
+        real, places = self._last
+        return (real.count() if isinstance(real, TokenMemory) else real), places
+
+    def _serve(self, call: Call, mask: Tensor, tokens: Tokens, memory: TokenMemory | None = None) -> Any:
+        real = memory if tokens.real is None else tokens.real
+        assert real is not None
+        self._last, self.not_packed = (real, mask.numel()), None
         if tokens.real == mask.numel():
             self.not_packed = "there is no padding"
             return self.padded(call)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from burnish.ops._triton import triton_why_not
 
-_STEP = 128  # on CUDA the number of tokens is rounded up to a multiple of it: each multiple is a graph of its own
+_STEP = 128  # on CUDA, where the host counts tokens, their number is rounded up to a multiple: each has its graph
 
 
 class Tokens(NamedTuple):
@@ -23,9 +23,10 @@ class Tokens(NamedTuple):
         places: (T,) int64, row * length + column of each token. A dummy's is rows * length, one past the last.
         nearest: (T,) int64, the same, but for a dummy the last place: to read at.
         columns: (T,) int64, that of `nearest`.
-        cu_seqlens: int32, where each row's tokens start among them, and the end; dummies are sequences of their own.
+        cu_seqlens: int32, where each row's tokens start among them, and the end; dummies are sequences of their own,
+            but for tokens of all places, where they are in none.
         sources: (rows * length,) int32, which token is at each place, -1 at padding; None where no kernel reads it.
-        real: how many of them are no dummies.
+        real: how many of them are no dummies; None where the host does not know.
         contiguous: whether each row's real tokens follow each other; None where nobody asked.
     """
 
@@ -34,7 +35,7 @@ class Tokens(NamedTuple):
     columns: Tensor
     cu_seqlens: Tensor
     sources: Tensor | None
-    real: int
+    real: int | None
     contiguous: bool | None
 
 
@@ -44,14 +45,19 @@ INPUTS = ("places", "nearest", "columns", "cu_seqlens", "sources")
 
 class TokenMemory:
     """Where the tokens of masks like `mask` are written, call after call, so that a CUDA graph finds them. What reads
-    them there must be done, or be on the same stream, before the next ones are written."""
+    them there must be done, or be on the same stream, before the next ones are written.
 
-    def __init__(self, mask: Tensor, step: int = _STEP) -> None:
+    Args:
+        step: the number of tokens is rounded up to a multiple of it; None for as many as there are places, whatever
+            the mask, so that the host need not wait to learn how many are real.
+    """
+
+    def __init__(self, mask: Tensor, step: int | None = _STEP) -> None:
         rows, length = mask.shape
-        most = -(-rows * length // step) * step
+        most = rows * length if step is None else -(-rows * length // step) * step
         with torch.inference_mode(False):  # whoever is in it now, others may not be
             self.places, self.nearest, self.columns = torch.empty((3, most), dtype=torch.int64, device=mask.device)
-            sizes = [rows + 1 + -(-step // length), rows * length]
+            sizes = [rows + 1 + (0 if step is None else -(-step // length)), rows * length]
             self.cu_seqlens, self.sources = (torch.empty(n, dtype=torch.int32, device=mask.device) for n in sizes)
             # The kernel writes to the host's memory: to copy two numbers there would take as long as to find them.
             self.found = torch.empty(2, dtype=torch.int32, pin_memory=mask.is_cuda)
@@ -60,11 +66,13 @@ class TokenMemory:
         self._views: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def find(self, mask: Tensor, ask_contiguous: bool) -> Tokens:
-        """By a kernel. On CUDA the host waits for the device once."""
+        """By a kernel. On CUDA the host waits for the device once, but for tokens of all places."""
         from burnish.kernels.tokens import find_tokens
 
         of_tokens = (self.places, self.nearest, self.columns)
         find_tokens(mask, *of_tokens, self.cu_seqlens, self.sources, self.found, self.step, ask_contiguous)
+        if self.step is None:
+            return Tokens(*of_tokens, self.cu_seqlens, self.sources, None, None)
         if mask.is_cuda:
             torch.cuda.current_stream(mask.device).synchronize()
         real, gaps = self._numbers.tolist()
@@ -73,6 +81,12 @@ class TokenMemory:
             self._views[wanted] = (self.places[:wanted], self.nearest[:wanted], self.columns[:wanted])
         contiguous = gaps == 0 if ask_contiguous else None
         return Tokens(*self._views[wanted], self.cu_seqlens, self.sources, real, contiguous)
+
+    def count(self) -> int:
+        """How many of the last mask's tokens are real. The host waits for the device."""
+        if self.sources.is_cuda:
+            torch.cuda.synchronize(self.sources.device)
+        return int(self._numbers[0])
 
 
 def tokens_of(
@@ -147,5 +161,9 @@ def put_back(packed: Tensor, places: Tensor, sources: Tensor | None, rows: int, 
         from burnish.kernels.tokens import put_back as by_kernel
 
         return by_kernel(packed, sources).view(shape)
+    if sources is not None and not needs_gradients:
+        indices, rest = sources.clamp_min(0), packed.shape[1:]  # dummies of all places hold nothing that is defined
+        whole = packed.index_select(0, indices).masked_fill_((sources < 0).view(-1, *(1,) * len(rest)), 0)
+        return whole.view(shape)
     whole = packed.new_zeros([rows * length + 1, *packed.shape[1:]])  # one more, for dummies
     return whole.index_copy_(0, places, packed)[:-1].view(shape)

@@ -1,0 +1,64 @@
+"""Which Ops of a packed graph are told how many of its rows are real tokens.
+
+On CUDA the graph then has one size for all masks of a shape, room for every place, and its kernels read on the device
+how far the real tokens go: nobody waits to learn that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from burnish import ops
+from burnish.lower import op_of
+from burnish.rewrites.fuse import on_cuda
+
+aten = torch.ops.aten
+
+OFFSETS = "burnish_cu_seqlens"
+"""The input of a packed graph whose last entry is how many tokens are real."""
+
+_ATTENTION = (ops.varlen_attention.overload,)  # told by the offsets where each sequence ends
+_PRODUCTS = (aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default, aten.bmm.default)
+_LOOKED_UP = ("embedding", "embedding_layer_norm")  # a row of a matrix for each token
+
+
+def told(graph: fx.Graph) -> list[fx.Node]:
+    """The Op nodes with a row for each token that have Impls to take `live_rows`. None at all where an Op that reads
+    matrices has no such Impl, or the graph is not on CUDA: it is better run on as many tokens as there are."""
+    inputs = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
+    if not on_cuda(inputs[OFFSETS]):
+        return []
+    tokens = inputs["burnish_columns"].meta["val"].shape[0]
+    found = []
+    for node in graph.nodes:
+        op = op_of(node.target) if node.op == "call_function" else None
+        if node.target in _PRODUCTS:
+            return []
+        if op is None or node.target in _ATTENTION:
+            continue
+        if _counts(node, tokens) and any(impl.live_rows for impl in op.impls.values()):
+            found.append(node)
+        elif op.name.startswith("varlen") or (_reads_matrix(node) and op.name not in _LOOKED_UP):
+            return []
+    return found
+
+
+def _counts(node: fx.Node, tokens: Any) -> bool:
+    """Whether the node's result has a row for each token, and no others."""
+    value = node.meta.get("val")
+    value = value[0] if isinstance(value, (tuple, list)) else value
+    if not isinstance(value, Tensor):
+        return False
+    sizes = [size for size in value.shape[:-1] if not (isinstance(size, int) and size == 1)]
+    return len(sizes) == 1 and isinstance(sizes[0], torch.SymInt) and bool(sizes[0].node.expr == tokens.node.expr)
+
+
+def _reads_matrix(node: fx.Node) -> bool:
+    op = op_of(node.target)
+    assert op is not None
+    args = op.bind(*node.args, **node.kwargs)
+    given = (args[i] for i in op.weights)
+    return any(isinstance(arg, fx.Node) and arg.meta["val"].dim() > 1 for arg in given)
