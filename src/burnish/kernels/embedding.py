@@ -32,7 +32,10 @@ def _gather(table, entries, stride, ids, batch, position, ids_batch, ids_step, c
     return tl.load(table + index * stride + column, column < found, other=float("nan"))
 
 
-@triton.jit(do_not_specialize=["length", "ids_batch", "position_ids_batch", "type_ids_batch"])
+@triton.jit(
+    do_not_specialize=["length", "ids_batch", "position_ids_batch", "type_ids_batch"],
+    do_not_specialize_on_alignment=["live"],
+)
 def _embedding_layer_norm_kernel(
     ids, word, position_ids, position, type_ids, type, weight, bias, out, length,
     ids_batch, ids_step, position_ids_batch, position_ids_step, type_ids_batch, type_ids_step,
@@ -73,7 +76,7 @@ def _embedding_layer_norm_kernel(
     tl.store(out + row * N + column, normed.to(dtype), mask)
 
 
-@triton.jit(do_not_specialize=["length", "ids_batch", "position_ids_batch"])
+@triton.jit(do_not_specialize=["length", "ids_batch", "position_ids_batch"], do_not_specialize_on_alignment=["live"])
 def _embedding_kernel(
     ids, word, position_ids, position, out, length, ids_batch, ids_step, position_ids_batch, position_ids_step,
     words, word_stride, positions, position_stride, live, N: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,

@@ -166,7 +166,7 @@ def finish(
         tl.store(out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "x_inner", "residual_inner"])
+@triton.jit(do_not_specialize=["M", "x_inner", "residual_inner"], do_not_specialize_on_alignment=["live_ptr"])
 def matmul_kernel(
     x_ptr,
     weight_ptr,

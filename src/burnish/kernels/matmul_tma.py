@@ -26,7 +26,7 @@ def halves(block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(block, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
 
 
-@triton.jit(do_not_specialize=["M", "residual_inner"])
+@triton.jit(do_not_specialize=["M", "residual_inner"], do_not_specialize_on_alignment=["live_ptr"])
 def matmul_tma_kernel(
     x_desc,  # (M, K)
     weight_desc,  # (N, K), or (K, N) if K_MAJOR; (2, N, K) or (K, 2, N) if GATED

@@ -97,10 +97,10 @@ def _fill(
     if PDL:
         tl_cuda.gdc_launch_dependents()
         tl_cuda.gdc_wait()
-    M, mine = live_size(size, x_desc.block_shape[0], COLUMNS)
-    total = mine * steps
     for i in gl.static_range(STAGES):
         _ask_for_x(x_desc, xs, full, i, asked, M, N, steps, COLUMNS, SPLIT_K, STAGES, BY_ROWS)
+    M, mine = live_size(size, x_desc.block_shape[0], COLUMNS)  # after them: the number takes as long to come as x
+    total = mine * steps
     for i in range(STAGES, total):
         mbarrier.wait(empty.index(i % STAGES), (i // STAGES - 1) & 1)
         _ask_for_weight(
@@ -187,7 +187,7 @@ def _multiply(
                 write(other, m, n + BLOCK_N, split, M, N, epilogue, out_ptr, BLOCK_M, MORE_N, gl.num_warps())
 
 
-@gluon.jit(do_not_specialize=["M", "residual_inner", "positions"])
+@gluon.jit(do_not_specialize=["M", "residual_inner", "positions"], do_not_specialize_on_alignment=["live_ptr"])
 def matmul_wgmma_kernel(
     x_desc,  # (M, K)
     weight_desc,  # (N, K), or (2 * N, K) if GATED

@@ -35,14 +35,23 @@ def matmul_wgmma_configs(product: Product) -> list[Config]:
         else:
             shapes += [(256, 128, 0, 64, 1, 4, 1, 8)]
             shapes += [(256, 128, 0, 64, 1, 3, 1, 8, 192), (128, 128, 64, 64, 1, 4, 1, 8, 64)]
-            # Without padding BERT-base's batches have some 2176 rows: to 768 columns one wave of these, of 102 tiles;
-            # of larger ones there are as few as 68 for 132 multiprocessors.
-            if triton.cdiv(product.rows, 128) * triton.cdiv(product.columns, 128) <= product.target.num_sms:
+            # Where narrower tiles leave fewer multiprocessors idle. Without padding BERT-base's batches have some 2300
+            # rows: to 768 columns 108 tiles of 128 are one wave, of 192 there are 72 for 132 multiprocessors; to 3072
+            # columns 360 tiles of 160 are three waves, as are 288 of 192.
+            if _columns_in_turn(product, 128) < _columns_in_turn(product, 192):
                 shapes += [(128, 128, 0, 64, 1, 5, 1, 8)]
+            if _columns_in_turn(product, 160) < _columns_in_turn(product, 192):
+                shapes += [(128, 128, 32, 64, 1, 4, 1, 8), (128, 128, 32, 64, 1, 4, 1, 8, 64)]
     if product.gated:
         shapes = [shape for shape in shapes if not shape[2]]
     configs = [_config(1, m, n // product.halves, *rest) for m, n, *rest in shapes]
     return configs[: 1 if product.columns * product.depth < 1 << 16 else None]  # so small, whichever it is
+
+
+def _columns_in_turn(product: Product, width: int) -> int:
+    """How many columns a multiprocessor computes, one after another, in tiles of 128 rows and so many columns."""
+    tiles = triton.cdiv(product.rows, 128) * triton.cdiv(product.columns, width)
+    return triton.cdiv(tiles, product.target.num_sms) * width
 
 
 def matmul_wgmma_rope_configs(product: Product, head_dim: int) -> list[Config]:

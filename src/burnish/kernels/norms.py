@@ -88,7 +88,7 @@ def load_vector(vector, step, N: tl.constexpr, BLOCK_N: tl.constexpr):
     return tl.load(vector + column * step, column < N, other=0.0)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["live"])
 def _norm_kernel(
     x, residual, weight, bias, out, total, rows, size1, size2, x_stride0, x_stride1, x_stride2,
     r_stride0, r_stride1, r_stride2, weight_step, bias_step, eps, live, N: tl.constexpr, BLOCK_N: tl.constexpr,
