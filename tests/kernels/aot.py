@@ -396,11 +396,12 @@ def _exchanged(sums: Any, configs: Any, rows: int, everything: bool) -> list[dic
 
 
 def tokens_of_padded_batches(everything: bool) -> list[dict[str, Any]]:
-    """What `compile_launch` says of finding the real tokens of a padded batch, of taking what is theirs, and of putting
-    them back; with `everything` also of masks of bool, and for every generation."""
+    """What `compile_launch` says of finding the real tokens of a padded batch, of taking what is theirs, of what is told
+    how many there are, and of putting them back; with `everything` also of masks of bool, and for every generation."""
     from burnish.kernels.launch import Launch, Target, recording
     from burnish.kernels.tokens import put_back, take
     from burnish.ragged.tokens import TokenMemory
+    from tests.kernels.aot_live_rows import launch_told
 
     found = []
     for capability in CAPABILITIES if everything else CAPABILITIES[:1]:
@@ -415,6 +416,9 @@ def tokens_of_padded_batches(everything: bool) -> list[dict[str, Any]]:
             vectors = [torch.empty(4096, dtype=torch.int64) for _ in range(3)]
             take(memory.nearest[:2176], memory.columns[:2176], vectors, (False, False, True))
             put_back(torch.empty(2176, 768, dtype=torch.float16), memory.sources)
+            all_places = TokenMemory(mask, None)
+            all_places.find(mask, False)
+            launch_told(all_places.cu_seqlens[-1:], capability, everything)
         found += [{"label": "tokens", **compile_launch(launch, capability)} for launch in launches]
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from burnish.ragged import entry, live
 from burnish.ragged import tokens as ragged
 from burnish.ragged.tokens import INPUTS, tokens_of
 from burnish.ragged.unpad import unpad
-from burnish.rewrites import RAISE, apply
+from burnish.rewrites import RAISE, apply, fuse
 from burnish.runtime.cuda_graph import GraphPool
 from tests.ragged.test_unpad import MASKS, Encoder, batch, real
 
@@ -135,7 +136,31 @@ def test_a_model_on_tokens_of_all_places(monkeypatch: Any) -> None:
     fast(*batch(MASKS["gaps"]()))[0].sum().backward()  # gradients are of as many as there are
 
 
-def test_a_window_and_other_ops_keep_the_count_on_the_host(monkeypatch: Any) -> None:
+@pytest.mark.usefixtures("attention_that_leaves_tokens_over")
+def test_all_of_bert_but_its_pooler_is_told(monkeypatch: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    as_on_cuda(monkeypatch)
+    for module in (fuse, live):
+        monkeypatch.setattr(module, "on_cuda", lambda node: True)
+    monkeypatch.setattr(tuning, "_all_rows", poisoned)
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    model = transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=60)).eval()
+    ids, mask = batch(MASKS["right padding"]())
+    args: Any = {"input_ids": ids, "attention_mask": mask}
+    impls = {"varlen_attention": "reference"}
+    fast: Any = burnish.optimize(copy.deepcopy(model), (), args, padding="remove", cache="off", impls=impls)
+    slots = fast.serving._prepared[0].packed.prepared.executable.slots
+    told = Counter(slot.op.name for slot in slots if slot.is_told)
+    assert told == {"embedding_layer_norm": 1, "linear": 4, "linear_add_layer_norm": 4}
+    assert [slot.op.name for slot in slots if not slot.is_told] == ["varlen_attention", "varlen_attention", "linear"]
+    with torch.no_grad():
+        results = [m(**args) for m in (fast, model, copy.deepcopy(model).double())]
+    assert_close(*(real(result.last_hidden_state, mask) for result in results))
+    assert_close(*(result.pooler_output for result in results))
+
+
+def test_where_a_product_cannot_be_told_the_host_counts(monkeypatch: Any) -> None:
     as_on_cuda(monkeypatch)
     monkeypatch.setattr(live, "on_cuda", lambda node: True)
     for impl in burnish.ops.linear.impls.values():

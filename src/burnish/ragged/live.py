@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from burnish import ops
 from burnish.lower import op_of
@@ -34,16 +35,26 @@ def told(graph: fx.Graph) -> list[fx.Node]:
     tokens = inputs["burnish_columns"].meta["val"].shape[0]
     found = []
     for node in graph.nodes:
-        op = op_of(node.target) if node.op == "call_function" else None
+        if node.op != "call_function" or node.target in _ATTENTION or not _meets(node, tokens):
+            continue
         if node.target in _PRODUCTS:
             return []
-        if op is None or node.target in _ATTENTION:
+        op = op_of(node.target)
+        if op is None:
             continue
         if _counts(node, tokens) and any(impl.live_rows for impl in op.impls.values()):
             found.append(node)
         elif op.name.startswith("varlen") or (_reads_matrix(node) and op.name not in _LOOKED_UP):
             return []
     return found
+
+
+def _meets(node: fx.Node, tokens: Any) -> bool:
+    """Whether it computes with values of tokens: BERT's pooler does not, which has a row for each text."""
+    symbols = tokens.node.expr.free_symbols
+    values = [value for each in (node, *node.all_input_nodes) for value in pytree.tree_leaves(each.meta.get("val"))]
+    sizes = (size for value in values if isinstance(value, Tensor) for size in value.shape)
+    return any(isinstance(size, torch.SymInt) and symbols & size.node.expr.free_symbols for size in sizes)
 
 
 def _counts(node: fx.Node, tokens: Any) -> bool:
