@@ -97,9 +97,11 @@ def _explain(
         session.console.print(
             f"  {graph}; the host is back after {host:.1f} us, the device done after {until_done:.1f}"
         )
-    memory = TokenMemory(mask)
-    found_after = _host_us(lambda: tokens_of(mask, memory=memory))[0]
-    session.console.print(f"  the host knows the number of tokens after {found_after:.1f} us")
+    memory = TokenMemory(mask, None)
+    back, found_after = _host_us(lambda: tokens_of(mask, memory=memory))
+    session.console.print(
+        f"  tokens: the host goes on after {back:.1f} us, the device has found them after {found_after:.1f}"
+    )
     tokens = {"real tokens": int((mask != 0).sum()), "all places": mask.numel()}
     floors = (f"{n} {what} {model_floor_us(model, n, dtype):.1f} us" for what, n in tokens.items())
     session.console.print(f"  floors of the products: {', '.join(floors)}")

@@ -396,8 +396,9 @@ def _exchanged(sums: Any, configs: Any, rows: int, everything: bool) -> list[dic
 
 
 def tokens_of_padded_batches(everything: bool) -> list[dict[str, Any]]:
-    """What `compile_launch` says of finding the real tokens of a padded batch, of taking what is theirs, of what is told
-    how many there are, and of putting them back; with `everything` also of masks of bool, and for every generation."""
+    """What `compile_launch` says of finding the real tokens of a padded batch, of taking what is theirs, of what is
+    told how many there are, and of putting them back; with `everything` also of masks of bool, and for every
+    generation."""
     from burnish.kernels.launch import Launch, Target, recording
     from burnish.kernels.tokens import put_back, take
     from burnish.ragged.tokens import TokenMemory

@@ -23,7 +23,6 @@ OFFSETS = "burnish_cu_seqlens"
 
 _ATTENTION = (ops.varlen_attention.overload,)  # told by the offsets where each sequence ends
 _PRODUCTS = (aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default, aten.bmm.default)
-_LOOKED_UP = ("embedding", "embedding_layer_norm")  # a row of a matrix for each token
 
 
 def told(graph: fx.Graph) -> list[fx.Node]:
@@ -44,7 +43,7 @@ def told(graph: fx.Graph) -> list[fx.Node]:
             continue
         if _counts(node, tokens) and any(impl.live_rows for impl in op.impls.values()):
             found.append(node)
-        elif op.name.startswith("varlen") or (_reads_matrix(node) and op.name not in _LOOKED_UP):
+        elif _reads_matrix(node):
             return []
     return found
 
