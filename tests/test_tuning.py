@@ -172,6 +172,76 @@ def test_a_key_tells_apart_what_may_be_served_differently() -> None:
     assert key_of(linear, (x_of(5), weight, None)) == Key(keys[0].family, (5, 8, 6, 8))
 
 
+# --- told how many rows are wanted ---
+
+
+def count(live: int) -> Tensor:
+    return torch.tensor([live], dtype=torch.int32)
+
+
+def test_how_many_rows_are_wanted_is_a_size() -> None:
+    args = (torch.zeros(1, 600, 8), torch.zeros(6, 8), None)
+    keys = [key_of(linear, args, live_rows=count(live)) for live in (0, 1, 128, 129, 600)]
+    assert [key.sizes[-1] for key in keys] == [128, 128, 128, 256, 640]
+    assert len({key.family for key in keys}) == 1
+    assert keys[0].family != key_of(linear, args).family
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any, int]]:
+    """Calls of rms_norm's Impls: one is told, and has configs by its number of rows, the others are not."""
+    calls: list[tuple[str, Any, int]] = []
+
+    def aware(x: Tensor, weight: Any, eps: float, config: Any = None, live_rows: Tensor | None = None) -> Tensor:
+        assert live_rows is not None
+        calls.append(("aware", config, int(live_rows)))
+        return x
+
+    def other(x: Tensor, weight: Any, eps: float) -> Tensor:
+        calls.append(("other", None, x.shape[1]))
+        return x
+
+    made = dataclasses.replace
+    torch_impl = rms_norm.impls["torch"]
+    impls = {
+        "aware": made(
+            torch_impl, name="aware", fn=aware, live_rows=True, configs=lambda x, *rest: [f"for {x.shape[1]} rows"]
+        ),
+        "other": made(torch_impl, name="other", fn=other),
+    }
+    monkeypatch.setattr(rms_norm, "impls", impls)
+    return calls
+
+
+def test_measured_with_as_many_rows_as_are_wanted(
+    told: list[tuple[str, Any, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = {"aware for 600 rows": 2.5, "aware for 256 rows": 2.0, "other": 4.0}
+
+    def run_and_time(functions: dict[str, Callable[..., Any]], arguments: Any, **_: Any) -> dict[str, float]:
+        for function in functions.values():
+            function(*arguments[0])
+        return {name: times[name] for name in functions}
+
+    monkeypatch.setattr(tuning, "measure", run_and_time)
+    args, live, tuner = (torch.zeros(1, 600, 8), None, 1e-6), count(200), Tuner("off")
+    function, choice = tuner.choose(rms_norm, args, budget_us=BUDGET_US, thorough=True, live_rows=live)
+    assert sorted(told) == sorted(
+        [("aware", "for 600 rows", 200), ("aware", "for 256 rows", 200), ("other", None, 600)]
+    )
+    assert choice.candidate == "aware for 256 rows"
+    function(*args, live_rows=count(7))
+    assert told[-1] == ("aware", "for 256 rows", 7)
+    rivals = {rival.candidate: run for run, rival in tuner.rivals(rms_norm, args, choice, False, live)}
+    rivals["aware for 600 rows"](*args, live_rows=count(9))
+    assert told[-1] == ("aware", "for 600 rows", 9)
+    times["other"] = 1.0
+    function, choice = Tuner("off").choose(rms_norm, args, budget_us=BUDGET_US, thorough=True, live_rows=live)
+    assert choice.candidate == "other"
+    function(*args, live_rows=count(7))  # which takes no such thing
+    assert told[-1] == ("other", None, 600)
+
+
 # --- memory ---
 
 

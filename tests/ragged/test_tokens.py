@@ -160,6 +160,17 @@ def test_all_of_bert_but_its_pooler_is_told(monkeypatch: Any) -> None:
     assert_close(*(result.pooler_output for result in results))
 
 
+def test_what_is_looked_up_by_tokens_has_to_be_of_real_ones(monkeypatch: Any) -> None:
+    as_on_cuda(monkeypatch)
+    monkeypatch.setattr(live, "on_cuda", lambda node: True)
+    table = torch.arange(16.0)
+    model = Encoder(lambda x, mask: x + table[x.argmax(-1)].unsqueeze(-1)).eval()
+    args = batch(MASKS["right padding"]())
+    fast: Any = burnish.optimize(copy.deepcopy(model), args, padding="remove", cache="off")
+    assert "padding is kept" not in fast.serving.served[0].padding
+    assert not fast.serving._prepared[0].packed.of_all_places
+
+
 def test_where_a_product_cannot_be_told_the_host_counts(monkeypatch: Any) -> None:
     as_on_cuda(monkeypatch)
     monkeypatch.setattr(live, "on_cuda", lambda node: True)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from burnish import ops
 from burnish.lower import op_of
+from burnish.ragged.tokens import put_back
 from burnish.rewrites.fuse import on_cuda
 
 aten = torch.ops.aten
@@ -27,7 +28,8 @@ _PRODUCTS = (aten.linear.default, aten.matmul.default, aten.mm.default, aten.add
 
 def told(graph: fx.Graph) -> list[fx.Node]:
     """The Op nodes with a row for each token that have Impls to take `live_rows`. None at all where an Op that reads
-    matrices has no such Impl, or the graph is not on CUDA: it is better run on as many tokens as there are."""
+    matrices has no such Impl, or the graph is not on CUDA: it is better run on as many tokens as there are. So it is
+    where something may be looked up by what is computed of them, as that is undefined beyond the real tokens."""
     inputs = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
     if not on_cuda(inputs[OFFSETS]):
         return []
@@ -45,7 +47,19 @@ def told(graph: fx.Graph) -> list[fx.Node]:
             found.append(node)
         elif _reads_matrix(node):
             return []
-    return found
+    return [] if _counts_by(found, graph) else found
+
+
+def _counts_by(nodes: list[fx.Node], graph: fx.Graph) -> bool:
+    """Whether whole numbers are computed of these nodes' results, before they are put back."""
+    undefined = set(nodes)
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is not put_back and undefined.intersection(node.all_input_nodes):
+            undefined.add(node)
+            values = (v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor))
+            if any(not v.is_floating_point() and v.dtype != torch.bool for v in values):
+                return True
+    return False
 
 
 def _meets(node: fx.Node, tokens: Any) -> bool:
