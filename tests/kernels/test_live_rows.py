@@ -181,6 +181,29 @@ def test_gluon_products(sizes: tuple[int, int, int], share: Any) -> None:
             assert_close(out[:, :live], OPS["linear"].reference(*short), oracle(OPS["linear"].reference, *short))
 
 
+@pytest.mark.parametrize("live", [0, 1, 130, 200])
+def test_gluon_products_in_parts(live: int) -> None:
+    """Parts lie as far apart as all rows."""
+    op, vector = OPS["linear_add_layer_norm"], randn(192, dtype=FP16, seed=3)
+    x, residual = (rows(1, 200, n, live=live, seed=seed) for seed, n in enumerate((768, 192)))
+    weight = randn(192, 768, dtype=FP16, seed=2) / math.sqrt(768)
+    args = op.bind(x, weight, vector, residual, vector, vector)
+    with recording(lambda launch: None, H200):
+        configs = op.impls["gluon"].configs(*args)  # type: ignore[misc]
+    for config in [c for c in configs if c["SPLIT_K"] > 1][:3]:
+        launches: list[Launch] = []
+        with recording(launches.append, FEW_SMS):
+            results = op.impls["gluon"].fn(*args, config=config, live_rows=count(live))
+        for result in results:
+            result.fill_(7.0)
+        for launch in launches:
+            emulate(launch)
+        assert all((result[:, live:] == 7.0).all() for result in results)
+        if live:
+            short = (x[:, :live], weight, vector, residual[:, :live], vector, vector)
+            assert_close(tuple(r[:, :live] for r in results), op.reference(*short), oracle(op.reference, *short))
+
+
 @pytest.mark.parametrize("lengths", [(5, 33, 0, 1, 17), (0, 0), (70,), (1, 0)])
 def test_attention_leaves_tokens_over(lengths: tuple[int, ...]) -> None:
     """No program is for them, and no other looks at them: not into the rest of a block of keys either."""

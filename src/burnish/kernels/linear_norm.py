@@ -18,9 +18,9 @@ from burnish.kernels.matmul_configs import Product, fitting
 from burnish.kernels.norms import load_vector, norm_configs, normalize
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["live"])
 def _parts_kernel(
-    x, weight, parts, M, N, K, x_row, weight_row, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
+    x, weight, parts, M, N, K, x_row, weight_row, live, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Part `program_id(2)` of `x @ weight.T` as float32; parts is (SPLIT_K, M, N)."""
@@ -37,6 +37,10 @@ def _parts_kernel(
     if PDL:
         prefetch_weight(weight, n, N, weight_row, first, last, BLOCK_K)
     wait_for_inputs(PDL)
+    if live is not None:
+        wanted = tl.load(live)
+        if tl.program_id(1) * BLOCK_M >= wanted:
+            return
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(first, last):
         left = K if EVEN_K else K - step * BLOCK_K
@@ -54,9 +58,9 @@ def _parts_kernel(
     tl.store(parts + to, acc, mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["live"])
 def _norm_of_parts_kernel(
-    parts, bias, residual, weight, shift, out, total, M, residual_row, bias_step, weight_step, shift_step, eps,
+    parts, bias, residual, weight, shift, out, total, M, residual_row, bias_step, weight_step, shift_step, eps, live,
     N: tl.constexpr, BLOCK_N: tl.constexpr, RMS: tl.constexpr, SPLIT_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row: the parts, the bias and the residual summed, rounded as `out` is and normalized. `total` may be None."""
@@ -72,6 +76,10 @@ def _norm_of_parts_kernel(
     column = tl.arange(0, BLOCK_N)[None, :]
     mask = column < N
     wait_for_inputs(PDL)
+    if live is not None:
+        wanted = tl.load(live)
+        if row >= wanted:
+            return
     values = tl.load(residual + row * residual_row + column, mask, other=0.0).to(tl.float32)
     product = tl.zeros((1, BLOCK_N), tl.float32)
     for part in tl.static_range(SPLIT_K):
@@ -100,6 +108,7 @@ def linear_add_norm(
     rms: bool,
     keep_sum: bool,
     config: Config | None = None,
+    live_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`norm(x @ weight.T + bias + residual)` and the sum that it normalizes, rounded to x's dtype.
 
@@ -108,6 +117,7 @@ def linear_add_norm(
     Shapes: x (..., K), weight (N, K), bias, norm_weight and norm_bias (N,) or None, residual and the contiguous results
     (..., N). x and residual have one stride for their rows; theirs and weight's are contiguous.
     Dtypes: float16 or bfloat16, the norm's weights may differ. Products and sums are float32.
+    Rows of the results from `live_rows` on, an int32 on the device, are left as they are.
     """
     (N, K), rows = weight.shape, x.numel() // x.shape[-1]
     config = config or linear_norm_configs(Product.of(x, weight))[0]
@@ -116,9 +126,9 @@ def linear_add_norm(
     evenness = {"EVEN_K": K % block_k == 0, "EVEN_N": N % block_n == 0}
     launch(
         _parts_kernel, (triton.cdiv(N, block_n), triton.cdiv(rows, block_m), split), x, weight, parts, rows, N, K,
-        x.reshape(rows, -1).stride(0), weight.stride(0), config=config, like=x, **evenness,
+        x.reshape(rows, -1).stride(0), weight.stride(0), live_rows, config=config, like=x, **evenness,
     )  # fmt: skip
-    return norm_of_parts(parts, bias, residual, norm_weight, norm_bias, eps, rms, keep_sum)
+    return norm_of_parts(parts, bias, residual, norm_weight, norm_bias, eps, rms, keep_sum, live_rows)
 
 
 def norm_of_parts(
@@ -130,6 +140,7 @@ def norm_of_parts(
     eps: float,
     rms: bool,
     keep_sum: bool,
+    live_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`norm(parts.sum(0) + bias + residual)` and the sum that it normalizes, as `linear_add_norm` has them.
 
@@ -142,8 +153,8 @@ def norm_of_parts(
     warps = norm_configs(rows, N, residual.dtype, True, target_of(residual))[0].num_warps
     launch(
         _norm_of_parts_kernel, (rows,), parts, bias, residual, norm_weight, norm_bias, out, total, rows,
-        residual.reshape(rows, -1).stride(0), *steps, eps, config=Config.of(num_warps=max(warps, 4)), like=residual,
-        N=N, BLOCK_N=triton.next_power_of_2(N), RMS=rms, SPLIT_K=split,
+        residual.reshape(rows, -1).stride(0), *steps, eps, live_rows, config=Config.of(num_warps=max(warps, 4)),
+        like=residual, N=N, BLOCK_N=triton.next_power_of_2(N), RMS=rms, SPLIT_K=split,
     )  # fmt: skip
     return out, out.new_empty(0) if total is None else total
 

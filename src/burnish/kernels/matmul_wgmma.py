@@ -99,7 +99,9 @@ def _fill(
         tl_cuda.gdc_wait()
     for i in gl.static_range(STAGES):
         _ask_for_x(x_desc, xs, full, i, asked, M, N, steps, COLUMNS, SPLIT_K, STAGES, BY_ROWS)
-    M, mine = live_size(size, x_desc.block_shape[0], COLUMNS)  # after them: the number takes as long to come as x
+    M, mine = live_size(
+        size, x_desc.block_shape[0], COLUMNS, SPLIT_K
+    )  # after them: the number takes as long to come as x
     total = mine * steps
     for i in range(STAGES, total):
         mbarrier.wait(empty.index(i % STAGES), (i // STAGES - 1) & 1)
@@ -129,7 +131,7 @@ def _multiply(
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 16])
     if PDL:
         tl_cuda.gdc_wait()
-    M, mine = live_size(size, BLOCK_M, COLUMNS)
+    M, mine = live_size(size, BLOCK_M, COLUMNS, SPLIT_K)
     for turn in range(TEAM, mine, TEAMS):
         if FINISH == 0:
             m, n, split, _ = place_of(turn * steps, M, N, steps, BLOCK_M, COLUMNS, SPLIT_K, BY_ROWS)
@@ -178,13 +180,18 @@ def _multiply(
                 acc *= biased(other, bias_ptr, stride_bias, N + columns, 2 * N)
             if HEAD > 0:
                 acc = rotated_heads(acc, tables, n, rope[5], HEAD, BLOCK_M, BLOCK_N)
-            write(acc, m, n, split, M, N, epilogue, out_ptr, BLOCK_M, BLOCK_N, gl.num_warps())
+            to_ptr = out_ptr
+            if BY_ROWS:
+                if SPLIT_K > 1:  # parts are as far apart as all rows, not as those that are wanted
+                    to_ptr += split.to(gl.int64) * size[0] * N
+                split = 0
+            write(acc, m, n, split, M, N, epilogue, to_ptr, BLOCK_M, BLOCK_N, gl.num_warps())
             if MORE_N > 0:
                 columns = n + BLOCK_N + gl.arange(0, MORE_N, gl.SliceLayout(0, OTHER))
                 other = activate(biased(other, bias_ptr, stride_bias, columns, N), ACTIVATION)
                 if HEAD > 0:
                     other = rotated_heads(other, tables, n + BLOCK_N, rope[5], HEAD, BLOCK_M, MORE_N)
-                write(other, m, n + BLOCK_N, split, M, N, epilogue, out_ptr, BLOCK_M, MORE_N, gl.num_warps())
+                write(other, m, n + BLOCK_N, split, M, N, epilogue, to_ptr, BLOCK_M, MORE_N, gl.num_warps())
 
 
 @gluon.jit(do_not_specialize=["M", "residual_inner", "positions"], do_not_specialize_on_alignment=["live_ptr"])
@@ -241,7 +248,6 @@ def matmul_wgmma_kernel(
     if FINISH > 0:
         gl.static_assert(TEAMS == 1 and SPLIT_K == 1 and HEAD == 0)
         turns = handing_over(bias_ptr, x_desc.dtype, BLOCK_M, BLOCK_N, BLOCK_N if GATED else MORE_N)
-    gl.static_assert(live_ptr is None or SPLIT_K == 1)
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(empty.index(s), count=1)
@@ -341,11 +347,11 @@ def matmul_wgmma_rope(
     return out
 
 
-def matmul_wgmma_parts(x: Tensor, weight: Tensor, config: Config) -> Tensor:
+def matmul_wgmma_parts(x: Tensor, weight: Tensor, config: Config, live_rows: Tensor | None = None) -> Tensor:
     """What each of SPLIT_K parts of K adds to `x @ weight.T`: (SPLIT_K, rows of x, N) of float32, otherwise as
     `matmul_wgmma`."""
     parts = x.new_empty((config["SPLIT_K"], x.numel() // x.shape[-1], weight.shape[0]), dtype=torch.float32)
-    _launch(x, weight, parts, config)
+    _launch(x, weight, parts, config, live_rows=live_rows)
     return parts
 
 

@@ -41,13 +41,14 @@ def place_of(
 
 
 @gluon.jit
-def live_size(size, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+def live_size(size, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT_K: gl.constexpr):
     """The rows that are wanted, and how many of this program's tiles have some. To be asked once the kernels before
     are done, one of which counts the rows."""
     M, N, _, mine, live_ptr = size
     if live_ptr is not None:
         M = gl.minimum(M, gl.load(live_ptr))
-        mine = gl.cdiv(gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N) - gl.program_id(0), gl.num_programs(0))
+        tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N) * SPLIT_K
+        mine = gl.cdiv(tiles - gl.program_id(0), gl.num_programs(0))
     return M, mine
 
 
@@ -186,7 +187,7 @@ def finish(
     BY_ROWS: gl.constexpr = size[4] is not None
     if PDL:
         tl_cuda.gdc_wait()
-    M, mine = live_size(size, BLOCK_M, BLOCK_N + MORE_N)
+    M, mine = live_size(size, BLOCK_M, BLOCK_N + MORE_N, 1)
     for turn in range(0, mine):
         m, n, _, _ = place_of(turn * steps, M, N, steps, BLOCK_M, BLOCK_N + MORE_N, 1, BY_ROWS)
         put_bias(biases[0], epilogue[0], epilogue[1], n, N, BLOCK_N)

@@ -86,9 +86,10 @@ def gluon_parts(
     rms: bool,
     keep_sum: bool,
     config: Any,
+    live_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     from burnish.kernels.linear_norm import norm_of_parts
     from burnish.kernels.matmul_wgmma import matmul_wgmma_parts
 
-    parts = matmul_wgmma_parts(x, weight, config or gluon_parts_configs(x, weight)[0])
-    return norm_of_parts(parts, bias, residual, norm_weight, norm_bias, eps, rms, keep_sum)
+    parts = matmul_wgmma_parts(x, weight, config or gluon_parts_configs(x, weight)[0], live_rows)
+    return norm_of_parts(parts, bias, residual, norm_weight, norm_bias, eps, rms, keep_sum, live_rows)

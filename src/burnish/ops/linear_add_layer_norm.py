@@ -214,7 +214,7 @@ def _triton_configs(
     return triton_configs(x, weight)
 
 
-@linear_add_layer_norm.impl("triton", why_not=_triton_why_not, configs=_triton_configs)
+@linear_add_layer_norm.impl("triton", why_not=_triton_why_not, configs=_triton_configs, live_rows=True)
 def _triton(
     x: Tensor,
     weight: Tensor,
@@ -226,11 +226,13 @@ def _triton(
     keep_sum: bool = True,
     *,
     config: Any = None,
+    live_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Two kernels: the product in parts, split over K, and the norm of the parts' sum."""
     from burnish.kernels.linear_norm import linear_add_norm
 
-    return linear_add_norm(x, weight, bias, residual, norm_weight, norm_bias, eps, False, keep_sum, config)
+    given = (x, weight, bias, residual, norm_weight, norm_bias)
+    return linear_add_norm(*given, eps, False, keep_sum, config, live_rows)
 
 
 def _gluon_why_not(
@@ -259,7 +261,7 @@ def _gluon_configs(
     return gluon_parts_configs(x, weight)
 
 
-@linear_add_layer_norm.impl("gluon", why_not=_gluon_why_not, configs=_gluon_configs)
+@linear_add_layer_norm.impl("gluon", why_not=_gluon_why_not, configs=_gluon_configs, live_rows=True)
 def _gluon(
     x: Tensor,
     weight: Tensor,
@@ -271,9 +273,11 @@ def _gluon(
     keep_sum: bool = True,
     *,
     config: Any = None,
+    live_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same, with the product by a Gluon kernel for Hopper."""
-    return gluon_parts(x, weight, bias, residual, norm_weight, norm_bias, eps, False, keep_sum, config)
+    given = (x, weight, bias, residual, norm_weight, norm_bias)
+    return gluon_parts(*given, eps, False, keep_sum, config, live_rows)
 
 
 def _register_product(name: str, description: str) -> None:
