@@ -253,7 +253,7 @@ class Preparer:
         prepared = self._finish(of_tokens, of_tokens.captured, for_inference)
         # Windows count distances between tokens: whether these have gaps has to be known before.
         of_all_places = unpadded.mask is not None and not unpadded.windowed
-        nodes = told(graph_module.graph) if of_all_places else []
+        nodes = told(graph_module.graph, self.tuner.explicit) if of_all_places else []
         if nodes:
             prepared.executable = Executable(graph_module, self.model, nodes, OFFSETS)
         return Packed(prepared, unpadded, bool(nodes))

@@ -78,6 +78,7 @@ def as_on_cuda(monkeypatch: Any) -> list[Any]:
     for module in (entry, ragged):
         monkeypatch.setattr(module, "has_kernel", lambda x: not isinstance(x, FakeTensor))
     monkeypatch.setattr(ragged, "triton_why_not", lambda x: [])
+    monkeypatch.setattr(live, "WORTH_IT", (torch.float32,))
     monkeypatch.setattr(GraphPool, "enter", lambda self, device: seen.append(device))
     return seen
 
@@ -171,19 +172,22 @@ def test_what_is_looked_up_by_tokens_has_to_be_of_real_ones(monkeypatch: Any) ->
     assert not fast.serving._prepared[0].packed.of_all_places
 
 
-def test_where_a_product_cannot_be_told_the_host_counts(monkeypatch: Any) -> None:
+@pytest.mark.parametrize("reason", ["no Impl takes it", "an Impl was asked for", "float32 is no better"])
+def test_where_a_product_is_not_told_the_host_counts(reason: str, monkeypatch: Any) -> None:
     as_on_cuda(monkeypatch)
     monkeypatch.setattr(live, "on_cuda", lambda node: True)
-    for impl in burnish.ops.linear.impls.values():
-        object.__setattr__(impl, "live_rows", False)
-    try:
-        torch.manual_seed(0)
-        model = Encoder().eval()
-        ids, mask = batch(MASKS["right padding"]())
-        fast: Any = burnish.optimize(copy.deepcopy(model), (ids, mask), padding="remove", cache="off")
-    finally:
-        for name in ("triton", "triton_tma", "gluon"):
-            object.__setattr__(burnish.ops.linear.impls[name], "live_rows", True)
+    impls = {}
+    if reason == "no Impl takes it":
+        kept = {name: impl for name, impl in burnish.ops.linear.impls.items() if not impl.live_rows}
+        monkeypatch.setattr(burnish.ops.linear, "impls", kept)
+    elif reason == "an Impl was asked for":
+        impls = {"linear": "torch"}
+    else:
+        monkeypatch.setattr(live, "WORTH_IT", (torch.float16,))
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    ids, mask = batch(MASKS["right padding"]())
+    fast: Any = burnish.optimize(copy.deepcopy(model), (ids, mask), padding="remove", cache="off", impls=impls)
     assert not fast.serving._prepared[0].packed.of_all_places
     with torch.no_grad():
         result, eager, true = fast(ids, mask), model(ids, mask), copy.deepcopy(model).double()(ids, mask)
