@@ -81,8 +81,10 @@ def test_one_graph_for_all_masks_of_a_shape(impls: dict[str, str]) -> None:
     rows, length = 40, 20
     lengths = torch.randint(0, length + 1, (rows,), generator=torch.Generator().manual_seed(0))
     first = right(lengths, length)
+    args = tuple(t.cuda() for t in batch(first))
+    # Without verification the kernels that are asked for see no batch that is too small for them.
     fast: Any = burnish.optimize(
-        copy.deepcopy(model), tuple(t.cuda() for t in batch(first)), padding="remove", cache="off", impls=impls
+        copy.deepcopy(model), args, padding="remove", cache="off", impls=impls, verify=not impls
     )
     assert fast.serving.served[0].padding == f"{int(lengths.sum())} of 800 tokens are real"
     assert fast.serving._prepared[0].packed.of_all_places
