@@ -23,7 +23,8 @@ _FINISHERS = gl.constexpr(4)  # warps
 
 @gluon.jit
 def place_of(
-    i, M, N, steps, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT_K: gl.constexpr, BY_ROWS: gl.constexpr
+    i, M, N, steps, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT_K: gl.constexpr,
+    BY_ROWS: gl.constexpr = False,
 ):  # fmt: skip
     """Of step `i` of this program: the tile's first row and column, its part of K, and the step over K as a whole.
 
