@@ -96,10 +96,10 @@ def few_configs() -> Iterator[None]:
     """Within the `with`, no more than FEW configs of each Impl are measured where nothing is remembered."""
     all_of_them = tuning._candidates
 
-    def candidates(op: Op, args: Sequence[Any], able: Sequence[str]) -> dict[str, tuple[str, str | None]]:
+    def candidates(op: Op, args: Sequence[Any], able: Sequence[str], *rest: Any) -> dict[str, tuple[str, str | None]]:
         tried: Counter[str] = Counter()
         found = {}
-        for name, (impl, config) in all_of_them(op, args, able).items():
+        for name, (impl, config) in all_of_them(op, args, able, *rest).items():
             tried[impl] += 1
             if tried[impl] <= FEW:
                 found[name] = impl, config
