@@ -220,8 +220,9 @@ def _torch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """PyTorch's own kernel, after its forward pass for the statistics and the norm's result."""
     values, factor = x, weight
-    if x.device.type == "cpu":
-        # In half precision it would keep the mean in that, and -20.3 becomes -20.25.
+    if x.device.type == "cpu" or {narrow, normed} - {None, x.dtype}:
+        # On the CPU it would keep the mean in half precision, and -20.3 becomes -20.25; and bfloat16 is not to be rounded
+        # on the way to float16.
         values = x.to(wide(x.dtype))
         factor = None if weight is None else weight.to(values.dtype)
     grad = grad.to(values.dtype)

@@ -167,10 +167,13 @@ def _torch(
     rstd = rstd.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     dweight: Tensor | None
     if x.device.type == "cuda":
-        wanted = [True, weight is not None and weight_grad]
-        dx, dweight = torch.ops.aten._fused_rms_norm_backward(grad.to(x.dtype), x, x.shape[-1:], rstd, weight, wanted)
+        wanted, values, factor = [True, weight is not None and weight_grad], x, weight
+        if narrow not in (None, x.dtype):  # bfloat16 is not to be rounded on the way to float16
+            values, factor = x.to(dtype), None if weight is None else weight.to(dtype)
+        backward, size = torch.ops.aten._fused_rms_norm_backward, x.shape[-1:]
+        dx, dweight = backward(grad.to(values.dtype), values, size, rstd, factor, wanted)
         dx = dx if grad_sum is None else dx.add_(grad_sum)
-        found = dx.contiguous(), asked(dweight, weight, weight_grad, x)
+        found = dx.to(x.dtype).contiguous(), asked(dweight, weight, weight_grad, x)
         return *found, *further(dx, x, narrow, dx_sum, result)
     dx, dweight = _through_layer_norm(grad.to(dtype), x.to(dtype), rstd, weight, weight_grad)
     if grad_sum is not None:
