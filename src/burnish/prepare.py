@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from burnish._memory import return_freed_memory
 from burnish.capture import Program
-from burnish.compile_backend import backend, without_packing
+from burnish.inductor.backend import backend, without_packing
 from burnish.lower import Executable
 from burnish.ops import linear
 from burnish.outputs import unflattener

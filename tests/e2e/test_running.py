@@ -14,7 +14,8 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 import burnish
-from burnish import checks, compile_backend, places
+from burnish import checks, places
+from burnish.inductor import backend
 from burnish.numerics import assert_close
 from burnish.prepare import Preparer
 from burnish.runtime.module import OptimizedModule
@@ -824,7 +825,7 @@ def test_a_model_that_cannot_be_captured_runs_as_it_was() -> None:
 def test_a_model_that_cannot_be_captured_is_compiled_in_parts() -> None:
     torch._dynamo.reset()
     model = zoo.seeded(Branching(nn.LayerNorm(WIDTH)))  # Inductor makes little of it: each kernel takes seconds
-    compiled = torch.compile(model, backend=compile_backend.backend)
+    compiled = torch.compile(model, backend=backend.backend)
     x = x_of()
     with torch.no_grad():
         assert_close(compiled(x), model(x), outputs_in_float64(model, (x,))[0])

@@ -326,10 +326,10 @@ def around_gelu(everything: bool) -> list[dict[str, Any]]:
         for dtype, activation, (columns, depth) in itertools.product(dtypes, activations, sizes):
             grad, weight = torch.zeros(4096, depth, dtype=dtype), torch.zeros(depth, columns, dtype=dtype)
             x = torch.zeros(4096, columns, dtype=dtype)
-            for config in linear_gelu_wgmma_configs(3072, 768, backward=False):
+            for config in linear_gelu_wgmma_configs(3072 * 768, backward=False):
                 for bias in (x[0], None) if everything else (x[0],):
                     linear_with_preactivation(grad, weight.t().contiguous(), bias, activation, config)
-            for config in linear_gelu_wgmma_configs(3072, 768, backward=True):
+            for config in linear_gelu_wgmma_configs(3072 * 768, backward=True):
                 for keep in (True, False) if everything else (True,):
                     linear_gelu_backward(grad, weight, x, activation, keep, config)
     gluon = [launch for launch in launches if launch.kernel.is_gluon()]

@@ -135,7 +135,7 @@ def test_products_around_gelu(rows: int, columns: int, depth: int) -> None:
         op = OPS[name]
         bound = op.bind(*args)
         expected = op.reference(*bound), oracle(op.reference, *bound)
-        configs = linear_gelu_wgmma_configs(3072, 768, backward=name == "linear_gelu_backward")
+        configs = linear_gelu_wgmma_configs(3072 * 768, backward=name == "linear_gelu_backward")
         assert len(configs) == 2
         for config in configs:
             assert_close(emulated(op, "gluon", bound, config), *expected)

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from burnish import compile_backend
+from burnish.inductor import backend
 from burnish.lower import op_of
 from burnish.numerics import assert_close
 from burnish.tuning import Tuner
@@ -63,7 +63,7 @@ def check(make: Callable[..., tuple[Callable[..., Tensor], nn.Module]], rank: in
     exact = copy.deepcopy(whole).double()
     run, model = make(copy.deepcopy(whole))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compile_backend, "choose_impls", note)
+        patch.setattr(backend, "choose_impls", note)
         for _ in range(2):
             model.zero_grad(set_to_none=True)
             run(IDS.chunk(RANKS)[rank]).backward()

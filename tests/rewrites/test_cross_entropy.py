@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import burnish
-from burnish import compile_backend, ops
+from burnish import ops
+from burnish.inductor.backend import rewrite
 from burnish.lower import op_of
 from burnish.numerics import assert_close
 from burnish.record import StepRecord
@@ -261,14 +262,14 @@ def compiled(model: nn.Module) -> tuple[Callable[..., Any], list[fx.GraphModule]
     graphs: list[fx.GraphModule] = []
     records: list[StepRecord] = []
 
-    def backend(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        rewritten, done = compile_backend.rewrite(graph_module, example_inputs)
+    def rewriting(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        rewritten, done = rewrite(graph_module, example_inputs)
         graphs.append(rewritten)
         records.extend(done)
         return rewritten
 
     torch._dynamo.reset()
-    return torch.compile(model, backend=backend), graphs, records
+    return torch.compile(model, backend=rewriting), graphs, records
 
 
 @pytest.mark.parametrize("name", MODELS)

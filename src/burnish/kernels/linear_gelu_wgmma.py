@@ -346,8 +346,8 @@ def linear_gelu_wgmma_kernel(
     )  # fmt: skip
 
 
-def linear_gelu_wgmma_configs(columns: int, depth: int, backward: bool) -> list[Config]:
-    """Configs of both products, the most promising first."""
+def linear_gelu_wgmma_configs(entries: int, backward: bool) -> list[Config]:
+    """Configs of both products with a weight of so many entries, the most promising first."""
     # (BLOCK_M, BLOCK_N, MORE_N, STAGES, SHARE, FINISHERS). What is left of shared memory beside the stages are a tile's
     # sums. 128x256 spills, and so does 256x128 backward with eight warps that finish.
     shapes = [(128, 128, 64, 4, 64, 8 if backward else 4), (256, 128, 0, 3, 192, 4)]
@@ -355,7 +355,7 @@ def linear_gelu_wgmma_configs(columns: int, depth: int, backward: bool) -> list[
         Config.of(8, 1, BLOCK_M=m, BLOCK_N=n, MORE_N=more, BLOCK_K=64, STAGES=stages, SHARE=share, FINISHERS=finishers)
         for m, n, more, stages, share, finishers in shapes
     ]
-    return configs[: 1 if columns * depth < 1 << 16 else None]  # so small, whichever it is
+    return configs[: 1 if entries < 1 << 16 else None]  # so small, whichever it is
 
 
 def linear_with_preactivation(
@@ -382,7 +382,7 @@ def linear_gelu_backward(
     rows. Rows of grad and weight are contiguous and start at multiples of 16 bytes, N is a multiple of 8. Otherwise as
     `linear_with_preactivation`. The same inputs give the same bits.
     """
-    config = config or linear_gelu_wgmma_configs(*weight.shape, backward=True)[0]
+    config = config or linear_gelu_wgmma_configs(weight.numel(), backward=True)[0]
     dx = x.new_empty(x.shape)
     hidden = x.new_empty(x.shape if keep_hidden else 0)
     rows, columns = x.numel() // x.shape[-1], x.shape[-1]
@@ -408,7 +408,7 @@ def _launch(
     keep: bool = True,
 ) -> None:
     depth, columns = given.shape[-1], out.shape[-1]
-    config = config or linear_gelu_wgmma_configs(columns, depth, backward=x is not None)[0]
+    config = config or linear_gelu_wgmma_configs(weight.numel(), backward=x is not None)[0]
     block_m, block_n, more_n, block_k = (config[name] for name in ("BLOCK_M", "BLOCK_N", "MORE_N", "BLOCK_K"))
     turned = x is not None
     memory = (weight, *weight.shape, weight.stride(0))

@@ -221,8 +221,8 @@ def _torch(
     """PyTorch's own kernel, after its forward pass for the statistics and the norm's result."""
     values, factor = x, weight
     if x.device.type == "cpu" or {narrow, normed} - {None, x.dtype}:
-        # On the CPU it would keep the mean in half precision, and -20.3 becomes -20.25; and bfloat16 is not to be rounded
-        # on the way to float16.
+        # On the CPU it would keep the mean in half precision, and -20.3 becomes -20.25. And float16 is not to
+        # come by way of bfloat16.
         values = x.to(wide(x.dtype))
         factor = None if weight is None else weight.to(values.dtype)
     grad = grad.to(values.dtype)

@@ -103,7 +103,7 @@ def _gluon_why_not(grad: Tensor, weight: Tensor, x: Tensor, activation: str, kee
 def _gluon_configs(grad: Tensor, weight: Tensor, x: Tensor, activation: str, keep_hidden: bool) -> Sequence[Any]:
     from burnish.kernels.linear_gelu_wgmma import linear_gelu_wgmma_configs
 
-    return linear_gelu_wgmma_configs(*weight.shape, backward=True)
+    return linear_gelu_wgmma_configs(weight.numel(), backward=True)
 
 
 @linear_gelu_backward.impl("gluon", why_not=_gluon_why_not, configs=_gluon_configs)

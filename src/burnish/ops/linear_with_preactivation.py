@@ -80,7 +80,7 @@ def _gluon_why_not(x: Tensor, weight: Tensor, bias: Tensor | None, activation: s
 def _gluon_configs(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Sequence[Any]:
     from burnish.kernels.linear_gelu_wgmma import linear_gelu_wgmma_configs
 
-    return linear_gelu_wgmma_configs(*weight.shape, backward=False)
+    return linear_gelu_wgmma_configs(weight.numel(), backward=False)
 
 
 @linear_with_preactivation.impl("gluon", why_not=_gluon_why_not, configs=_gluon_configs)

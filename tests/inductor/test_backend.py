@@ -12,7 +12,8 @@ import torch._inductor.compile_fx as inductor
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from burnish import compile_backend, ops
+from burnish import ops
+from burnish.inductor import backend
 from burnish.lower import op_of
 from burnish.numerics import assert_close
 from burnish.record import StepRecord
@@ -31,7 +32,7 @@ class Seen:
         self.records: list[list[StepRecord]] = []
 
     def __call__(self, graph_module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        rewritten, records = compile_backend.rewrite(graph_module, example_inputs)
+        rewritten, records = backend.rewrite(graph_module, example_inputs)
         self.graphs.append(rewritten)
         self.records.append(records)
         return rewritten
@@ -115,7 +116,7 @@ def test_a_model_that_export_refuses_is_rewritten_in_parts(seen: Seen) -> None:
 
 def test_a_graph_without_dynamo_around_it() -> None:
     model, x = zoo.seeded(nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16))), torch.randn(2, 16)
-    rewritten, _ = compile_backend.rewrite(fx.symbolic_trace(model), [x])
+    rewritten, _ = backend.rewrite(fx.symbolic_trace(model), [x])
     assert ops_in(rewritten) == Counter(linear=1, layer_norm=1)
     with torch.no_grad():
         assert_close(rewritten(x), model(x), outputs_in_float64(model, (x,))[0])
@@ -146,7 +147,7 @@ def test_settings_reach_inductor(
 
     monkeypatch.setattr(inductor, "compile_fx", compile_fx)
     model = zoo.seeded(GatedMLP(16, 24, "silu", bias=False))
-    compiled: Any = torch.compile(model, backend=compile_backend.backend, **settings)
+    compiled: Any = torch.compile(model, backend=backend.backend, **settings)
     with torch.no_grad():
         compiled(torch.randn(2, 16))
     ((found, config_patches),) = given
@@ -158,6 +159,6 @@ def test_settings_reach_inductor(
 def test_inductor_compiles_what_was_rewritten(seen: Seen) -> None:
     case = zoo.CASES["llama-sdpa"]
     model = case.build()
-    compiled: Any = torch.compile(model, backend=compile_backend.backend)
+    compiled: Any = torch.compile(model, backend=backend.backend)
     for shape in SHAPES[:2]:
         assert_right(compiled, model, case.inputs(*shape, torch.float32))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from burnish.compile_nodes import call, value_of
+from burnish.inductor.nodes import call, value_of
 from burnish.lower import op_of
 from burnish.ops import embedding_backward
 

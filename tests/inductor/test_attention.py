@@ -14,9 +14,9 @@ from torch import Tensor, fx
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from burnish import compile_backend
-from burnish.compile_attention import pack_gradients
-from burnish.compile_choices import choose_impls
+from burnish.inductor import backend
+from burnish.inductor.attention import pack_gradients
+from burnish.inductor.choices import choose_impls
 from burnish.numerics import assert_close, randn
 from burnish.ops import attention_with_logsumexp
 from burnish.tuning import Tuner
@@ -40,7 +40,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.Graph]:
         found.append(fx.Graph())
         found[-1].graph_copy(graph_module.graph, {})  # Inductor changes its own
 
-    monkeypatch.setattr(compile_backend, "choose_impls", note)
+    monkeypatch.setattr(backend, "choose_impls", note)
     return found
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from burnish.compile_nodes import call, value_of
+from burnish.inductor.nodes import call, value_of
 from burnish.lower import op_of
 from burnish.ops import attention_backward, attention_backward_packed
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from burnish.compile_nodes import call, move_behind, needing, value_of
-from burnish.compile_sums import keeps_order, readers, replace_sums, sums_of_rows
+from burnish.inductor.nodes import call, move_behind, needing, value_of
+from burnish.inductor.sums import keeps_order, readers, replace_sums, sums_of_rows
 from burnish.op import Op
 from burnish.op import why_not as _why_not
 from burnish.ops import linear_gelu_backward, linear_with_preactivation

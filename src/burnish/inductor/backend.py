@@ -3,7 +3,7 @@
 Dynamo hands over the parts of a model that it can trace. They are raised and fused as in `optimize`, and given to
 AOTAutograd and Inductor. Where gradients flow, an Op with passes of its own is one node of the forward and one of the
 backward graph, and one that is a composition is its parts, which Inductor fuses with what is around them (see
-`burnish.autograd`). Each Op's Impl is chosen for the sizes at hand (see `burnish.compile_choices`).
+`burnish.autograd`). Each Op's Impl is chosen for the sizes at hand (see `burnish.inductor.choices`).
 
 Weights are inputs of those parts, so what needs packed weights (merged projections) is left out.
 """
@@ -19,16 +19,16 @@ import torch
 from torch import fx
 from torch._functorch import config as functorch_config
 
-from burnish.compile_attention import pack_gradients
-from burnish.compile_choices import choose_impls
-from burnish.compile_decompositions import decompositions, expand_gelu
-from burnish.compile_gelu import undo_gelu_products, use_gelu_products
-from burnish.compile_norms import Statistics, use_norms
-from burnish.compile_products import widen_products
-from burnish.compile_tables import add_tables
-from burnish.compile_trace import regions, trace_for_compile
 from burnish.graph.autocast import without_autocast
 from burnish.graph.trace import clean
+from burnish.inductor.attention import pack_gradients
+from burnish.inductor.choices import choose_impls
+from burnish.inductor.decompositions import decompositions, expand_gelu
+from burnish.inductor.gelu import undo_gelu_products, use_gelu_products
+from burnish.inductor.norms import Statistics, use_norms
+from burnish.inductor.products import widen_products
+from burnish.inductor.tables import add_tables
+from burnish.inductor.trace import regions, trace_for_compile
 from burnish.op import find_impl
 from burnish.record import StepRecord
 from burnish.rewrites import FUSE, RAISE, GraphPass, Rewrite, apply

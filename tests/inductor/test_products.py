@@ -9,7 +9,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from burnish.compile_products import widen_products
+from burnish.inductor.products import widen_products
 
 aten = torch.ops.aten
 

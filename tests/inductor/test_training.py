@@ -15,8 +15,9 @@ from torch._functorch.aot_autograd import aot_function
 from torch._inductor.decomposition import select_decomp_table
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from burnish import compile_backend, ops
-from burnish.compile_choices import choose_impls
+from burnish import ops
+from burnish.inductor import backend
+from burnish.inductor.choices import choose_impls
 from burnish.lower import op_of
 from burnish.numerics import assert_close
 from burnish.tuning import Tuner
@@ -47,7 +48,7 @@ class Compiled:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
     torch._dynamo.reset()
     seen = Compiled()
-    monkeypatch.setattr(compile_backend, "choose_impls", seen)
+    monkeypatch.setattr(backend, "choose_impls", seen)
     return seen
 
 
@@ -155,7 +156,7 @@ def test_what_cannot_be_rewritten_goes_to_inductor(compiled: Compiled, monkeypat
     def refuse(*args: Any) -> None:
         raise ValueError("no")
 
-    monkeypatch.setattr("burnish.compile_trace.make_casts_explicit", refuse)
+    monkeypatch.setattr("burnish.inductor.trace.make_casts_explicit", refuse)
     model, x = nn.Linear(4, 4), torch.randn(2, 4)
     run = torch.compile(model, backend="burnish")
     with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="goes to Inductor as it is: no"):
@@ -233,7 +234,7 @@ def test_gradients_over_residual_connections_are_added_in_the_norms(
         nodes = [n for n in graph_module.graph.nodes if n.target is ops.rms_norm_backward.overload]
         found.extend(len(n.args) > 4 and n.args[4] is not None for n in nodes)
 
-    monkeypatch.setattr(compile_backend, "choose_impls", note)
+    monkeypatch.setattr(backend, "choose_impls", note)
     model = zoo.seeded(Residual())
     check_gradients(torch.compile(model, backend="burnish", fullgraph=True), model, torch.randn(4, 6))
     assert found == [True, True]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from burnish.compile_nodes import call
+from burnish.inductor.nodes import call
 
 _aten = torch.ops.aten
 _CAST = torch.ops.prims.convert_element_type.default

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import burnish
-from burnish import compile_backend, ops
-from burnish.compile_decompositions import gelu_decompositions
+from burnish import ops
+from burnish.inductor import backend
+from burnish.inductor.decompositions import gelu_decompositions
 from burnish.lower import op_of
 from burnish.numerics import assert_close, randn
 from tests import zoo
@@ -111,7 +112,7 @@ def test_hugging_faces_mask_is_causality(batch: int, dynamic: bool) -> None:
     seen: list[list[Any]] = []
 
     def note(graph_module: fx.GraphModule, example_inputs: Any) -> fx.GraphModule:
-        rewritten, _ = compile_backend.rewrite(graph_module, example_inputs)
+        rewritten, _ = backend.rewrite(graph_module, example_inputs)
         found = [n for n in rewritten.graph.nodes if n.op == "call_function" and op_of(n.target) is ops.attention]
         seen.extend(list(ops.attention.bind(*n.args, **n.kwargs))[3:6] for n in found)
         return rewritten

@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
-from burnish.compile_nodes import call, move_behind, needing, value_of
-from burnish.compile_sums import readers, replace_sums, sums_of_rows
+from burnish.inductor.nodes import call, move_behind, needing, value_of
+from burnish.inductor.sums import readers, replace_sums, sums_of_rows
 from burnish.lower import op_of
 from burnish.op import Op
 from burnish.ops import layer_norm_backward, rms_norm_backward

@@ -14,9 +14,10 @@ from torch import Tensor, fx
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from burnish import compile_backend, ops
-from burnish.compile_choices import choose_impls
-from burnish.compile_norms import use_norms
+from burnish import ops
+from burnish.inductor import backend
+from burnish.inductor.choices import choose_impls
+from burnish.inductor.norms import use_norms
 from burnish.lower import op_of
 from burnish.numerics import assert_close, randn
 from burnish.tuning import Tuner
@@ -47,7 +48,7 @@ def backward(monkeypatch: pytest.MonkeyPatch) -> list[fx.Graph]:
         graph_module.graph.lint()
         graphs.append(graph_module.graph)
 
-    monkeypatch.setattr(compile_backend, "choose_impls", note)
+    monkeypatch.setattr(backend, "choose_impls", note)
     return graphs
 
 
@@ -267,7 +268,7 @@ def test_random_numbers_are_drawn_in_their_order() -> None:
 def test_rows_that_are_too_wide_are_asked_for_nothing(
     backward: list[fx.Graph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("burnish.compile_norms._WIDEST", N - 1)
+    monkeypatch.setattr("burnish.inductor.norms._WIDEST", N - 1)
 
     def fn(x: Tensor, bias: Tensor, w: Tensor, first: Tensor, second: Tensor) -> Tensor:
         return linear(norm("rms_norm", linear(x, first, bias).to(x.dtype) + x, w, None), second)

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from burnish import compile_backend, compile_gelu
-from burnish.compile_choices import choose_impls
-from burnish.compile_decompositions import expand_gelu
+from burnish.inductor import backend, gelu
+from burnish.inductor.choices import choose_impls
+from burnish.inductor.decompositions import expand_gelu
 from burnish.numerics import assert_close, randn
 from burnish.ops import linear_with_preactivation
 from burnish.tuning import Tuner
@@ -37,8 +37,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.Graph]:
         found.append(fx.Graph())
         found[-1].graph_copy(graph_module.graph, {})  # Inductor changes its own
 
-    monkeypatch.setattr(compile_backend, "choose_impls", note)
-    monkeypatch.setattr(compile_gelu, "_why_not", lambda *args: [])
+    monkeypatch.setattr(backend, "choose_impls", note)
+    monkeypatch.setattr(gelu, "_why_not", lambda *args: [])
     return found
 
 
@@ -134,8 +134,8 @@ def test_what_the_kernel_was_not_chosen_for_is_taken_apart(
         found.append(targets(graph_module.graph))
         expand_gelu(graph_module)
 
-    monkeypatch.setattr(compile_backend, "choose_impls", choose)
-    monkeypatch.setattr(compile_backend, "expand_gelu", expand)
+    monkeypatch.setattr(backend, "choose_impls", choose)
+    monkeypatch.setattr(backend, "expand_gelu", expand)
     x, up, up_bias, down, bias = inputs(torch.bfloat16, *shape)
     if biased:
         check(mlp, x, up, up_bias, down, bias)
@@ -178,7 +178,7 @@ def test_float32_is_left(graphs: list[fx.Graph]) -> None:
 
 
 def test_without_a_kernel_it_is_left(graphs: list[fx.Graph], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_gelu, "_why_not", lambda *args: ["the inputs are on cpu"])
+    monkeypatch.setattr(gelu, "_why_not", lambda *args: ["the inputs are on cpu"])
     check(mlp, *inputs(torch.bfloat16, 9))
     assert not {FORWARD, BACKWARD} & (targets(graphs[0]) | targets(graphs[1])).keys()
 

@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from burnish import compile_backend, compile_choices, compile_tables
-from burnish.compile_choices import choose_impls
-from burnish.compile_tables import add_tables
+from burnish.inductor import backend, choices, tables
+from burnish.inductor.choices import choose_impls
+from burnish.inductor.tables import add_tables
 from burnish.lower import op_of
 from burnish.numerics import assert_close, randn
 from burnish.ops import embedding_backward
@@ -29,10 +29,10 @@ IDS = torch.randint(V, (T,), generator=torch.Generator().manual_seed(0))
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(compile_tables, "_DEVICES", ("cpu",))
+    monkeypatch.setattr(tables, "_DEVICES", ("cpu",))
 
 
-def tables(graph: fx.Graph) -> list[tuple[int, str | None, str | None]]:
+def sums_of(graph: fx.Graph) -> list[tuple[int, str | None, str | None]]:
     """Of each table's gradient the entries, and the names of what is added and of its factor."""
     found = []
     for node in graph.nodes:
@@ -54,7 +54,7 @@ def test_a_gpt_with_tied_weights(monkeypatch: pytest.MonkeyPatch, kind: str) -> 
         graphs[-1].graph_copy(graph_module.graph, {})
         choose_impls(graph_module, tuner)
 
-    monkeypatch.setattr(compile_backend, "choose_impls", note)
+    monkeypatch.setattr(backend, "choose_impls", note)
     torch.manual_seed(0)
     dtype = BF16 if kind == "bfloat16" else torch.float32
     model = GPT(GPTConfig(num_layers=1, num_heads=2, width=32, context=16, vocab_size=V)).to(dtype)
@@ -67,7 +67,7 @@ def test_a_gpt_with_tied_weights(monkeypatch: pytest.MonkeyPatch, kind: str) -> 
         (loss * 8).backward()
         found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert_close(*found)
-    assert tables(graphs[-1]) == [(16, None, None), (V, "getitem_13", "tangents_1")]
+    assert sums_of(graphs[-1]) == [(16, None, None), (V, "getitem_13", "tangents_1")]
 
 
 def rewritten(fn: Callable[..., object], *inputs: Tensor) -> fx.Graph:
@@ -113,7 +113,7 @@ SPELLINGS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], tuple[str 
 def test_spellings(name: str) -> None:
     fn, inputs, expected = SPELLINGS[name]
     graph = rewritten(fn, *inputs)
-    assert tables(graph) == [(V, *(expected or (None, None)))]
+    assert sums_of(graph) == [(V, *(expected or (None, None)))]
     adds = [node for node in graph.nodes if node.target is torch.ops.aten.add.Tensor]
     assert bool(adds) == (expected is None)
 
@@ -123,7 +123,7 @@ def test_a_gradient_that_is_used_elsewhere_stays() -> None:
         table = looked_up(grad, ids)
         return table + product, table * 2
 
-    assert tables(rewritten(fn, GRAD, IDS, PRODUCT)) == [(V, None, None)]
+    assert sums_of(rewritten(fn, GRAD, IDS, PRODUCT)) == [(V, None, None)]
 
 
 def test_a_sum_that_is_used_elsewhere_is_made_once() -> None:
@@ -131,7 +131,7 @@ def test_a_sum_that_is_used_elsewhere_is_made_once() -> None:
         table = looked_up(grad, ids) + product
         return table, table * 2
 
-    assert tables(rewritten(fn, GRAD, IDS, PRODUCT)) == [(V, "product_1", None)]
+    assert sums_of(rewritten(fn, GRAD, IDS, PRODUCT)) == [(V, "product_1", None)]
 
 
 def test_a_table_that_is_looked_up_twice() -> None:
@@ -139,12 +139,12 @@ def test_a_table_that_is_looked_up_twice() -> None:
         return product * scale + looked_up(grad, ids) + looked_up(other, ids.flip(0))
 
     graph = rewritten(fn, GRAD, randn(T, N, seed=4), IDS, PRODUCT, torch.tensor(2.0))
-    assert tables(graph) == [(V, "product_1", "scale_1"), (V, "embedding_backward_default", None)]
+    assert sums_of(graph) == [(V, "product_1", "scale_1"), (V, "embedding_backward_default", None)]
 
 
 def test_other_devices_are_left_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_tables, "_DEVICES", ("cuda",))
-    assert tables(rewritten(lambda g, i, d: d + looked_up(g, i), GRAD, IDS, PRODUCT)) == [(V, None, None)]
+    monkeypatch.setattr(tables, "_DEVICES", ("cuda",))
+    assert sums_of(rewritten(lambda g, i, d: d + looked_up(g, i), GRAD, IDS, PRODUCT)) == [(V, None, None)]
 
 
 def test_padding_is_left_out_before_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +156,7 @@ def test_padding_is_left_out_before_the_sum(monkeypatch: pytest.MonkeyPatch) -> 
         graphs[-1].graph_copy(graph_module.graph, {})
         choose_impls(graph_module, tuner)
 
-    monkeypatch.setattr(compile_backend, "choose_impls", note)
+    monkeypatch.setattr(backend, "choose_impls", note)
     table = nn.Embedding(V, N, padding_idx=int(IDS[0]))
 
     def fn(weight: Tensor) -> Tensor:
@@ -167,13 +167,13 @@ def test_padding_is_left_out_before_the_sum(monkeypatch: pytest.MonkeyPatch) -> 
         weight = table.weight.detach().to(dtype).requires_grad_()
         found.append(torch.autograd.grad(run(weight), weight))
     assert_close(*found)
-    ((entries, added, scale),) = tables(graphs[-1])
+    ((entries, added, scale),) = sums_of(graphs[-1])
     assert (entries, added is None, scale) == (V, False, None)
 
 
 def test_kernels_are_timed_on_ids_as_in_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one id for all the time would be that of one row's sum."""
-    args = compile_choices._like(embedding_backward, (torch.empty(4096, 8), torch.zeros(4096).long(), 5000, None, None))
+    args = choices._like(embedding_backward, (torch.empty(4096, 8), torch.zeros(4096).long(), 5000, None, None))
     assert args is not None
     counts = args[1].bincount()
     assert len(counts) <= 5000
@@ -181,6 +181,6 @@ def test_kernels_are_timed_on_ids_as_in_a_text(monkeypatch: pytest.MonkeyPatch) 
     assert 200 < counts.max() < 600
     assert 800 < counts.count_nonzero() < 2500
     expanded = torch.zeros(1, dtype=torch.long).expand(7)
-    args = compile_choices._like(embedding_backward, (torch.empty(7, 8), expanded, 5000, None, None))
+    args = choices._like(embedding_backward, (torch.empty(7, 8), expanded, 5000, None, None))
     assert args is not None
     assert args[1].stride() == (0,)
