@@ -27,6 +27,7 @@ from benchmarks.prefill import llama
 from benchmarks.processes import deadline, end_with_parent, say, say_where_it_ends
 from benchmarks.runner import CheckError, verdicts
 from burnish import numerics, tuning
+from burnish.candidates import candidates_of
 from burnish.op import Op
 from burnish.parallel import set_up_symmetric_memory, tensor_parallel
 from burnish.served import Served
@@ -94,18 +95,17 @@ def main(what: str, tokens: int) -> None:
 @contextmanager
 def few_configs() -> Iterator[None]:
     """Within the `with`, no more than FEW configs of each Impl are measured where nothing is remembered."""
-    all_of_them = tuning._candidates
 
     def candidates(op: Op, args: Sequence[Any], able: Sequence[str], *rest: Any) -> dict[str, tuple[str, str | None]]:
         tried: Counter[str] = Counter()
         found = {}
-        for name, (impl, config) in all_of_them(op, args, able, *rest).items():
+        for name, (impl, config) in candidates_of(op, args, able, *rest).items():
             tried[impl] += 1
             if tried[impl] <= FEW:
                 found[name] = impl, config
         return found
 
-    with patch.object(tuning, "_candidates", candidates):
+    with patch.object(tuning, "candidates_of", candidates):
         yield
 
 

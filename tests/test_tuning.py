@@ -105,7 +105,7 @@ def test_rivals_in_a_model_are_the_nearest_few_of_each_impl(monkeypatch: pytest.
     configs = {"torch": 5, "vector_norm": 5, "triton": 4, "reference": 1}
     names = {f"{impl} {config}": (impl, str(config)) for impl, count in configs.items() for config in range(count)}
     monkeypatch.setattr(
-        tuning, "_candidates", lambda op, args, able, live_rows: {n: names[n] for n in names if names[n][0] in able}
+        tuning, "candidates_of", lambda op, args, able, live_rows: {n: names[n] for n in names if names[n][0] in able}
     )
     times = {name: 10.0 + 0.1 * place for place, name in enumerate(names)} | {"reference 0": 15.0}
     choice = tuning.Choice("torch", times, source="measured", config="0")

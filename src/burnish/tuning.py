@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from burnish import tuning_store
+from burnish.candidates import callable_of, candidates_of, rounded
 from burnish.impl import Impl
 from burnish.measure import FEWEST_SAMPLES, measure, measure_captured, measure_captured_in_step, measure_in_step
 from burnish.op import OPS, ImplUnavailable, Op, find_impl
@@ -35,7 +36,6 @@ _IN_MODEL = "in model|"  # before a family: times of whole models
 _RIVAL = 1.4  # H200: in BERT-base a product 1.3 times as slow by itself was the faster one
 _RIVALS = 8  # so many are tried for a signature,
 _OF_ONE_IMPL = 3  # and of each Impl so many: a config of attention took 9.9 us in one process and 18.1 in another
-_LIVE_STEP = 128
 _NEIGHBOURS_BEST = 4  # of a nearby size's candidates, so many are measured for a new size
 
 
@@ -92,14 +92,8 @@ def key_of(op: Op, args: Sequence[Any], differentiable: bool = False, live_rows:
         family.append(kernels_hash(op))
     if live_rows is not None:
         family.append("live rows")
-        sizes.append(_rounded(live_rows))
+        sizes.append(rounded(live_rows))
     return Key("|".join(family), tuple(sizes))
-
-
-def _rounded(live_rows: Tensor) -> int:
-    """How many rows are wanted now, up to a multiple, by which batches of about as many share a choice. Waits for the
-    device."""
-    return max(1, -(-int(live_rows) // _LIVE_STEP)) * _LIVE_STEP
 
 
 def is_current(family: str) -> bool:
@@ -177,7 +171,7 @@ class Tuner:
             if self.agreement.is_shared:
                 known = Choice(**self.agreement.first(asdict(known)))
             self.choices[key] = known
-        return _callable(op, args, known, in_place, live_rows), known
+        return callable_of(op, args, known.impl, known.config, in_place, live_rows), known
 
     def _explicit(self, op: Op, args: Sequence[Any]) -> Choice | None:
         name = op.asked_for(self.explicit)
@@ -211,7 +205,7 @@ class Tuner:
         device = "cuda" if any(isinstance(arg, Tensor) and arg.is_cuda for arg in args) else "cpu"
         if device == "cuda" and len(able) > 1:  # many passes over memory: not worth the time to measure it
             able.remove("reference")
-        candidates = _candidates(op, args, able, live_rows)
+        candidates = candidates_of(op, args, able, live_rows)
 
         def chosen(times: Mapping[str, float], source: str, sizes: str) -> Choice:
             found = in_model.get(sizes, {})
@@ -259,14 +253,16 @@ class Tuner:
         """What else might be fastest in a model: the best few of each Impl that were measured and are not far behind
         the chosen one, the nearest first."""
         most = _RIVAL * choice.times_us.get(choice.candidate, 0.0)
-        candidates = _candidates(op, args, [name for name in op.impls if name not in choice.rejected], live_rows)
+        candidates = candidates_of(op, args, [name for name in op.impls if name not in choice.rejected], live_rows)
         found: list[Choice] = []
         for name in sorted(candidates.keys() & choice.times_us.keys(), key=choice.times_us.__getitem__):
             impl, config = candidates[name]
             known = sum(rival.impl == impl for rival in found)
             if name != choice.candidate and choice.times_us[name] <= most and known < _OF_ONE_IMPL:
                 found.append(replace(choice, impl=impl, config=config))
-        return [(_callable(op, args, rival, in_place, live_rows), rival) for rival in found[:_RIVALS]]
+        return [
+            (callable_of(op, args, rival.impl, rival.config, in_place, live_rows), rival) for rival in found[:_RIVALS]
+        ]
 
     def settle(self, key: Key, choice: Choice) -> None:
         """Remembers what was fastest in a model, for this signature."""
@@ -284,7 +280,7 @@ class Tuner:
     ) -> dict[str, float]:
         functions = {
             # In place, where that is possible: to write the same again changes nothing.
-            name: _callable(op, arguments[0], Choice(impl, config=config), True, live_rows)
+            name: callable_of(op, arguments[0], impl, config, True, live_rows)
             for name, (impl, config) in candidates.items()
         }
         if live_rows is not None:  # with what it holds: of fewer rows another kernel is the fastest
@@ -303,8 +299,7 @@ class Tuner:
         """Of an Op that exchanges something with other ranks. Sums of zeros stay what they are, however often."""
         args = [torch.zeros_like(arg) if i in op.donates else arg for i, arg in enumerate(args)]
         functions = {
-            name: _callable(op, args, Choice(impl, config=config), in_place=True)
-            for name, (impl, config) in candidates.items()
+            name: callable_of(op, args, impl, config, in_place=True) for name, (impl, config) in candidates.items()
         }
         if device == "cpu":
             return measure_in_step({name: functools.partial(function, *args) for name, function in functions.items()})
@@ -363,59 +358,6 @@ def _set_up_exchange(group_name: str, args: Sequence[Any]) -> None:
 
 def _with_weights(fn: Callable[..., Any], weights: Sequence[Tensor], x: Tensor) -> Callable[[int], Any]:
     return lambda i: fn(x, weights[i])
-
-
-def _candidates(
-    op: Op, args: Sequence[Any], able: Sequence[str], live_rows: Tensor | None = None
-) -> dict[str, tuple[str, str | None]]:
-    """Each way to run the Op, by name: an Impl, or an Impl and one of its configs."""
-    found: dict[str, tuple[str, str | None]] = {}
-    for name in able:
-        if op.impls[name].configs is None:
-            found[name] = (name, None)
-        else:
-            configs = _configs(op.impls[name], args, live_rows)
-            found |= {f"{name} {config}": (name, str(config)) for config in configs}
-    return found
-
-
-def _configs(impl: Impl, args: Sequence[Any], live_rows: Tensor | None) -> list[Any]:
-    """The Impl's configs; where it is told how many rows are wanted also those for as many."""
-    assert impl.configs is not None
-    found = list(impl.configs(*args))
-    if live_rows is not None and impl.live_rows:
-        found += impl.configs(*_of_live_rows(args, _rounded(live_rows)))
-    return list({str(config): config for config in found}.values())
-
-
-def _of_live_rows(args: Sequence[Any], live: int) -> list[Any]:
-    """The arguments, those that have a line for each row of the first, a batch of one, cut to so many."""
-    rows = args[0].shape[:2]
-
-    def cut(arg: Any) -> Any:
-        has_rows = isinstance(arg, Tensor) and arg.dim() > 1 and arg.shape[:2] == rows and rows[0] == 1
-        return arg[:, :live] if has_rows else arg
-
-    return list(map(cut, args))
-
-
-def _callable(
-    op: Op, args: Sequence[Any], choice: Choice, in_place: bool, live_rows: Tensor | None = None
-) -> Callable[..., Any]:
-    impl = op.impls[choice.impl]
-    function = (impl.in_place if in_place else None) or impl.fn
-    if choice.config is not None and impl.configs is not None:
-        configs = _configs(impl, args, live_rows)
-        config = next((config for config in configs if str(config) == choice.config), None)
-        function = function if config is None else functools.partial(function, config=config)
-    if live_rows is not None and not impl.live_rows:
-        return functools.partial(_all_rows, function)
-    return function
-
-
-def _all_rows(function: Callable[..., Any], *args: Any, live_rows: Tensor) -> Any:
-    """By an Impl that does not take how many rows are wanted."""
-    return function(*args)
 
 
 def _covers(times: Mapping[str, float], candidates: Mapping[str, tuple[str, str | None]]) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 import burnish
-from burnish import tuning
+from burnish import candidates
 from burnish.capture import capture
 from burnish.numerics import assert_close
 from burnish.ragged import entry, live
@@ -104,7 +104,7 @@ def test_a_model_on_tokens_of_all_places(monkeypatch: Any) -> None:
     model = Encoder(lambda x, mask: (x, torch.tanh(x[:, 0]))).eval()
     seen = as_on_cuda(monkeypatch)
     monkeypatch.setattr(live, "on_cuda", lambda node: True)
-    monkeypatch.setattr(tuning, "_all_rows", poisoned)
+    monkeypatch.setattr(candidates, "_all_rows", poisoned)
     fast: Any = burnish.optimize(
         copy.deepcopy(model),
         batch(MASKS["right padding"]()),
@@ -143,7 +143,7 @@ def test_all_of_bert_but_its_pooler_is_told(monkeypatch: Any) -> None:
     as_on_cuda(monkeypatch)
     for module in (fuse, live):
         monkeypatch.setattr(module, "on_cuda", lambda node: True)
-    monkeypatch.setattr(tuning, "_all_rows", poisoned)
+    monkeypatch.setattr(candidates, "_all_rows", poisoned)
     sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
     torch.manual_seed(0)
     model = transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=60)).eval()
