@@ -178,3 +178,14 @@ def test_randn_has_outliers_and_is_reproducible() -> None:
     assert randn(100, 100, outliers=0).abs().max() < 6
     assert randn(4, dtype=torch.bfloat16).dtype == torch.bfloat16
     assert randn(0, 3).shape == (0, 3)
+
+
+def test_a_number_of_lower_precision_than_its_dtype() -> None:
+    """Under autocast a loss is float32, and eager may be right by chance."""
+    true, eager, near, wrong = (torch.tensor(value) for value in (6.25, 6.25001, 6.26, 6.4))
+    assert not check(near, eager, true.double()).ok
+    assert check(near, eager, true.double(), torch.bfloat16).ok
+    assert not check(wrong, eager, true.double(), torch.bfloat16).ok
+    assert not check(near, eager, true.double(), torch.float64).ok
+    many = [value.expand(1000) for value in (near, eager, true.double())]
+    assert not check(*many, torch.bfloat16).ok, "of many numbers eager's errors are no luck"

@@ -71,6 +71,12 @@ class Program:
     autocast: tuple[tuple[str, torch.dtype], ...] = ()
     history: list[StepRecord] = field(default_factory=list)
 
+    @property
+    def computed_in(self) -> torch.dtype | None:
+        """The lowest precision that autocast cast to; None where there was none."""
+        dtypes = [dtype for _, dtype in self.autocast]
+        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps) if dtypes else None
+
     def rejects(self, leaves: Sequence[Any]) -> str | None:
         """Why these input leaves cannot be served by this graph (one line), or None if they can."""
         return reject(self.inputs, leaves)

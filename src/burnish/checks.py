@@ -100,7 +100,7 @@ class Checks:
         with torch.set_grad_enabled(kind == "differentiable"):  # which other code may serve
             result = pytree.tree_leaves(entry(self.sample(program)))
         result = pytree.tree_map_only(Tensor, Tensor.detach, result)
-        verdict = self._agreed([check_outputs(result, expected.original, expected.true)])[0]
+        verdict = self._agreed([check_outputs(result, expected.original, expected.true, program.computed_in)])[0]
         if verdict.ok:
             prepared.checked.add(checked)
         return verdict
@@ -124,7 +124,7 @@ class Checks:
             comparable(outputs, packed.unpadded.outputs, packed.unpadded.picked, mask)
             for outputs in (result, expected.original, expected.true)
         ]
-        return check_outputs(*kept)
+        return check_outputs(kept[0], kept[1], kept[2], program.computed_in)
 
     def time_original(self) -> float:
         """Microseconds of one call of the model as it is now, with its weights as the user stored them."""
@@ -174,7 +174,7 @@ class Checks:
             true = outputs_in_float64(graph, sample.leaves)
             # The float64 outputs are the captured graph's: only the original's distance from them shows a wrong
             # capture.
-            verdict = self._agreed([check_outputs(original, captured, true)])[0]
+            verdict = self._agreed([check_outputs(original, captured, true, program.computed_in)])[0]
             self._expected[graph] = Expected(original, true, verdict)
         return self._expected[graph]
 
@@ -247,7 +247,8 @@ class Checks:
             return run
 
         program = prepared.program
-        found = verify(program.graph_module, program.captured, self.sample(program).leaves, function_of)
+        leaves = self.sample(program).leaves
+        found = verify(program.graph_module, program.captured, leaves, function_of, program.computed_in)
         judged = [unit for unit in found.units if unit.verdict is not None]
         for unit, verdict in zip(judged, self._agreed([unit.verdict for unit in judged if unit.verdict]), strict=True):
             unit.verdict = verdict

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 _CHUNK = 1 << 18
+_MANY = 64  # the largest of so many errors is no luck
 _TINY = torch.finfo(torch.float64).tiny
 _FACTORS = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 8, torch.float64: 8}
 
@@ -57,8 +58,12 @@ def oracle(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return pytree.tree_map_only(Tensor, _to_float64, fn(*args, **kwargs))
 
 
-def check(result: Any, eager: Any, oracle: Any) -> Verdict:
+def check(result: Any, eager: Any, oracle: Any, computed_in: torch.dtype | None = None) -> Verdict:
     """Judge `result` by the module's rule; `eager` is PyTorch's result in the same dtype, `oracle` the float64 one.
+
+    `computed_in` is what results come from, where that is a lower precision than they have: under autocast a loss is
+    float32 by its dtype alone, and eager's error of the one number may be anything, also nothing. Of few numbers the
+    rounding step is then that of `computed_in`, and the factor.
 
     All three are tensors or equal nestings of tensors; shapes and dtypes must be eager's. Integers and bools must be
     equal, infinities where the oracle (rounded to the dtype) has them, and NaN never passes.
@@ -70,7 +75,7 @@ def check(result: Any, eager: Any, oracle: Any) -> Verdict:
         return _wrong(f"the structure is {spec} where eager's is {eager_spec} and the oracle's {oracle_spec}")
     worst = Verdict(True, 0.0, 0.0, 0.0)
     for i, leaves in enumerate(zip(results, eagers, oracles, strict=True)):
-        verdict = _check_leaf(*leaves)
+        verdict = _check_leaf(*leaves, computed_in)
         if not verdict.ok:
             where = f"result {i} of {len(results)}: " if len(results) > 1 else ""
             return Verdict(False, verdict.error, verdict.eager_error, verdict.allowed, f"{where}{verdict.reason}")
@@ -115,7 +120,7 @@ def _wrong(reason: str, error: float = float("inf"), eager_error: float = 0.0, a
     return Verdict(False, error, eager_error, allowed, reason)
 
 
-def _check_leaf(result: Any, eager: Any, oracle: Any) -> Verdict:
+def _check_leaf(result: Any, eager: Any, oracle: Any, computed_in: torch.dtype | None) -> Verdict:
     if not isinstance(eager, Tensor):
         same = type(result) is type(eager) and result == eager
         return Verdict(True, 0.0, 0.0, 0.0) if same else _wrong(f"{result!r} where eager has {eager!r}")
@@ -132,10 +137,17 @@ def _check_leaf(result: Any, eager: Any, oracle: Any) -> Verdict:
         return (
             _wrong(f"{different} of {result.numel()} values differ from eager") if different else Verdict(True, 0, 0, 0)
         )
-    return _check_floats(result, eager, oracle)
+    return _check_floats(result, eager, oracle, _precision_of(result, computed_in))
 
 
-def _check_floats(result: Tensor, eager: Tensor, oracle: Tensor) -> Verdict:
+def _precision_of(result: Tensor, computed_in: torch.dtype | None) -> torch.dtype:
+    """Of many numbers eager's errors tell it."""
+    if computed_in is None or result.numel() >= _MANY or torch.finfo(computed_in).eps <= torch.finfo(result.dtype).eps:
+        return result.dtype
+    return computed_in
+
+
+def _check_floats(result: Tensor, eager: Tensor, oracle: Tensor, dtype: torch.dtype) -> Verdict:
     for name, values in (("the result", result), ("the oracle", oracle)):
         if not _is_finite(values) and (nans := int(values.isnan().sum())):
             return _wrong(f"{nans} of {values.numel()} values of {name} are NaN")
@@ -149,7 +161,7 @@ def _check_floats(result: Tensor, eager: Tensor, oracle: Tensor) -> Verdict:
         )
     if not totals.count:
         return Verdict(True, 0.0, 0.0, 0.0)
-    rms, step, factor = totals.rms, torch.finfo(result.dtype).eps, _FACTORS.get(result.dtype, 2)
+    rms, step, factor = totals.rms, torch.finfo(dtype).eps, _FACTORS.get(dtype, 2)
     eager_error = max(part.eager_error(rms) for part in parts)
     closest, ratio, furthest = Verdict(True, 0.0, 0.0, 0.0), -1.0, ""
     for part in parts:

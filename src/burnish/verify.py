@@ -94,12 +94,14 @@ def verify(
     captured: fx.GraphModule,
     leaves: Sequence[Any],
     function_of: Callable[[fx.Node], Callable[..., Any]],
+    computed_in: torch.dtype | None = None,
 ) -> Verification:
     """Compares every unit on what `leaves` (the flat inputs of one real call) make of it, with dropout switched off on
     both sides: random numbers of two kinds of generators cannot be compared.
 
     Args:
         function_of: the callable that stands for an Op node: the Impl chosen for it.
+        computed_in: as of `burnish.numerics.check`.
     """
     if name := random_node(captured.graph, but_dropout=True):
         return Verification(skipped=f"{name} is random")
@@ -117,7 +119,7 @@ def verify(
                 break
             eager[node] = next(supplied) if node.op == "placeholder" else _run(node, captured, eager)
             for unit in pending.get(position, ()):
-                unit.verdict = _compare(unit, graph_module, captured, eager, function_of)
+                unit.verdict = _compare(unit, graph_module, captured, eager, function_of, computed_in)
             for done in last_use.get(position, ()):
                 eager.pop(done, None)
     return Verification(units)
@@ -129,6 +131,7 @@ def _compare(
     captured: fx.GraphModule,
     eager: dict[fx.Node, Any],
     function_of: Callable[[fx.Node], Callable[..., Any]],
+    computed_in: torch.dtype | None,
 ) -> Verdict:
     env = {node: eager[origin] for node, origin in unit.inputs.items()}
     for node in unit.inner:
@@ -140,7 +143,7 @@ def _compare(
             env[node] = function_of(node)(*_without_dropout(node.target, args, {})[0])
     known = {origin: _upcast(eager[origin]) for origin in unit.inputs.values()}
     true = _oracle(unit.origin, captured, known, eager)
-    return check(env[unit.node], eager[unit.origin], true)
+    return check(env[unit.node], eager[unit.origin], true, computed_in)
 
 
 def _run(node: fx.Node, graph_module: fx.GraphModule, env: dict[fx.Node, Any]) -> Any:
@@ -262,10 +265,13 @@ def outputs_in_float64(captured: fx.GraphModule, leaves: Sequence[Any]) -> list[
     raise AssertionError("a graph ends with its output")
 
 
-def check_outputs(result: Sequence[Any], original: Sequence[Any], true: Sequence[Any]) -> Verdict:
+def check_outputs(
+    result: Sequence[Any], original: Sequence[Any], true: Sequence[Any], computed_in: torch.dtype | None = None
+) -> Verdict:
     """The rule on a whole model's flat outputs: `result` against the original's and the float64 ones."""
     triples = [leaf for leaf in zip(result, original, true, strict=True) if isinstance(leaf[1], Tensor)]
-    return check(*(list(column) for column in zip(*triples, strict=True))) if triples else check([], [], [])
+    columns = [list(column) for column in zip(*triples, strict=True)] if triples else [[], [], []]
+    return check(columns[0], columns[1], columns[2], computed_in)
 
 
 def random_node(graph: fx.Graph, but_dropout: bool = False) -> str | None:

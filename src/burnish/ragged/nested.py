@@ -147,7 +147,8 @@ class _Served:
                 [leaf[0] for leaf, dims in zip(values, kinds, strict=True) if dims != Dims()]
                 for values in (eager, true)
             ]
-            verdict = check_outputs([part[number] for part in parts], *expected)
+            found = [part[number] for part in parts]
+            verdict = check_outputs(found, expected[0], expected[1], self.program.computed_in)
             if not verdict.ok:
                 raise Refused(f"nested tensors: the outputs differ from those of each sequence: {verdict.reason}")
 
