@@ -44,9 +44,11 @@ def pairs_of(
 def sequences(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Each sequence's q, k and v as views (1, heads, length, head_dim); tokens of no sequence as one more."""
+    """Each sequence's q, k and v as views (1, heads, length, head_dim); tokens of no sequence as one more, but not in a
+    trace, where nobody knows whether there are such."""
     queries = lengths_of(cu_q)
-    if cu_k is None and (spare := q.shape[0] - sum(queries)) > 0:
+    spare = q.shape[0] - sum(queries)
+    if cu_k is None and isinstance(spare, int) and spare > 0:
         queries.append(spare)
     keys = queries if cu_k is None else lengths_of(cu_k)
     pairs = ((q, queries), (k, keys), (v, keys))
