@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import burnish
 from benchmarks.processes import say
@@ -27,6 +28,7 @@ from burnish.op import Op
 from burnish.parallel import set_up_symmetric_memory, symmetric, tensor_parallel
 from burnish.parallel.graphs import group_of_call
 from burnish.runtime.cuda_graph import CapturedCall, GraphPool
+from burnish.scheduling import VerificationError
 from burnish.tuning import Tuner
 from tests.parallel.models import IDS, MODELS, assert_alike
 from tests.parallel.ranks import Check, run
@@ -340,6 +342,24 @@ def generates(name: str, op: str, impls: dict[str, str], rank: int, folder: Path
     _kept.append(fast)
 
 
+def mlp_of_the_tutorial(rank: int, folder: Path) -> None:
+    """As in docs/tutorial-parallel.md, with NCCL in the place of gloo."""
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256)).cuda()
+    sch = burnish.create_schedule(mlp, (torch.randn(4, 16, 256).cuda(),))
+    for name, parameter, axis in (("0", "weight", 0), ("0", "bias", 0), ("2", "weight", 1)):
+        sch[name].shard(parameter, axis=axis)
+    sch["0"].sync("bwd_post", "all_reduce")
+    with pytest.raises(
+        VerificationError, match=r"step 3, shard in 2: a sync is missing: 2: .*'fwd_post', 'all_reduce'"
+    ):
+        sch.verify()
+    sch["2"].sync("fwd_post", "all_reduce")
+    sch.verify()
+    assert "1 output and 4 gradients on 3 inputs in train mode" in sch.history[-1].numerics[0]
+    assert sch.build()[2].weight.shape == (256, 512)
+
+
 @contextmanager
 def only_exchanges_measured() -> Iterator[None]:
     """To compile and measure all else in every config takes minutes, and is checked elsewhere."""
@@ -370,6 +390,7 @@ CHECKS: dict[str, Check] = {
     "many_rows_are_nccls": many_rows_are_nccls,
     "replays_of_many_rows": replays_of_many_rows,
     "many_rows_timed": many_rows_timed,
+    "mlp_of_the_tutorial": mlp_of_the_tutorial,
     "llama_by_shared_memory": partial(generates, "llama", RMS, {RMS: "symmetric"}),
     "llama_by_pushed_rows": partial(generates, "llama", RMS, {RMS: "symmetric_rows"}),
     "llama_by_what_is_fastest": partial(generates, "llama", RMS, {}),
