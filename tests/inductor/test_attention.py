@@ -14,34 +14,15 @@ from torch import Tensor, fx
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from burnish.inductor import backend
 from burnish.inductor.attention import pack_gradients
-from burnish.inductor.choices import choose_impls
 from burnish.numerics import assert_close, randn
 from burnish.ops import attention_with_logsumexp
-from burnish.tuning import Tuner
 
 pytestmark = pytest.mark.usefixtures("untimed")
 B, L, H, D = 2, 9, 4, 8
 C = H * D
 APART, PACKED = "burnish.attention_backward.default", "burnish.attention_backward_packed.default"
 Heads = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.Graph]:
-    """The graphs that Inductor is given, forward and backward by turns."""
-    torch._dynamo.reset()
-    found: list[fx.Graph] = []
-
-    def note(graph_module: fx.GraphModule, tuner: Tuner) -> None:
-        choose_impls(graph_module, tuner)
-        graph_module.graph.lint()
-        found.append(fx.Graph())
-        found[-1].graph_copy(graph_module.graph, {})  # Inductor changes its own
-
-    monkeypatch.setattr(backend, "choose_impls", note)
-    return found
 
 
 def targets(graph: fx.Graph) -> Counter[str]:

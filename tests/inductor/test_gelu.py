@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from burnish.inductor import backend, gelu
-from burnish.inductor.choices import choose_impls
 from burnish.inductor.decompositions import expand_gelu
 from burnish.numerics import assert_close, randn
 from burnish.ops import linear_with_preactivation
@@ -26,20 +25,10 @@ HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.Graph]:
-    """The graphs that Inductor is given, forward and backward by turns, as if there were kernels for the CPU."""
-    torch._dynamo.reset()
-    found: list[fx.Graph] = []
-
-    def note(graph_module: fx.GraphModule, tuner: Tuner) -> None:
-        choose_impls(graph_module, tuner)
-        graph_module.graph.lint()
-        found.append(fx.Graph())
-        found[-1].graph_copy(graph_module.graph, {})  # Inductor changes its own
-
-    monkeypatch.setattr(backend, "choose_impls", note)
+def graphs(graphs: list[fx.Graph], monkeypatch: pytest.MonkeyPatch) -> list[fx.Graph]:
+    """As if there were kernels for the CPU."""
     monkeypatch.setattr(gelu, "_why_not", lambda *args: [])
-    return found
+    return graphs
 
 
 def targets(graph: fx.Graph) -> Counter[str]:

@@ -15,12 +15,9 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from burnish import ops
-from burnish.inductor import backend
-from burnish.inductor.choices import choose_impls
 from burnish.inductor.norms import use_norms
 from burnish.lower import op_of
 from burnish.numerics import assert_close, randn
-from burnish.tuning import Tuner
 
 pytestmark = pytest.mark.usefixtures("untimed")
 BF16 = torch.bfloat16
@@ -36,20 +33,6 @@ def ours_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops.layer_norm, "training", None)
     module = sys.modules["burnish.ops.layer_norm"]
     ops.layer_norm.differentiate(module._forward, module._backward)
-
-
-@pytest.fixture
-def backward(monkeypatch: pytest.MonkeyPatch) -> list[fx.Graph]:
-    """The graphs that Inductor is given, forward and backward by turns."""
-    graphs: list[fx.Graph] = []
-
-    def note(graph_module: fx.GraphModule, tuner: Tuner) -> None:
-        choose_impls(graph_module, tuner)
-        graph_module.graph.lint()
-        graphs.append(graph_module.graph)
-
-    monkeypatch.setattr(backend, "choose_impls", note)
-    return graphs
 
 
 def norms(graph: fx.Graph) -> list[dict[str, Any]]:
@@ -102,7 +85,7 @@ def matrices(count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 @KINDS
 @pytest.mark.parametrize("affine", [True, False])
-def test_a_residual_stream_in_float32(backward: list[fx.Graph], kind: str, affine: bool) -> None:
+def test_a_residual_stream_in_float32(graphs: list[fx.Graph], kind: str, affine: bool) -> None:
     def fn(x: Tensor, shift: Tensor, *rest: Tensor) -> Tensor:
         up, up_bias, down, down_bias, w1, b1, w2, b2 = rest
         x = x + shift
@@ -114,7 +97,7 @@ def test_a_residual_stream_in_float32(backward: list[fx.Graph], kind: str, affin
     used = affines if affine else []
     given = [randn(3, 5, N), shift, up, up_bias, down, down_bias, *used]
     check(lambda *args: fn(*args, *([None] * (10 - len(args)))) if not affine else fn(*args), *given)
-    _, graph = backward
+    _, graph = graphs
     # In the order of the backward pass; in front of the first norm is no product, but a bias in float32.
     asked = {"narrow": BF16, "dx_sum": True, "normed": BF16}
     assert norms(graph) == [asked, {**asked, "narrow": None}]
@@ -126,7 +109,7 @@ def test_a_residual_stream_in_float32(backward: list[fx.Graph], kind: str, affin
 
 
 @KINDS
-def test_all_in_half_precision(backward: list[fx.Graph], kind: str) -> None:
+def test_all_in_half_precision(graphs: list[fx.Graph], kind: str) -> None:
     """dx is of the products' dtype as it is, and so is the gradient of the bias."""
 
     def fn(x: Tensor, first: Tensor, bias: Tensor, second: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -138,8 +121,8 @@ def test_all_in_half_precision(backward: list[fx.Graph], kind: str) -> None:
         lambda *args: fn(*args, b) if kind == "rms_norm" else fn(*args),
         *(randn(3, 5, N, dtype=BF16), first, bias, second, w, *([b] if kind == "layer_norm" else [])),
     )
-    assert norms(backward[1]) == [{"narrow": None, "dx_sum": True, "normed": BF16}]
-    assert not count(backward[1], torch.ops.aten.sum.dim_IntList, torch.ops.prims.convert_element_type.default)
+    assert norms(graphs[1]) == [{"narrow": None, "dx_sum": True, "normed": BF16}]
+    assert not count(graphs[1], torch.ops.aten.sum.dim_IntList, torch.ops.prims.convert_element_type.default)
 
 
 def trace(fn: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
@@ -208,21 +191,21 @@ def test_what_only_looks_like_a_norm_is_not_taken(differ: str) -> None:
         assert norms(graph) == [{**PLAIN, "normed": BF16 if differ == "nothing" else None}]
 
 
-def test_a_result_that_the_gradient_itself_needs_is_worked_out_before(backward: list[fx.Graph]) -> None:
+def test_a_result_that_the_gradient_itself_needs_is_worked_out_before(graphs: list[fx.Graph]) -> None:
     def fn(x: Tensor, w: Tensor) -> Tensor:
         y = half(norm("rms_norm", x * x, w, None))
         return torch.bmm(y, y.transpose(1, 2))
 
     check(fn, randn(3, 5, N), *vectors(1))
-    assert norms(backward[1]) == [PLAIN]
+    assert norms(graphs[1]) == [PLAIN]
 
 
-def test_what_pointwise_operators_read_is_left_to_their_kernels(backward: list[fx.Graph]) -> None:
+def test_what_pointwise_operators_read_is_left_to_their_kernels(graphs: list[fx.Graph]) -> None:
     def fn(x: Tensor, w: Tensor, y: Tensor, z: Tensor) -> Tensor:
         return half(norm("rms_norm", (half(x) * half(y)).to(x.dtype), w, None)) * half(z)
 
     check(fn, randn(15, N), *vectors(1), randn(15, N, seed=1), randn(15, N, seed=2))
-    assert norms(backward[1]) == [PLAIN]
+    assert norms(graphs[1]) == [PLAIN]
 
 
 def test_a_result_that_pointwise_operators_read_too_stays() -> None:
@@ -240,19 +223,19 @@ def test_sums_of_half_rows_stay() -> None:
     assert norms(rewritten(fn, randn(15, N), randn(15, N, seed=1))) == [PLAIN]
 
 
-def test_sums_over_other_dimensions_stay(backward: list[fx.Graph]) -> None:
+def test_sums_over_other_dimensions_stay(graphs: list[fx.Graph]) -> None:
     """As of a table of positions; columns are as many as rows."""
 
     def fn(x: Tensor, positions: Tensor, texts: Tensor, of_rows: Tensor, w: Tensor) -> Tensor:
         return norm("rms_norm", (x + positions + texts).view(N, N) + of_rows[:, None], w, None)
 
     check(fn, randn(4, 8, N), randn(8, N, seed=1), randn(4, 1, 1, seed=2), randn(N, seed=3), *vectors(1))
-    assert norms(backward[1]) == [PLAIN]
+    assert norms(graphs[1]) == [PLAIN]
     torch._dynamo.reset()
     check(
         lambda x, shift, w: norm("rms_norm", (x.t() + shift).t(), w, None), randn(N, N), randn(N, seed=1), *vectors(1)
     )
-    assert norms(backward[3]) == [PLAIN]
+    assert norms(graphs[3]) == [PLAIN]
 
 
 def test_random_numbers_are_drawn_in_their_order() -> None:
@@ -265,23 +248,21 @@ def test_random_numbers_are_drawn_in_their_order() -> None:
     assert norms(graph_module.graph) == [PLAIN]
 
 
-def test_rows_that_are_too_wide_are_asked_for_nothing(
-    backward: list[fx.Graph], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_that_are_too_wide_are_asked_for_nothing(graphs: list[fx.Graph], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("burnish.inductor.norms._WIDEST", N - 1)
 
     def fn(x: Tensor, bias: Tensor, w: Tensor, first: Tensor, second: Tensor) -> Tensor:
         return linear(norm("rms_norm", linear(x, first, bias).to(x.dtype) + x, w, None), second)
 
     check(fn, randn(15, N), *vectors(2), *matrices(2))
-    assert norms(backward[1]) == [PLAIN]
+    assert norms(graphs[1]) == [PLAIN]
 
 
-def test_of_any_number_of_rows(backward: list[fx.Graph]) -> None:
+def test_of_any_number_of_rows(graphs: list[fx.Graph]) -> None:
     def fn(x: Tensor, bias: Tensor, w: Tensor, first: Tensor, second: Tensor) -> Tensor:
         return linear(norm("rms_norm", linear(x, first, bias).to(x.dtype) + x, w, None), second)
 
     for rows in (6, 7, 9):
         check(fn, randn(2, rows, N), *vectors(2), *matrices(2))
     asked = {"narrow": BF16, "dx_sum": True, "normed": BF16}
-    assert [norms(graph) for graph in backward] == [[], [asked], [], [asked]]
+    assert [norms(graph) for graph in graphs] == [[], [asked], [], [asked]]

@@ -11,13 +11,11 @@ from torch import Tensor, fx, nn
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from burnish.inductor import backend, choices, tables
-from burnish.inductor.choices import choose_impls
+from burnish.inductor import choices, tables
 from burnish.inductor.tables import add_tables
 from burnish.lower import op_of
 from burnish.numerics import assert_close, randn
 from burnish.ops import embedding_backward
-from burnish.tuning import Tuner
 from examples.gpt import GPT, GPTConfig
 
 pytestmark = pytest.mark.usefixtures("untimed")
@@ -45,16 +43,7 @@ def sums_of(graph: fx.Graph) -> list[tuple[int, str | None, str | None]]:
 @pytest.mark.parametrize(
     "kind", ["autocast", *(pytest.param(d, marks=pytest.mark.slow) for d in ("bfloat16", "float32"))]
 )
-def test_a_gpt_with_tied_weights(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    graphs: list[fx.Graph] = []
-
-    def note(graph_module: fx.GraphModule, tuner: Tuner) -> None:
-        graph_module.graph.lint()
-        graphs.append(fx.Graph())
-        graphs[-1].graph_copy(graph_module.graph, {})
-        choose_impls(graph_module, tuner)
-
-    monkeypatch.setattr(backend, "choose_impls", note)
+def test_a_gpt_with_tied_weights(graphs: list[fx.Graph], kind: str) -> None:
     torch.manual_seed(0)
     dtype = BF16 if kind == "bfloat16" else torch.float32
     model = GPT(GPTConfig(num_layers=1, num_heads=2, width=32, context=16, vocab_size=V)).to(dtype)
@@ -147,16 +136,8 @@ def test_other_devices_are_left_to_inductor(monkeypatch: pytest.MonkeyPatch) -> 
     assert sums_of(rewritten(lambda g, i, d: d + looked_up(g, i), GRAD, IDS, PRODUCT)) == [(V, None, None)]
 
 
-def test_padding_is_left_out_before_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_is_left_out_before_the_sum(graphs: list[fx.Graph]) -> None:
     """Not by another pass over the table, behind which the sum would not be found."""
-    graphs: list[fx.Graph] = []
-
-    def note(graph_module: fx.GraphModule, tuner: Tuner) -> None:
-        graphs.append(fx.Graph())
-        graphs[-1].graph_copy(graph_module.graph, {})
-        choose_impls(graph_module, tuner)
-
-    monkeypatch.setattr(backend, "choose_impls", note)
     table = nn.Embedding(V, N, padding_idx=int(IDS[0]))
 
     def fn(weight: Tensor) -> Tensor:
