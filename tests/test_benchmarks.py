@@ -1,6 +1,7 @@
 """The benchmarks that ship: every Op has one, cases can be told apart, tables show losses as plainly as wins."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from benchmarks import ops, serving, ship, startup
+from benchmarks.parallel_child import FEW, few_configs
 from benchmarks.runner import verdicts
 from benchmarks.tables import group_tables, registry_table, renew
+from burnish import tuning
 from burnish.bench import RECORD_KEYS, save_records
 from burnish.numerics import oracle
 from burnish.op import OPS
@@ -27,6 +30,17 @@ def record(case: str, variant: str, median_us: float | None, **more: object) -> 
 
 def test_every_op_has_a_benchmark() -> None:
     assert set(ops.BENCHED) == set(OPS)
+
+
+def test_on_several_gpus_few_configs_are_tried() -> None:
+    op, given = OPS["layer_norm"], ("triton", "torch")
+    args = op.bind(torch.empty(4096, 768, dtype=torch.float16), None, None)
+    assert len(tuning.candidates_of(op, args, given)) > FEW + 1
+    with few_configs():
+        assert Counter(impl for impl, _ in tuning.candidates_of(op, args, given).values()) == {
+            "triton": FEW,
+            "torch": 1,
+        }
 
 
 def test_case_names_are_unique() -> None:

@@ -449,3 +449,25 @@ def test_optimize_with_measured_times_end_to_end(model: nn.Module, monkeypatch: 
     assert any(len(choice.times_us) > 1 for choice in served.choices.values())
     assert_right(fast, model, x_of())
     assert_right(fast, model, x_of(3, 5))
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_few_numbers_are_judged_by_the_precision_of_autocast(monkeypatch: pytest.MonkeyPatch, autocast: bool) -> None:
+    """A loss is float32 by its dtype alone."""
+    seen: set[tuple[str, Any]] = set()
+
+    def noting(name: str) -> Callable[..., Any]:
+        original: Callable[..., Any] = getattr(checks, name)
+
+        def run(*args: Any) -> Any:
+            seen.add((name, args[-1]))
+            return original(*args)
+
+        return run
+
+    for name in ("check_outputs", "verify"):
+        monkeypatch.setattr(checks, name, noting(name))
+    model, x = zoo.seeded(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))), torch.randn(4, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        burnish.optimize(model)(x)
+    assert seen == {(name, torch.bfloat16 if autocast else None) for name in ("check_outputs", "verify")}
