@@ -28,7 +28,7 @@ from burnish import huggingface
 from burnish._quiet import quiet
 from burnish.capture_overhead import little_overhead
 from burnish.capture_repeats import repeats_looked_up
-from burnish.graph.autocast import autocast_dtypes, make_casts_explicit, without_autocast
+from burnish.graph.autocast import autocast_dtypes, has_regions, make_casts_explicit, without_autocast
 from burnish.graph.gradients import inline_regions_without_gradients
 from burnish.graph.trace import clean
 from burnish.record import StepRecord
@@ -194,13 +194,13 @@ def capture(
     graph_module = _flat(whole)
     notes = []
     autocast = autocast_dtypes()
-    if autocast:
+    if autocast or has_regions(graph_module):
         try:
             casts = make_casts_explicit(graph_module)
         except ValueError as error:
             raise CaptureError(_one_line(error)) from error
         dtypes = ", ".join(f"{kind} to {str(dtype).removeprefix('torch.')}" for kind, dtype in autocast)
-        notes.append(f"autocast of {dtypes}: {casts} casts")
+        notes.append(f"autocast {f'of {dtypes}' if dtypes else 'within the model'}: {casts} casts")
     before = len(graph_module.graph.nodes)
     removed = clean(graph_module)
     for node in graph_module.graph.nodes:

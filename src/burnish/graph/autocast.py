@@ -12,13 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp import autocast_mode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from burnish.graph.regions import inline_region
+
 _KINDS = ("cpu", "cuda")
+_REGION = torch.ops.higher_order.wrap_with_autocast
 _HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
@@ -54,8 +58,9 @@ def make_casts_explicit(gm: fx.GraphModule, fakes: Sequence[Any] | None = None) 
     placeholders = gm.graph.find_nodes(op="placeholder")
     fakes = [node.meta["val"] for node in placeholders] if fakes is None else fakes
     given, mode = iter(fakes), detect_fake_mode(fakes)
-    # The mode makes tensors of symbolic sizes, where an operator is given none.
-    with mode or nullcontext(), _regions() as enter_or_leave:
+    # The mode makes tensors of symbolic sizes, where an operator is given none. PyTorch 2.11 takes products of such
+    # tensors only by its dispatcher in Python.
+    with mode or nullcontext(), enable_python_dispatcher(), _regions() as enter_or_leave:
         for node in list(gm.graph.nodes):
             if node.op == "placeholder":
                 values[node] = next(given)
@@ -76,27 +81,20 @@ def make_casts_explicit(gm: fx.GraphModule, fakes: Sequence[Any] | None = None) 
     return len(cast)
 
 
+def has_regions(gm: fx.GraphModule) -> bool:
+    """Whether `torch.export` made graphs of their own of parts that run under another autocast."""
+    return bool(gm.graph.find_nodes(op="call_function", target=_REGION))
+
+
 def _inline_regions(gm: fx.GraphModule) -> None:
-    """What `torch.export` made graphs of their own of, because they run under another autocast."""
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.wrap_with_autocast):
-        inner: Any
+    for node in gm.graph.find_nodes(op="call_function", target=_REGION):
         *state, inner = node.args[:5]
-        region = _attribute(gm, str(inner.target))
-        _inline_regions(region)
+        assert isinstance(inner, fx.Node)
+        _inline_regions(gm.get_submodule(str(inner.target)))  # type: ignore[arg-type]
         with gm.graph.inserting_before(node):
             entered = gm.graph.call_function(autocast_mode._enter_autocast, tuple(state))
-            copied = dict(zip(region.graph.find_nodes(op="placeholder"), node.args[5:], strict=True))
-            outputs = gm.graph.graph_copy(region.graph, copied)
-            gm.graph.call_function(autocast_mode._exit_autocast, (entered,))
-        for part in list(node.users) if isinstance(outputs, tuple | list) else []:
-            part.replace_all_uses_with(outputs[part.args[1]])  # type: ignore[index]
-            gm.graph.erase_node(part)
-        if isinstance(outputs, fx.Node):
-            node.replace_all_uses_with(outputs)
-        gm.graph.erase_node(node)
-        if not inner.users:
-            gm.graph.erase_node(inner)
-            gm.delete_submodule(str(inner.target))
+            left = gm.graph.call_function(autocast_mode._exit_autocast, (entered,))
+        inline_region(gm, node, inner, node.args[5:], before=left)
 
 
 def _checkpointed(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:

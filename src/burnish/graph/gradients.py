@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from burnish.graph.regions import inline_region
+
 aten = torch.ops.aten
 
 
@@ -44,24 +46,15 @@ def inline_regions_without_gradients(graph_module: fx.GraphModule) -> None:
     for node in graph_module.graph.find_nodes(
         op="call_function", target=torch.ops.higher_order.wrap_with_set_grad_enabled
     ):
-        inner: Any
         enabled, inner, *given = node.args
-        region: Any = getattr(graph_module, str(inner.target))
-        inline_regions_without_gradients(region)
-        with graph_module.graph.inserting_before(node):
-            copied = dict(zip(region.graph.find_nodes(op="placeholder"), given, strict=True))
-            results: Any = graph_module.graph.graph_copy(region.graph, copied)
-        for part in list(node.users):
-            result = results[part.args[1]]
-            part.replace_all_uses_with(
-                result if enabled or not isinstance(result, fx.Node) else _detached(result, part.meta.get("val"))
-            )
-            graph_module.graph.erase_node(part)
-        graph_module.graph.erase_node(node)
-        if not inner.users:
-            graph_module.graph.erase_node(inner)
-            graph_module.delete_submodule(str(inner.target))
+        assert isinstance(inner, fx.Node)
+        inline_regions_without_gradients(graph_module.get_submodule(str(inner.target)))  # type: ignore[arg-type]
+        inline_region(graph_module, node, inner, given, result=None if enabled else _stopped)
     graph_module.recompile()
+
+
+def _stopped(value: Any, use: fx.Node) -> Any:
+    return _detached(value, use.meta.get("val")) if isinstance(value, fx.Node) else value
 
 
 def _detached(node: fx.Node, value: Any = None) -> fx.Node:
