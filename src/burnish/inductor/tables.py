@@ -75,12 +75,13 @@ def _is_like(node: Any, table: fx.Node) -> bool:
 
 def _scaled(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """What it is a number's multiple of, and the number; in front of casts: nothing is rounded before the sum."""
-    product = _before_widening(node)
+    node = _before_widening(node)
+    product: Any = node.args[0] if node.target is _CAST else node
     if product.target is _aten.mul.Tensor and not product.kwargs:
         for gradient, factor in (product.args, product.args[::-1]):
             if _is_number(factor) and isinstance(gradient, fx.Node) and _same_sizes(value_of(gradient), value_of(node)):
                 return _before_widening(gradient), _before_casts(factor)
-    return product, None
+    return node, None
 
 
 def _is_number(node: Any) -> bool:

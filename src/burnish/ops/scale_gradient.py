@@ -62,8 +62,8 @@ def scale_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
     Errors: ValueError for another shape of factor, TypeError for integers.
     Source: the chain rule.
     """
-    factor = factor if factor.dim() == 0 else factor[:, None]
     dtype = wide(gradient.dtype)
+    factor = factor if factor.dim() == 0 else factor[:, None]
     return (gradient.to(dtype) * factor.to(dtype)).to(gradient.dtype).contiguous()
 
 
@@ -81,7 +81,7 @@ def scaled_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
     In a recorded graph it is torch's own product, which Inductor fuses with what comes next, such as a cast.
     """
     if is_traced(gradient):
-        return gradient * (factor if factor.dim() == 0 else factor[:, None]).to(gradient.dtype)
+        return scale_gradient.reference(gradient, factor)
     if not gradient.is_contiguous() or not may_overwrite(gradient):
         return scale_gradient(gradient, factor)
     in_place = scale_gradient.select(gradient, factor).in_place
@@ -121,16 +121,20 @@ def _triton(gradient: Tensor, factor: Tensor, *, config: Any = None) -> Tensor:
     return out
 
 
+def _beside(gradient: Tensor, factor: Tensor) -> Tensor:
+    """The factor with as many dims as the gradient: a number of none would be rounded to the gradient's dtype before
+    the product, in which 65536, a GradScaler's first scale, is infinite in float16."""
+    return factor.reshape(-1, *[1] * (gradient.dim() - 1)) if gradient.dim() else factor
+
+
 def _torch_in_place(gradient: Tensor, factor: Tensor) -> Tensor:
     # On a CPU a look at the factor waits for nothing.
     if factor.dim() == 0 and factor.device.type == "cpu" and float(factor) == 1:
         return gradient
-    return gradient.mul_(factor if factor.dim() == 0 else factor[:, None])
+    return gradient.mul_(_beside(gradient, factor))
 
 
 @scale_gradient.impl("torch", in_place=_torch_in_place)
 def _torch(gradient: Tensor, factor: Tensor) -> Tensor:
     """PyTorch's product."""
-    factor = factor if factor.dim() == 0 else factor[:, None]
-    out = gradient.new_empty(gradient.shape)
-    return torch.mul(gradient, factor.to(wide(gradient.dtype)), out=out)
+    return torch.mul(gradient, _beside(gradient, factor), out=gradient.new_empty(gradient.shape))
