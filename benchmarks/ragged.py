@@ -75,7 +75,7 @@ def _run(session: Session, name: str, model: nn.Module, inputs: dict[str, Any]) 
             if reason:
                 raise CheckError(f"{variant}: {reason}")
         kernels = _explain(session, model, ready, optimized, inputs) if real.is_cuda else {}
-        result = session.time(ready)
+        result = session.time(ready, cold_l2=real.is_cuda)
     session.console.print(result)
     session.console.print(f"  {optimized['burnish'].serving.served[0].padding}", style="dim")  # type: ignore[attr-defined]
     return result.records(name, session.command(name), kernels=kernels)

@@ -1,7 +1,7 @@
 """The one rule for "equal enough", for tests and `verify()` alike.
 
 A result is right when its error against a float64 oracle is at most twice the error that eager PyTorch makes in the
-same dtype, plus one rounding step: `error <= 2 * eager_error + eps(dtype) * max|oracle|`. In float32 it may be eight
+same dtype, plus one rounding step: `error <= 2 * eager_error + eps(dtype) * max|oracle|`. In float32 it may be 16
 times.
 
 What counts of eager's error is the largest, and for entries that are larger than the rest also the largest relative to
@@ -15,7 +15,9 @@ results that eager happens to get exactly right.
 Two is the factor of QuACK's tests: half-precision sums are accumulated in float32, and the rounding of the result
 dominates. In float32 nothing is left but the order of summation, and that alone is worth more than two: oneDNN's
 product has up to 4.7 times the error of MKL's (72 random ones, K from 64 to 16000), and MKL's own one row and many
-differ as much. A wrong operator or a lower precision is off by a hundred times and more.
+differ as much. PyTorch's memory-efficient attention, which puts a float32 product together from three of TF32, has
+up to 8.6 times the error of plain products (13 inputs on an H200). A wrong operator or a lower precision is off by a
+hundred times and more.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from torch.utils import _pytree as pytree
 _CHUNK = 1 << 18
 _MANY = 64  # the largest of so many errors is no luck
 _TINY = torch.finfo(torch.float64).tiny
-_FACTORS = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 8, torch.float64: 8}
+_FACTORS = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 16, torch.float64: 16}
 
 
 @dataclass(frozen=True)

@@ -68,10 +68,10 @@ def test_no_wait_and_one_graph_in_each_call() -> None:
     assert sum(calls[name] for name in launches) <= 2, calls  # the tokens, and the result's copy
 
 
-KERNELS = {"linear": "gluon", "linear_add_layer_norm": "gluon_whole"}
+KERNELS = [{"linear": "gluon", "linear_add_layer_norm": name} for name in ("gluon_whole", "gluon_fused")]
 
 
-@pytest.mark.parametrize("impls", [{}, KERNELS], ids=["measured", "by our kernels"])
+@pytest.mark.parametrize("impls", [{}, *KERNELS], ids=["measured", "by our kernels", "fused"])
 def test_one_graph_for_all_masks_of_a_shape(impls: dict[str, str]) -> None:
     if impls and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("the Gluon kernels are for Hopper")

@@ -8,7 +8,9 @@ its phase, and a wait that never ends fails, as does a copy that nobody waits fo
 from __future__ import annotations
 
 import builtins
+import functools
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
@@ -24,6 +26,7 @@ from burnish.kernels import (
     gemv_mma_append,
     linear_gelu_wgmma,
     linear_gelu_wgmma_finish,
+    linear_norm_wgmma,
     matmul_wgmma,
     matmul_wgmma_finish,
     rope_wgmma,
@@ -37,6 +40,7 @@ MODULES: tuple[ModuleType, ...] = (
     matmul_wgmma_finish,
     linear_gelu_wgmma,
     linear_gelu_wgmma_finish,
+    linear_norm_wgmma,
     rope_wgmma,
     attention_wgmma,
     digits,
@@ -88,12 +92,16 @@ class Block:
     def __getitem__(self, index: Any) -> Block:
         return Block(self.data[index], self.type.layout)
 
+    def __bool__(self) -> bool:
+        assert self.data.dim() == 0
+        return bool(self.data)
+
 
 def _blockwise(name: str) -> Callable[[Block, Any], Block]:
     return lambda self, other: Block(getattr(self.data, name)(_data(other)), self.type.layout)
 
 
-_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "lt", "le", "gt", "ge", "eq", "ne", "and")
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "lt", "le", "gt", "ge", "eq", "ne", "and", "or")
 for _name in (*_OPERATORS, "lshift", "rshift"):
     setattr(Block, f"__{_name}__", _blockwise(f"__{_name}__"))
     if _name in ("add", "sub", "mul", "truediv"):
@@ -285,23 +293,44 @@ def warpgroup_mma_wait(outstanding: int, deps: tuple[Any, ...]) -> Any:
     return deps if len(deps) > 1 else deps[0]
 
 
+_counting = threading.Lock()
+
+
+def leave(counter: Pointer) -> Int:
+    with _counting:
+        before = int(counter.memory()[counter.offset])
+        counter.memory()[counter.offset] = before + 1
+        return Int(before)
+
+
+def last_to_leave(counter: Pointer, before: int, count: int) -> Int:
+    if before + 1 == count:
+        counter.memory()[counter.offset] = 0
+    return Int(before + 1 == count)
+
+
 class Gluon:
-    """`triton.experimental.gluon.language`, as far as the kernels use it, for one program."""
+    """`triton.experimental.gluon.language`, as far as the kernels use it."""
 
     float16, bfloat16, float32 = torch.float16, torch.bfloat16, torch.float32
     int8, int16, int32, int64 = torch.int8, torch.int16, torch.int32, torch.int64
     static_range, constexpr, pointer_type = builtins.range, None, builtins.staticmethod(lambda dtype: dtype)
 
-    def __init__(self, program: int, programs: int, num_warps: int) -> None:
-        self._program, self._programs, self._num_warps = program, programs, num_warps
-        self._barriers: list[Barrier] = []
+    def __init__(self, programs: int, num_warps: int) -> None:
+        self._programs, self._num_warps = programs, num_warps
+        self._began = time.monotonic()
+        self._here = threading.local()  # which program a thread is of, and that one's barriers
+
+    def begin(self, program: int, barriers: list[Barrier] | None = None) -> None:
+        """This thread is a program from now on, or one of its partitions."""
+        self._here.program, self._here.barriers = program, [] if barriers is None else barriers
 
     @staticmethod
     def static_assert(condition: bool) -> None:
         assert condition
 
     def program_id(self, axis: int) -> Int:
-        return Int(self._program)
+        return Int(self._here.program)
 
     def num_programs(self, axis: int) -> Int:
         return Int(self._programs)
@@ -322,7 +351,7 @@ class Gluon:
     ) -> Any:
         if layout == "barriers":
             barriers = Barriers(shape[0])
-            self._barriers += barriers.all
+            self._here.barriers += barriers.all
             return barriers
         if value is not None:
             assert (value.shape, value.dtype) == (tuple(shape), dtype)
@@ -337,12 +366,16 @@ class Gluon:
     def full(shape: Sequence[int], value: float, dtype: torch.dtype, layout: Any) -> Block:
         return Block(torch.full(tuple(shape), value, dtype=dtype), layout)
 
+    @staticmethod
+    def zeros_like(x: Block) -> Block:
+        return Block(torch.zeros_like(x.data))
+
     @classmethod
     def zeros(cls, shape: Sequence[int], dtype: torch.dtype, layout: Any) -> Block:
         return cls.full(shape, 0, dtype, layout)
 
-    @staticmethod
-    def load(pointer: Pointer, mask: Block | None = None, other: float = 0) -> Any:
+    def load(self, pointer: Pointer, mask: Block | None = None, other: float = 0, volatile: bool = False) -> Any:
+        assert not volatile or time.monotonic() < self._began + _PATIENCE, "deadlock"
         places, memory = pointer.places(), pointer.memory()
         if places.dim() == 0 and mask is None and memory.dtype == torch.int32:
             return Int(memory[places])
@@ -388,6 +421,10 @@ class Gluon:
         return Block(x.data.sum(axis))
 
     @staticmethod
+    def rsqrt(x: Block) -> Block:
+        return Block(torch.rsqrt(x.data))
+
+    @staticmethod
     def exp2(x: Block) -> Block:
         return Block(torch.exp2(x.data))
 
@@ -416,22 +453,32 @@ class Gluon:
         return Block(x.data, layout)
 
     def warp_specialize(self, partitions: Any, num_warps: Sequence[int], registers: Sequence[int]) -> None:
-        faults: list[BaseException] = []
+        program, barriers = self._here.program, self._here.barriers
 
         def run(function: Callable[..., None], args: tuple[Any, ...]) -> None:
-            try:
-                function(*args)
-            except BaseException as fault:
-                faults.append(fault)
+            self.begin(program, barriers)
+            function(*args)
 
-        threads = [threading.Thread(target=run, args=partition) for partition in partitions]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if faults:
-            raise faults[0]
-        assert not any(barrier.copied for barrier in self._barriers), "a copy that nobody waited for"
+        at_once([functools.partial(run, *partition) for partition in partitions])
+        assert not any(barrier.copied for barrier in barriers), "a copy that nobody waited for"
+
+
+def at_once(functions: Sequence[Callable[[], None]]) -> None:
+    faults: list[BaseException] = []
+
+    def run(function: Callable[[], None]) -> None:
+        try:
+            function()
+        except BaseException as fault:
+            faults.append(fault)
+
+    threads = [threading.Thread(target=run, args=(function,)) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if faults:
+        raise faults[0]
 
 
 MBARRIER = SimpleNamespace(
@@ -460,6 +507,8 @@ def _as_python(gluon: Gluon) -> Iterator[None]:
         "three_of": three_of,
         "reinterpret": lambda buffer, dtype, shape, layout: buffer.reshape(shape),
         "activate_with_slope": activate_with_slope,
+        "leave": leave,
+        "last_to_leave": last_to_leave,
         "activate": lambda x, name: Block(activate(x.data, name.removesuffix("_half")), x.type.layout),
     }
     try:
@@ -484,9 +533,20 @@ def emulate(launch: Launch) -> None:
         launch.kernel[launch.grid](*launch.args, **constants)
         return
     args = [_argument(arg) for arg in launch.args]
-    for program in range(launch.grid[0]):
-        with _as_python(Gluon(program, launch.grid[0], launch.options["num_warps"])):
-            launch.kernel.fn(*args, **constants)
+    gluon = Gluon(launch.grid[0], launch.options["num_warps"])
+
+    def run(program: int) -> None:
+        gluon.begin(program)
+        launch.kernel.fn(*args, **constants)
+
+    programs = [functools.partial(run, program) for program in range(launch.grid[0])]
+    wait_for_each_other = launch.kernel is linear_norm_wgmma.linear_norm_wgmma_kernel
+    with _as_python(gluon):
+        if wait_for_each_other:
+            at_once(programs)
+        else:
+            for program in programs:
+                program()
 
 
 def _argument(arg: Any) -> Any:

@@ -75,7 +75,7 @@ def test_split_sums_are_the_same_each_time_and_leave_no_trace(parts: int) -> Non
     first = matmul(*args, config=_split(parts))
     _assert_right(first, *args)
     assert torch.equal(first, matmul(*args, config=_split(parts)))
-    assert all(not counter.any() for counter in counters._counters.values())
+    assert all(not counter.any() for counter in counters._buffers.values())
 
 
 def test_a_split_may_have_more_parts_than_there_are_blocks() -> None:

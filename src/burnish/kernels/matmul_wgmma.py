@@ -45,7 +45,7 @@ HALF_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
 @gluon.jit
-def _ask_for_weight(
+def ask_for_weight(
     x_desc, descs, buffers, full, i, total, M, N, steps,
     GATED: gl.constexpr, COLUMNS: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr, BY_ROWS: gl.constexpr,
 ):  # fmt: skip
@@ -64,7 +64,7 @@ def _ask_for_weight(
 
 
 @gluon.jit
-def _ask_for_x(
+def ask_for_x(
     desc, buffers, full, i, total, M, N, steps, COLUMNS: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr,
     BY_ROWS: gl.constexpr,
 ):  # fmt: skip
@@ -91,24 +91,24 @@ def _fill(
     BY_ROWS: gl.constexpr = live_ptr is not None
     asked = mine * steps
     for i in gl.static_range(STAGES):
-        _ask_for_weight(
+        ask_for_weight(
             x_desc, weight_descs, weights, full, i, asked, M, N, steps, GATED, COLUMNS, SPLIT_K, STAGES, BY_ROWS
         )  # fmt: skip
     if PDL:
         tl_cuda.gdc_launch_dependents()
         tl_cuda.gdc_wait()
     for i in gl.static_range(STAGES):
-        _ask_for_x(x_desc, xs, full, i, asked, M, N, steps, COLUMNS, SPLIT_K, STAGES, BY_ROWS)
+        ask_for_x(x_desc, xs, full, i, asked, M, N, steps, COLUMNS, SPLIT_K, STAGES, BY_ROWS)
     M, mine = live_size(
         size, x_desc.block_shape[0], COLUMNS, SPLIT_K
     )  # after them: the number takes as long to come as x
     total = mine * steps
     for i in range(STAGES, total):
         mbarrier.wait(empty.index(i % STAGES), (i // STAGES - 1) & 1)
-        _ask_for_weight(
+        ask_for_weight(
             x_desc, weight_descs, weights, full, i, total, M, N, steps, GATED, COLUMNS, SPLIT_K, STAGES, BY_ROWS
         )  # fmt: skip
-        _ask_for_x(x_desc, xs, full, i, total, M, N, steps, COLUMNS, SPLIT_K, STAGES, BY_ROWS)
+        ask_for_x(x_desc, xs, full, i, total, M, N, steps, COLUMNS, SPLIT_K, STAGES, BY_ROWS)
     if BY_ROWS:
         for i in gl.static_range(STAGES):
             mbarrier.wait(full.index(i), 0, pred=(i >= total) & (i < asked))

@@ -189,7 +189,7 @@ def varlen_attention_forward(
 # BLOCK_M queries, BLOCK_N keys, warps and stages, by the width of a head: what compiles without spilling registers for
 # sm_80 and sm_90 with every reach. Sequences are short as a rule: blocks that are large compute what nobody wants.
 _HALF: dict[int, list[tuple[int, int, int, int]]] = {
-    64: [(64, 64, 4, 2), (32, 64, 4, 2), (128, 64, 8, 2)],
+    64: [(64, 64, 4, 2), (64, 32, 4, 1), (32, 64, 4, 2), (128, 64, 8, 2)],
     128: [(64, 32, 4, 2), (32, 32, 4, 2), (128, 32, 8, 2)],
     256: [(32, 32, 4, 2), (64, 32, 8, 2)],
 }

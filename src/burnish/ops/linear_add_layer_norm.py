@@ -11,8 +11,8 @@ from torch import Tensor
 
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
+from burnish.ops._linear_norm_impls import register_gluon_fused, register_products, register_whole
 from burnish.ops._linear_norms import (
-    FEWEST_WHOLE,
     check_product,
     cost_of,
     gluon_parts,
@@ -280,118 +280,9 @@ def _gluon(
     return gluon_parts(*given, eps, False, keep_sum, config, live_rows)
 
 
-def _register_product(name: str, description: str) -> None:
-    """An Impl whose product, with the residual in its epilogue, is `linear`'s of that name."""
-    product_of = linear.impls[name]
-
-    def why_not(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        residual: Tensor,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-        eps: float,
-        keep_sum: bool,
-    ) -> list[str]:
-        reasons = product_of.why_not(x, weight, bias, "none", residual)
-        return list(dict.fromkeys(reasons + triton_norm_why_not(residual, norm_weight, norm_bias)))
-
-    def configs(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        residual: Tensor,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-        eps: float,
-        keep_sum: bool,
-    ) -> list[Any]:
-        assert product_of.configs is not None
-        return list(product_of.configs(x, weight, bias, "none", residual))
-
-    def impl(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        residual: Tensor,
-        norm_weight: Tensor | None = None,
-        norm_bias: Tensor | None = None,
-        eps: float = 1e-5,
-        keep_sum: bool = True,
-        *,
-        config: Any = None,
-    ) -> tuple[Tensor, Tensor]:
-        from burnish.kernels.norms import layer_norm
-
-        total = product_of.fn(x, weight, bias, "none", residual, config=config)
-        return layer_norm(total, norm_weight, norm_bias, eps), total if keep_sum else total.new_empty(0)
-
-    impl.__doc__ = description
-    linear_add_layer_norm.impl(name, why_not=why_not, configs=configs)(impl)
-
-
-def _register_whole(name: str, product_name: str, description: str) -> None:
-    """An Impl for many rows: `linear`'s product of that name, then the addition and the norm."""
-    product_of = linear.impls[product_name]
-
-    def why_not(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        residual: Tensor,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-        eps: float,
-        keep_sum: bool,
-    ) -> list[str]:
-        reasons = product_of.why_not(x, weight, bias) + triton_norm_why_not(residual, norm_weight, norm_bias)
-        rows = x.numel() // max(1, x.shape[-1])
-        if rows < FEWEST_WHOLE:
-            reasons.append(f"x has {rows} rows; the product of all of K at once is made for {FEWEST_WHOLE} and more")
-        return list(dict.fromkeys(reasons))
-
-    def configs(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        residual: Tensor,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-        eps: float,
-        keep_sum: bool,
-    ) -> list[Any]:
-        assert product_of.configs is not None
-        return list(product_of.configs(x, weight, bias, "none", None))
-
-    def impl(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        residual: Tensor,
-        norm_weight: Tensor | None = None,
-        norm_bias: Tensor | None = None,
-        eps: float = 1e-5,
-        keep_sum: bool = True,
-        *,
-        config: Any = None,
-        live_rows: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        from burnish.kernels.norms import add_layer_norm as kernel
-
-        product = product_of.fn(x, weight, bias, config=config, live_rows=live_rows)
-        return kernel(product, residual, norm_weight, norm_bias, eps, keep_sum, live_rows=live_rows)
-
-    impl.__doc__ = description
-    linear_add_layer_norm.impl(name, why_not=why_not, configs=configs, live_rows=True)(impl)
-
-
-_register_product("triton_gemv", "Two kernels: a product of a few rows that adds the residual, and the norm.")
-_register_product("gluon_gemv", "The same for up to 16 rows, with tensor cores that read the weight themselves.")
-_register_product("triton_skinny", "The same for up to 64 rows, with tensor cores.")
-_register_whole("triton_whole", "triton", "A product of all of K at once for many rows, then addition and norm in one.")
-_register_whole("triton_tma", "triton_tma", "The same, with a persistent kernel that copies tiles by TMA.")
-_register_whole("gluon_whole", "gluon", "The same, with a Gluon kernel for Hopper.")
+register_gluon_fused(linear_add_layer_norm, rms=False)
+register_products(linear_add_layer_norm, rms=False)
+register_whole(linear_add_layer_norm)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor
 from burnish.numerics import randn
 from burnish.op import Cost, Sample, op
 from burnish.ops._common import not_same_dtype
+from burnish.ops._linear_norm_impls import register_gluon_fused, register_products
 from burnish.ops._linear_norms import (
     check_product,
     cost_of,
@@ -257,57 +258,8 @@ def _gluon(
     return gluon_parts(x, weight, bias, residual, norm_weight, None, eps, True, keep_sum, config)
 
 
-def _register_product(name: str, description: str) -> None:
-    """An Impl whose product, with the residual in its epilogue, is `linear`'s of that name."""
-    product_of = linear.impls[name]
-
-    def why_not(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        residual: Tensor,
-        norm_weight: Tensor | None,
-        eps: float,
-        keep_sum: bool,
-    ) -> list[str]:
-        reasons = product_of.why_not(x, weight, bias, "none", residual)
-        return list(dict.fromkeys(reasons + triton_norm_why_not(residual, norm_weight)))
-
-    def configs(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        residual: Tensor,
-        norm_weight: Tensor | None,
-        eps: float,
-        keep_sum: bool,
-    ) -> list[Any]:
-        assert product_of.configs is not None
-        return list(product_of.configs(x, weight, bias, "none", residual))
-
-    def impl(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        residual: Tensor,
-        norm_weight: Tensor | None = None,
-        eps: float = 1e-6,
-        keep_sum: bool = True,
-        *,
-        config: Any = None,
-    ) -> tuple[Tensor, Tensor]:
-        from burnish.kernels.norms import rms_norm
-
-        total = product_of.fn(x, weight, bias, "none", residual, config=config)
-        return rms_norm(total, norm_weight, eps), total if keep_sum else total.new_empty(0)
-
-    impl.__doc__ = description
-    linear_add_rms_norm.impl(name, why_not=why_not, configs=configs)(impl)
-
-
-_register_product("triton_gemv", "Two kernels: a product of a few rows that adds the residual, and the norm.")
-_register_product("gluon_gemv", "The same for up to 16 rows, with tensor cores that read the weight themselves.")
-_register_product("triton_skinny", "The same for up to 64 rows, with tensor cores.")
+register_gluon_fused(linear_add_rms_norm, rms=True)
+register_products(linear_add_rms_norm, rms=True)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from burnish.kernels.counters import new_counters, own_counters
 from burnish.parallel.shutdown import drop_before_shutdown
 
 MAX_GRAPHS = 64
@@ -84,8 +85,8 @@ class GraphMemory:
         self._make()
 
     def _make(self) -> None:
-        nothing = torch.zeros(1, device="cuda")
-        self._keeper, _ = _capture(nothing.zero_, None)
+        self._counters = new_counters("cuda")
+        self._keeper, _ = _capture(self._counters[:1].zero_, None)
         self._id = self._keeper.pool()
 
     def capture(self, run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -95,7 +96,8 @@ class GraphMemory:
         would cost each capture some milliseconds.
         """
         try:
-            return _capture(run, self._id)
+            with own_counters(self._counters):
+                return _capture(run, self._id)
         except BaseException:
             self._make()  # torch believes that a capture which broke still goes on in its pool
             raise
