@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from burnish.numerics import assert_close, oracle, randn
-from burnish.op import OPS
+from burnish.op import OPS, Op
 
 import burnish.ops  # noqa: F401 isort: skip
 
@@ -35,12 +35,12 @@ def inputs(mean: float = 0.0) -> tuple[Tensor, ...]:
     return x, weight, randn(COLUMNS, dtype=HALF, seed=3), residual, *(randn(COLUMNS, seed=seed) for seed in (4, 5))
 
 
-def emulated(rms: bool, config: Config, given: tuple[Any, ...], keep_sum: bool, live: int | None = None) -> Any:
+def emulated(op: Op, config: Config, given: tuple[Any, ...], keep_sum: bool, live: int | None = None) -> Any:
     """The results, poisoned before, of a kernel that has to leave what it counts with at zero."""
     launches: list[Launch] = []
-    count = None if live is None else torch.tensor([live], dtype=torch.int32)
+    told = {} if live is None else {"live_rows": torch.tensor([live], dtype=torch.int32)}
     with recording(launches.append, FEW_SMS):
-        normed, total = linear_norm_wgmma(*given, 1e-6, rms, keep_sum, config, count)
+        normed, total = op.impls["gluon_fused"].fn(*given, 1e-6, keep_sum, config=config, **told)
     for result in (normed, total):
         result.fill_(math.nan)
     emulate(launches[0])
@@ -55,14 +55,14 @@ def test_gangs_with_several_rows_of_tiles(config: Config, rms: bool, keep_sum: b
     op = OPS["linear_add_rms_norm" if rms else "linear_add_layer_norm"]
     given = inputs()[: 5 if rms else 6]
     bound = op.bind(*given, 1e-6, keep_sum)
-    result = emulated(rms, config, (*given, None)[:6], keep_sum)
+    result = emulated(op, config, given, keep_sum)
     assert_close(result, op.reference(*bound), oracle(op.reference, *bound))
 
 
 def test_rows_whose_mean_is_large_against_their_spread() -> None:
     op, given = OPS["linear_add_layer_norm"], inputs(mean=300.0)
     bound = op.bind(*given, 1e-6)
-    assert_close(emulated(False, CONFIGS[0], given, True), op.reference(*bound), oracle(op.reference, *bound))
+    assert_close(emulated(op, CONFIGS[0], given, True), op.reference(*bound), oracle(op.reference, *bound))
 
 
 @pytest.mark.parametrize("live", [0, 1, 128, 387, ROWS])
@@ -71,7 +71,7 @@ def test_rows_beyond_the_live_ones_are_left_alone(config: Config, live: int) -> 
     op, (x, weight, bias, residual, *vectors) = OPS["linear_add_layer_norm"], inputs()
     short = op.bind(x[:, :live].clone(), weight, bias, residual[:, :live].clone(), *vectors, 1e-6)
     x[:, live:], residual[:, live:] = math.nan, math.nan
-    results = emulated(False, config, (x, weight, bias, residual, *vectors), True, live)
+    results = emulated(op, config, (x, weight, bias, residual, *vectors), True, live)
     assert all(result[:, live:].isnan().all() for result in results)
     if live:
         found = tuple(result[:, :live] for result in results)

@@ -126,10 +126,12 @@ def register_gluon_fused(op: Op, *, rms: bool) -> None:
         from burnish.kernels.linear_norm_wgmma import linear_norm_wgmma
 
         *vectors, eps, keep_sum = norm
-        norm_weight, norm_bias = (*vectors, None)[:2]
-        return linear_norm_wgmma(
-            x, weight, bias, residual, norm_weight, norm_bias, eps, rms, keep_sum, config, live_rows
-        )
+        scale, shift = [*vectors, None][:2]  # an RMS norm has no bias
+        return linear_norm_wgmma(x, weight, bias, residual, scale, shift, eps, rms, keep_sum, config, live_rows)
+
+    # Of RMS norms no other Impl is told how many rows are wanted, and on another GPU none would be.
+    options = ("config",) if rms else ("config", "live_rows")
+    op.impl("gluon_fused", why_not=why_not, configs=configs, live_rows=not rms)(_taking(op, gluon_fused, *options))
 
 
 def _taking(op: Op, fn: Callable[..., Any], *options: str) -> Callable[..., Any]:
