@@ -314,9 +314,13 @@ def _cuda_timer(target: torch.device, cold_l2: bool) -> Callable[[Callable[[], o
 
     def time_block(call: Callable[[], object], seconds: float) -> tuple[float, ...]:
         times: list[float] = []
-        with torch.cuda.device(target):
-            _warm_up(call)
+
+        def waited_for() -> None:  # else calls of 5 ms queue up for seconds
+            call()
             torch.cuda.synchronize()
+
+        with torch.cuda.device(target):
+            _warm_up(waited_for)
             end = time.perf_counter() + seconds
             while len(times) < _MIN_CALLS or time.perf_counter() < end:
                 began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -97,7 +97,9 @@ class GraphMemory:
         """
         try:
             with own_counters(self._counters):
-                return _capture(run, self._id)
+                graph, result = _capture(run, self._id)
+            graph.counters = self._counters  # type: ignore[attr-defined]  # which it needs as long as it lives
+            return graph, result
         except BaseException:
             self._make()  # torch believes that a capture which broke still goes on in its pool
             raise
