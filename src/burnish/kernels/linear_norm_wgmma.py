@@ -89,7 +89,7 @@ def _fill(
     x_desc, weight_desc, residual_desc, stages, handed, size, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     PDL: gl.constexpr,
 ):  # fmt: skip
-    """One warp, as `matmul_wgmma`'s, and each tile's residual when half of its steps are under way."""
+    """One warp, as `matmul_wgmma`'s. Each tile's residual is asked for behind the last of its steps."""
     xs, weights, full, empty = stages
     residual, came, taken = handed
     M, N, steps, mine = size[0], size[1], size[2], size[3]
