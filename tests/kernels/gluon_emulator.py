@@ -28,6 +28,7 @@ from burnish.kernels import (
     linear_gelu_wgmma_finish,
     linear_norm_wgmma,
     matmul_wgmma,
+    matmul_wgmma_fill,
     matmul_wgmma_finish,
     rope_wgmma,
     widen,
@@ -37,6 +38,7 @@ from burnish.ops._activations import activate
 
 MODULES: tuple[ModuleType, ...] = (
     matmul_wgmma,
+    matmul_wgmma_fill,
     matmul_wgmma_finish,
     linear_gelu_wgmma,
     linear_gelu_wgmma_finish,

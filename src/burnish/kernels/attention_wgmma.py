@@ -22,7 +22,7 @@ from triton.language.extra import cuda as tl_cuda
 
 from burnish.kernels.attention_inputs import as_bytes
 from burnish.kernels.launch import Config, launch, target_of
-from burnish.kernels.matmul_wgmma import HALF_TYPES, async_load
+from burnish.kernels.matmul_wgmma_fill import HALF_TYPES, async_load
 
 _ROWS = gl.constexpr(64)  # queries of a team
 _LOADERS = gl.constexpr(24)  # registers of a thread that loads

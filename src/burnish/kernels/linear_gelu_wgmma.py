@@ -21,7 +21,7 @@ from burnish.kernels.activations import in_half
 from burnish.kernels.launch import Config, cdiv, launch, target_of
 from burnish.kernels.layout import rows_of
 from burnish.kernels.linear_gelu_wgmma_finish import finish, finish_columns
-from burnish.kernels.matmul_wgmma import async_load, described
+from burnish.kernels.matmul_wgmma_fill import async_load, described
 from burnish.kernels.matmul_wgmma_finish import hand_over, handing_over, place_of
 from burnish.kernels.norms_backward import add_parts
 

@@ -24,7 +24,7 @@ from burnish.kernels.counters import counters
 from burnish.kernels.launch import Config, launch, target_of
 from burnish.kernels.layout import rows_of
 from burnish.kernels.matmul_configs import Product
-from burnish.kernels.matmul_wgmma import ask_for_weight, ask_for_x, async_load, described
+from burnish.kernels.matmul_wgmma_fill import ask_for_weight, ask_for_x, async_load, described
 from burnish.kernels.matmul_wgmma_finish import live_size, place_of, store
 
 _SIGN = gl.constexpr(-(1 << 63))
