@@ -396,8 +396,10 @@ def find_op(name: str) -> Op:
 
 
 def find_impl(op: str | Op, name: str) -> Impl:
-    """The Op's Impl of that name; ValueError that lists the Impls there are."""
+    """The Op's Impl of that name; ValueError that lists the Impls there are, TypeError for what is no name."""
     op = find_op(op) if isinstance(op, str) else op
+    if not isinstance(name, str):
+        raise TypeError(f"impl is a {type(name).__name__}; it must be the name of an Impl of {op.name}")
     if name not in op.impls:
         raise ValueError(f"{op.name} has no Impl {name!r}; it has: {', '.join(op.impls)}")
     return op.impls[name]
