@@ -78,6 +78,18 @@ def test_rows_beyond_the_live_ones_are_left_alone(config: Config, live: int) -> 
         assert_close(found, op.reference(*short), oracle(op.reference, *short))
 
 
+def test_it_is_called_as_the_op_is() -> None:
+    op, given, launches = OPS["linear_add_layer_norm"], inputs(), list[Launch]()
+    fn = op.impls["gluon_fused"].fn
+    with recording(launches.append, H200):
+        _, total = fn(*given)
+        _, nothing = fn(*given, keep_sum=False, eps=0.25, config=CONFIGS[1])
+    assert total.shape == given[3].shape
+    assert nothing.shape == (0,)
+    assert [launch.args[16] for launch in launches] == [1e-5, 0.25]
+    assert launches[1].constants["BLOCK_K"] == CONFIGS[1]["BLOCK_K"]
+
+
 def test_as_many_programs_as_run_at_once() -> None:
     launches: list[Launch] = []
     x, weight, bias, residual, *vectors = inputs()

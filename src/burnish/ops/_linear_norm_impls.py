@@ -102,7 +102,9 @@ def register_gluon_fused(op: Op, *, rms: bool) -> None:
     def why_not(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *norm: Any) -> list[str]:
         reasons = triton_norm_why_not(residual, bias, *norm[:-2]) + wgmma_reasons(x, (weight,)) + hopper_why_not(x)
         if not residual.is_contiguous() or not copyable(residual, residual.shape[-1], 1):
-            reasons.append("residual must be contiguous, its rows a multiple of 16 bytes")
+            reasons.append(
+                f"residual has strides {residual.stride()}; it must be contiguous, its rows a multiple of 16 bytes"
+            )
         if not reasons and not configs(x, weight):
             reasons.append(f"rows of {weight.shape[0]} entries are more tiles than the device has multiprocessors")
         return list(dict.fromkeys(reasons))
@@ -137,15 +139,13 @@ def register_gluon_fused(op: Op, *, rms: bool) -> None:
 def _taking(op: Op, fn: Callable[..., Any], *options: str) -> Callable[..., Any]:
     """The function, which takes all of the Op's arguments by position, as one that is called like the Op; its options
     are None by default."""
+    parameters = list(op.signature.parameters.values())
     extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in options]
 
     @functools.wraps(fn)
     def taking(*args: Any, **kwargs: Any) -> Any:
         given = {name: kwargs.pop(name) for name in options if name in kwargs}
-        return fn(*(args if len(args) == count else op.bind(*args, **kwargs)), **given)
+        return fn(*(args if len(args) == len(parameters) else op.bind(*args, **kwargs)), **given)
 
-    count = len(op.signature.parameters)
-    taking.__signature__ = op.signature.replace(  # type: ignore[attr-defined]
-        parameters=[*op.signature.parameters.values(), *extra]
-    )
+    taking.__signature__ = op.signature.replace(parameters=[*parameters, *extra])  # type: ignore[attr-defined]
     return taking
