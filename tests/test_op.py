@@ -184,7 +184,7 @@ def test_unknown_names_are_refused_at_entry_with_those_there_are(toy: Toy) -> No
         find_impl(toy.op, "triton")
     with pytest.raises(ValueError, match="has no Impl"):
         why_not(toy.op, "triton", torch.ones(3))
-    with pytest.raises(TypeError, match="^impl is a Tensor; it must be the name of an Impl of "):
+    with pytest.raises(TypeError, match=r"^impl is a Tensor; it must be the name of an Impl of "):
         why_not(toy.op, torch.ones(3))  # type: ignore[arg-type]
 
 
