@@ -53,6 +53,17 @@ class PlainEntry:
         weights = self.places.read()
         return STALE if weights is None else self.unflatten(self._run(weights[: self._count], call.leaves))
 
+    def after(self, first: Callable[[Sequence[Any]], object]) -> PlainEntry:
+        """The same entry, but for `first`, which is called on a call's leaves before them."""
+        entry, run = copy.copy(self), self._run
+
+        def both(weights: Sequence[Any], leaves: Sequence[Any]) -> Sequence[Any]:
+            first(leaves)
+            return run(weights, leaves)
+
+        entry._run = both
+        return entry
+
     def run(self, leaves: Sequence[Any]) -> Sequence[Any]:
         """The flat outputs. RuntimeError when a weight has moved."""
         weights = self.places.read()

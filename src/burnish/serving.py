@@ -30,7 +30,7 @@ from burnish.parallel.agreement import Agreement
 from burnish.prepare import DEFAULT_STEPS, GraphEntry, PlainEntry, Prepared, Preparer
 from burnish.program_cache import ProgramCache
 from burnish.quantized_weights import Quantization
-from burnish.ragged.entry import PackedEntry
+from burnish.ragged.entry import Find, PackedEntry
 from burnish.ragged.nested import NestedCalls
 from burnish.ragged.tokens import INPUTS
 from burnish.record import StepRecord
@@ -228,10 +228,10 @@ class Serving:
 
         records = iter([served])  # of the first number of tokens; the others are served likewise
 
-        def make(inner: Call) -> Entry:
+        def make(inner: Call, find: Find | None) -> Entry:
             with self._making(inner):
                 record = next(records, Served(served.shapes))
-                return self._entry_of_tokens(packed.prepared, inner, record, differentiable)
+                return self._entry_of_tokens(packed.prepared, inner, record, differentiable, find)
 
         first = None if prepared.verified or differentiable else padded()
         graphs = None if differentiable else self._graphs
@@ -262,8 +262,10 @@ class Serving:
             served.kept_original, served.optimized_us = None, checks.compare(entry).optimized_us
         return entry
 
-    def _entry_of_tokens(self, packed: Prepared, inner: Call, served: Served, differentiable: bool) -> Entry:
-        """The packed Program's entry for one number of tokens."""
+    def _entry_of_tokens(
+        self, packed: Prepared, inner: Call, served: Served, differentiable: bool, find: Find | None
+    ) -> Entry:
+        """The packed Program's entry for one number of tokens, which begins with `find`."""
         if differentiable:
             executable, chosen = choose_differentiable(packed, self.model, inner, self.tuner)
             return packed.bind(chosen.functions, self.model, executable)
@@ -279,6 +281,7 @@ class Serving:
         self.tuner.save()
         served.choices = chosen.choices
         plain = packed.bind(chosen.functions, self.model)
+        plain = plain if find is None else plain.after(find)
         # By a kernel of ours they are written to the same places in every call.
         fixed = () if inner.leaves[-1] is None else range(len(inner.leaves))[-len(INPUTS) :]
         return plain if self.model.training else self._captured(packed, plain, inner, served, fixed)

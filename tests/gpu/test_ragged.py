@@ -65,7 +65,7 @@ def test_no_wait_and_one_graph_in_each_call() -> None:
     assert calls["cudaGraphLaunch"] == 1, calls
     assert not [name for name in calls if "Synchronize" in name and name != "cudaDeviceSynchronize"], calls
     launches = [name for name in calls if "LaunchKernel" in name or "Memcpy" in name or "Memset" in name]
-    assert sum(calls[name] for name in launches) <= 2, calls  # the tokens, and the result's copy
+    assert sum(calls[name] for name in launches) <= 1, calls  # the result's copy
 
 
 KERNELS = [{"linear": "gluon", "linear_add_layer_norm": name} for name in ("gluon_whole", "gluon_fused")]
@@ -98,7 +98,7 @@ def test_one_graph_for_all_masks_of_a_shape(impls: dict[str, str]) -> None:
             assert_close(*(real(t, mask) for t in (result, eager, true)))
         assert not result[mask == 0].any()
     (entry,) = [e for e in fast._entries.values() if isinstance(e, PackedEntry)]
-    assert len([key for key in entry._entries if key[1] == first.shape]) == 1
+    assert len([shapes for shapes in entry._all_places if first.shape in shapes]) == 1
     assert entry.tokens == (int(lengths.sum()), 800)
 
 

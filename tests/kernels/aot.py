@@ -411,6 +411,7 @@ def tokens_of_padded_batches(everything: bool) -> list[dict[str, Any]]:
             for dtype in (torch.int64, torch.bool) if everything else (torch.int64,):
                 mask = torch.ones(32, 128, dtype=dtype)
                 memory = TokenMemory(mask)
+                assert memory.found is not None
                 memory.found.zero_()
                 for ask_contiguous in (False, True):
                     memory.find(mask, ask_contiguous)

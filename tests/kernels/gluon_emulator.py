@@ -30,6 +30,7 @@ from burnish.kernels import (
     matmul_wgmma,
     matmul_wgmma_fill,
     matmul_wgmma_finish,
+    matmul_wgmma_pieces,
     rope_wgmma,
     widen,
 )
@@ -40,6 +41,7 @@ MODULES: tuple[ModuleType, ...] = (
     matmul_wgmma,
     matmul_wgmma_fill,
     matmul_wgmma_finish,
+    matmul_wgmma_pieces,
     linear_gelu_wgmma,
     linear_gelu_wgmma_finish,
     linear_norm_wgmma,

@@ -58,7 +58,7 @@ def test_tokens_of_all_places(name: str, ask: bool) -> None:
     """As many as there are places, the dummies after the real ones and in no sequence."""
     mask = MASKS[name]
     memory = TokenMemory(mask, None)
-    for part in (*INPUTS, "found"):
+    for part in INPUTS:
         getattr(memory, part).fill_(-7)
     found, true, places = tokens_of(mask, ask, memory=memory), tokens_of(mask), mask.numel()
     assert (found.real, found.contiguous) == (None, None)
@@ -134,6 +134,7 @@ def test_put_back(rest: tuple[int, ...], dtype: torch.dtype) -> None:
 def test_launches(rows: int, length: int, ask: bool, launches: int) -> None:
     mask, seen = torch.zeros(rows, length, dtype=torch.int64), list[Launch]()
     memory = TokenMemory(mask)
+    assert memory.found is not None
     memory.found.zero_()
     with recording(seen.append, Target((9, 0), 132)):
         memory.find(mask, ask)

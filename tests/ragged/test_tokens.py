@@ -133,7 +133,7 @@ def test_a_model_on_tokens_of_all_places(monkeypatch: Any) -> None:
         if first.any():
             assert_close(*(t[1][first] for t in (result, eager, true)))
     entries = [e for e in fast._entries.values() if isinstance(e, entry.PackedEntry)]
-    assert sorted(len(e._entries) for e in entries) == [1, 1], "one for each shape of masks"
+    assert sorted(len(e._all_places) for e in entries) == [1, 1], "one for each shape of masks"
     fast(*batch(MASKS["gaps"]()))[0].sum().backward()  # gradients are of as many as there are
 
 

@@ -4,7 +4,8 @@ Written in Gluon, Triton's lower language, for what Triton itself has not: the f
 into shared memory *before* the wait for the kernel ahead, for which only x has to wait; and nothing but data stands
 between two steps over K. BERT-base's products at 128 and 384 rows, float16, H200, us: 3.4 and 5.2 (2304x768; without
 roles 4.1 and 5.2, in Triton 3.9 and 6.5), 4.1 and 6.9 (3072x768 with GELU; 4.8 and 7.6, 4.4 and 8.8).
-With `FINISH` a third kind of warps finishes the tiles and writes them (see `burnish.kernels.matmul_wgmma_finish`).
+With `FINISH` a third kind of warps finishes the tiles and writes them (see `burnish.kernels.matmul_wgmma_finish`), with
+`PIECE` the last tiles are cut (see `burnish.kernels.matmul_wgmma_pieces`).
 With `GATED` the weight has two halves of rows, gate and up, and the result is `act(gate) * up`. With `HEAD` the first
 columns are heads of so many, and are rotated by their positions (see `burnish.kernels.rope`).
 """
@@ -30,13 +31,16 @@ from burnish.kernels.matmul_wgmma_fill import described, fill
 from burnish.kernels.matmul_wgmma_finish import (
     biased,
     finish,
+    finish_alone,
     finish_rows,
     hand_over,
     handing_over,
     live_size,
     place_of,
+    teams_turns,
     write,
 )
+from burnish.kernels.matmul_wgmma_pieces import multiply_piece, whole_and_pieces
 from burnish.kernels.rope_wgmma import halves_of_heads, rotated_heads, tables_of_rows
 
 FINISH_REGISTERS = 104
@@ -46,7 +50,7 @@ FINISH_REGISTERS = 104
 def _multiply(
     stages, size, epilogue, rope, out_ptr, TEAM: gl.constexpr, TEAMS: gl.constexpr, ACTIVATION: gl.constexpr,
     GATED: gl.constexpr, HEAD: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, MORE_N: gl.constexpr,
-    SPLIT_K: gl.constexpr, STAGES: gl.constexpr, FINISH: gl.constexpr, PDL: gl.constexpr,
+    SPLIT_K: gl.constexpr, STAGES: gl.constexpr, FINISH: gl.constexpr, PIECE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The other warps: they multiply what is in the stages, and write tiles of the result. Of two teams each has every
     second tile: one multiplies while the other writes."""
@@ -60,6 +64,9 @@ def _multiply(
     if PDL:
         tl_cuda.gdc_wait()
     M, mine = live_size(size, BLOCK_M, COLUMNS, SPLIT_K)
+    piece = 0
+    if PIECE > 0:
+        mine, piece = whole_and_pieces(M, N, BLOCK_M, BLOCK_N, PIECE)
     for turn in range(TEAM, mine, TEAMS):
         if FINISH == 0:
             m, n, split, _ = place_of(turn * steps, M, N, steps, BLOCK_M, COLUMNS, SPLIT_K, BY_ROWS)
@@ -70,7 +77,7 @@ def _multiply(
             OTHER: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, OTHER_N, 16])
             other = gl.zeros((BLOCK_M, OTHER_N), gl.float32, OTHER)
         if TEAMS > 1:
-            mbarrier.wait(turns.index(TEAM), (turn // 2 + TEAM - 1) & 1, pred=turn > 0)
+            mbarrier.wait(turns[1].index(TEAM), (turn // 2 + TEAM - 1) & 1, pred=turn > 0)
         for i in range(turn * steps, (turn + 1) * steps):
             stage = i % STAGES
             mbarrier.wait(full.index(stage), i // STAGES & 1)
@@ -89,7 +96,7 @@ def _multiply(
             acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index(((turn + 1) * steps - 1) % STAGES), count=1)
         if TEAMS > 1:
-            mbarrier.arrive(turns.index(1 - TEAM), count=1)
+            mbarrier.arrive(turns[1].index(1 - TEAM), count=1)
 
         if FINISH > 0:
             if OTHER_N == 0:
@@ -98,9 +105,11 @@ def _multiply(
             if turn == mine - 1:  # there is nothing left to multiply
                 m, n, _, _ = place_of(turn * steps, M, N, steps, BLOCK_M, COLUMNS, SPLIT_K, BY_ROWS)
                 finish_rows(
-                    turns, 0, FINISH, m, n, M, N, epilogue, epilogue[6], out_ptr, ACTIVATION, GATED, BLOCK_M, BLOCK_N,
-                    MORE_N, gl.num_warps(),
+                    turns[0], 0, FINISH, m, n, M, N, epilogue, epilogue[6], out_ptr, ACTIVATION, GATED, BLOCK_M,
+                    BLOCK_N, MORE_N, gl.num_warps(),
                 )  # fmt: skip
+        elif TEAMS > 1 and OTHER_N == 0:
+            finish_alone(acc, turns[0].index(TEAM), m, n, M, N, epilogue, out_ptr, ACTIVATION, gl.num_warps())
         else:
             columns = n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, MMA))
             acc = activate(biased(acc, bias_ptr, stride_bias, columns, N), ACTIVATION)
@@ -120,6 +129,10 @@ def _multiply(
                 if HEAD > 0:
                     other = rotated_heads(other, tables, n + BLOCK_N, rope[5], HEAD, BLOCK_M, MORE_N)
                 write(other, m, n + BLOCK_N, split, M, N, epilogue, to_ptr, BLOCK_M, MORE_N, gl.num_warps())
+    if PIECE > 0 and (piece > 0) & (mine % TEAMS == TEAM):
+        multiply_piece(
+            stages, mine, M, N, steps, epilogue, out_ptr, TEAM, ACTIVATION, BLOCK_M, BLOCK_N, PIECE, STAGES, BY_ROWS
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M", "residual_inner", "positions"], do_not_specialize_on_alignment=["live_ptr"])
@@ -127,6 +140,7 @@ def matmul_wgmma_kernel(
     x_desc,  # (M, K)
     weight_desc,  # (N, K), or (2 * N, K) if GATED
     other_desc,  # the same, in blocks for the rest of a tile's columns, or for up; or None
+    piece_desc,  # the same, in blocks for pieces of tiles; or None
     bias_ptr,
     residual_ptr,
     cos_ptr,  # of HEAD columns and a line for each position; None without HEAD
@@ -160,6 +174,7 @@ def matmul_wgmma_kernel(
     FILL_REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
     FINISH: gl.constexpr = 0,  # rows of the last tile that the finishing team leaves to the other; 0: there is none
+    PIECE: gl.constexpr = 0,  # columns of the pieces that the last tiles are cut into; 0: they are not
 ):
     xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
     weights = (gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], weight_desc.layout), None)
@@ -168,11 +183,10 @@ def matmul_wgmma_kernel(
         weights = (weights[0], gl.allocate_shared_memory(x_desc.dtype, OTHER, other_desc.layout))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = empty
+    turns = (empty, empty)
     if TEAMS > 1:  # not for one team: Triton gives the place of barriers that nobody waits for to other things
-        turns = gl.allocate_shared_memory(gl.int64, [TEAMS, 1], mbarrier.MBarrierLayout())
-        for s in gl.static_range(TEAMS):
-            mbarrier.init(turns.index(s), count=1)
+        turns = teams_turns(x_desc.dtype, TEAMS, BLOCK_M, BLOCK_N, BLOCK_N if GATED else MORE_N)
+    gl.static_assert(PIECE == 0 or (TEAMS > 1 and not GATED and MORE_N == 0 and SPLIT_K == 1 and HEAD == 0))
     if FINISH > 0:
         gl.static_assert(TEAMS == 1 and SPLIT_K == 1 and HEAD == 0)
         turns = handing_over(bias_ptr, x_desc.dtype, BLOCK_M, BLOCK_N, BLOCK_N if GATED else MORE_N)
@@ -196,10 +210,10 @@ def matmul_wgmma_kernel(
         gl.warp_specialize(
             [
                 (_multiply, (stages, size, epilogue, rope, out_ptr, 0, 1, ACTIVATION, GATED, HEAD, BLOCK_M, BLOCK_N,
-                             MORE_N, SPLIT_K, STAGES, FINISH, PDL)),
+                             MORE_N, SPLIT_K, STAGES, FINISH, PIECE, PDL)),
                 (finish, (turns, size, epilogue, stride_residual_n, out_ptr, ACTIVATION, GATED, BLOCK_M, BLOCK_N,
                           MORE_N, FINISH, PDL)),
-                (fill, (x_desc, descs, stages, size, GATED, BLOCK_N + MORE_N, SPLIT_K, STAGES, PDL)),
+                (fill, (x_desc, descs, piece_desc, stages, size, GATED, BLOCK_N + MORE_N, SPLIT_K, STAGES, PDL)),
             ],
             [4, 1],
             [TEAM_REGISTERS, FILL_REGISTERS],
@@ -208,8 +222,8 @@ def matmul_wgmma_kernel(
         gl.warp_specialize(
             [
                 (_multiply, (stages, size, epilogue, rope, out_ptr, 0, 1, ACTIVATION, GATED, HEAD, BLOCK_M, BLOCK_N,
-                             MORE_N, SPLIT_K, STAGES, FINISH, PDL)),
-                (fill, (x_desc, descs, stages, size, GATED, BLOCK_N + MORE_N, SPLIT_K, STAGES, PDL)),
+                             MORE_N, SPLIT_K, STAGES, FINISH, PIECE, PDL)),
+                (fill, (x_desc, descs, piece_desc, stages, size, GATED, BLOCK_N + MORE_N, SPLIT_K, STAGES, PDL)),
             ],
             [1],
             [FILL_REGISTERS],
@@ -218,10 +232,10 @@ def matmul_wgmma_kernel(
         gl.warp_specialize(
             [
                 (_multiply, (stages, size, epilogue, rope, out_ptr, 0, 2, ACTIVATION, GATED, HEAD, BLOCK_M, BLOCK_N,
-                             MORE_N, SPLIT_K, STAGES, FINISH, PDL)),
+                             MORE_N, SPLIT_K, STAGES, FINISH, PIECE, PDL)),
                 (_multiply, (stages, size, epilogue, rope, out_ptr, 1, 2, ACTIVATION, GATED, HEAD, BLOCK_M, BLOCK_N,
-                             MORE_N, SPLIT_K, STAGES, FINISH, PDL)),
-                (fill, (x_desc, descs, stages, size, GATED, BLOCK_N + MORE_N, SPLIT_K, STAGES, PDL)),
+                             MORE_N, SPLIT_K, STAGES, FINISH, PIECE, PDL)),
+                (fill, (x_desc, descs, piece_desc, stages, size, GATED, BLOCK_N + MORE_N, SPLIT_K, STAGES, PDL)),
             ],
             [gl.num_warps(), 1],
             [TEAM_REGISTERS, FILL_REGISTERS],
@@ -310,7 +324,8 @@ def _launch(
     extra = rows_of(residual_rows)
     assert rows is not None
     assert extra is not None
-    other = block_n if gated else more_n
+    other, piece = block_n if gated else more_n, config.sizes.get("PIECE", 0)
+    assert not piece or depth > (config["STAGES"] - 1) * block_k, "stages of a program's first tile, no piece's"
     tables: tuple[Tensor | None, Tensor | None] = None, None
     turning = (1, 0, 0, 0)
     if rope is not None:
@@ -323,6 +338,7 @@ def _launch(
         described(x, rows.count, depth, rows.stride_inner, block_m, block_k),
         described(*memory, block_n, block_k),
         described(*memory, other, block_k) if other else None,
+        described(*memory, piece, block_k) if piece else None,
         *(bias, residual, *tables, out, rows.count, columns, depth),
         1 if bias is None else bias.stride(0),
         *(extra.inner, extra.stride_outer, extra.stride_inner, residual_rows.stride(-1)),

@@ -1,7 +1,8 @@
 """Which tiles the Gluon product may use for given sizes, the most promising first; for all there is shared memory.
 
-A shape is (BLOCK_M, BLOCK_N, MORE_N, BLOCK_K, TEAMS, STAGES, PER_SM, warps), and FINISH where a team of its own
-finishes tiles: so many rows of a program's last one are left to those who multiplied.
+A shape is (BLOCK_M, BLOCK_N, MORE_N, BLOCK_K, TEAMS, STAGES, PER_SM, warps), FINISH where a team of its own
+finishes tiles (so many rows of a program's last one are left to those who multiplied), and PIECE where the last tiles
+are cut into pieces of so many columns.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ def matmul_wgmma_configs(product: Product) -> list[Config]:
         else:
             shapes += [(256, 128, 0, 64, 1, 4, 1, 8)]
             shapes += [(256, 128, 0, 64, 1, 3, 1, 8, 192), (128, 128, 64, 64, 1, 4, 1, 8, 64)]
+            shapes += [(128, 128, 0, 64, 2, 5, 1, 4)]
+            if product.depth > 4 * 64:  # the stages are full of a program's first tile, whatever comes next
+                shapes += [(128, 128, 0, 64, 2, 5, 1, 4, 0, piece) for piece in (32, 64)]
             # Where narrower tiles leave fewer multiprocessors idle. Without padding BERT-base's batches have some 2300
             # rows: to 768 columns 108 tiles of 128 are one wave, of 192 there are 72 for 132 multiprocessors; to 3072
             # columns 360 tiles of 160 are three waves, as are 288 of 192.
@@ -85,8 +89,10 @@ def matmul_wgmma_parts_configs(product: Product) -> list[Config]:
 
 
 def _config(
-    split: int, m: int, n: int, more: int, k: int, teams: int, stages: int, per_sm: int, warps: int, finish: int = 0
-) -> Config:
+    split: int, m: int, n: int, more: int, k: int, teams: int, stages: int, per_sm: int, warps: int, finish: int = 0,
+    piece: int = 0,
+) -> Config:  # fmt: skip
     blocks = {"BLOCK_M": m, "BLOCK_N": n, "MORE_N": more, "BLOCK_K": k, "SPLIT_K": split}
     blocks |= {"TEAMS": teams, "STAGES": stages, "PER_SM": per_sm} | ({"FINISH": finish} if finish else {})
+    blocks |= {"PIECE": piece} if piece else {}
     return Config.of(warps, 1, **blocks)

@@ -11,6 +11,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra import cuda as tl_cuda
 
 from burnish.kernels.matmul_wgmma_finish import live_size, place_of
+from burnish.kernels.matmul_wgmma_pieces import place_of_piece, whole_and_pieces
 
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # as Triton 3.6 calls it
 HALF_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -53,8 +54,25 @@ def ask_for_x(
 
 
 @gluon.jit
+def _ask_for_piece(
+    x_desc, weight_desc, xs, weights, stages, whole, M, N, steps,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BY_ROWS: gl.constexpr,
+):  # fmt: skip
+    """All steps of this program's piece, after so many whole tiles."""
+    full, empty = stages[2], stages[3]
+    PIECE: gl.constexpr = weight_desc.block_shape[0]
+    m, n = place_of_piece(whole, M, N, x_desc.block_shape[0], BLOCK_N, PIECE, BY_ROWS)
+    for i in range(whole * steps, (whole + 1) * steps):
+        stage, k = i % STAGES, i % steps * x_desc.block_shape[1]
+        mbarrier.wait(empty.index(stage), (i // STAGES - 1) & 1)
+        mbarrier.expect(full.index(stage), x_desc.block_type.nbytes + weight_desc.block_type.nbytes)
+        async_load(weight_desc, [n, k], full.index(stage), weights.index(stage).slice(0, PIECE, 0))
+        async_load(x_desc, [m, k], full.index(stage), xs.index(stage))
+
+
+@gluon.jit
 def fill(
-    x_desc, weight_descs, stages, size, GATED: gl.constexpr, COLUMNS: gl.constexpr, SPLIT_K: gl.constexpr,
+    x_desc, weight_descs, piece_desc, stages, size, GATED: gl.constexpr, COLUMNS: gl.constexpr, SPLIT_K: gl.constexpr,
     STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One warp: the stages are filled with weight at once, and with x when the kernel ahead is done.
@@ -80,6 +98,9 @@ def fill(
     M, mine = live_size(
         size, x_desc.block_shape[0], COLUMNS, SPLIT_K
     )  # after them: the number takes as long to come as x
+    piece = 0
+    if piece_desc is not None:
+        mine, piece = whole_and_pieces(M, N, x_desc.block_shape[0], COLUMNS, piece_desc.block_shape[0])
     total = mine * steps
     for i in range(STAGES, total):
         mbarrier.wait(empty.index(i % STAGES), (i // STAGES - 1) & 1)
@@ -87,6 +108,8 @@ def fill(
             x_desc, weight_descs, weights, full, i, total, M, N, steps, GATED, COLUMNS, SPLIT_K, STAGES, BY_ROWS
         )  # fmt: skip
         ask_for_x(x_desc, xs, full, i, total, M, N, steps, COLUMNS, SPLIT_K, STAGES, BY_ROWS)
+    if piece_desc is not None and piece > 0:
+        _ask_for_piece(x_desc, piece_desc, xs, weights[0], stages, mine, M, N, steps, COLUMNS, STAGES, BY_ROWS)
     if BY_ROWS:
         for i in gl.static_range(STAGES):
             mbarrier.wait(full.index(i), 0, pred=(i >= total) & (i < asked))

@@ -19,6 +19,9 @@ reinterpret = _descriptor.reinterpret if hasattr(_descriptor, "reinterpret") els
 
 _GROUP_M = gl.constexpr(16)  # rows of tiles that are walked together, so that L2 keeps the operands
 _FINISHERS = gl.constexpr(4)  # warps
+SUMS = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+"""Of a tile's sums in shared memory: runs of 16 bytes, swizzled. Neither what is written by 8 rows nor what is read by
+one meets in a bank."""
 
 
 @gluon.jit
@@ -31,14 +34,21 @@ def place_of(
     BY_ROWS: tiles follow each other along rows of tiles, so that how many rows there are decides no tile's place.
     """
     tile = gl.program_id(0) + i // steps * gl.num_programs(0)
+    m, n = place_of_tile(tile // SPLIT_K, M, N, BLOCK_M, BLOCK_N, BY_ROWS)
+    split = tile % SPLIT_K
+    return m, n, split, split * steps + i % steps
+
+
+@gluon.jit
+def place_of_tile(tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BY_ROWS: gl.constexpr):
+    """The tile's first row and column."""
     if BY_ROWS:
         columns = gl.cdiv(N, BLOCK_N)
-        row = tile // SPLIT_K // columns
-        column = tile // SPLIT_K % columns
+        row = tile // columns
+        column = tile % columns
     else:
-        row, column = tile_of(tile // SPLIT_K, gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N), _GROUP_M)
-    split = tile % SPLIT_K
-    return row * BLOCK_M, column * BLOCK_N, split, split * steps + i % steps
+        row, column = tile_of(tile, gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N), _GROUP_M)
+    return row * BLOCK_M, column * BLOCK_N
 
 
 @gluon.jit
@@ -106,8 +116,6 @@ def store(
 def handing_over(bias_ptr, DTYPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, OTHER_N: gl.constexpr):
     """What a team needs to leave its sums, of two products if OTHER_N, to the one that finishes them: shared memory for
     the sums and the bias, a barrier for when the sums are there and one for when the bias is, and no older sums."""
-    # Runs of 16 bytes, swizzled: neither what is written by 8 rows nor what is read by one meets in a bank.
-    SUMS: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     first = gl.allocate_shared_memory(DTYPE, [BLOCK_M, BLOCK_N], SUMS)
     sums = (first, first)  # Triton 3.6 returns no None: what there is not stands as something that there is
@@ -124,6 +132,21 @@ def handing_over(bias_ptr, DTYPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: 
     mbarrier.init(left.index(0), count=1)
     mbarrier.init(taken.index(0), count=1)
     return (sums, biases, left, taken)
+
+
+@gluon.jit
+def teams_turns(
+    DTYPE: gl.constexpr, TEAMS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, OTHER_N: gl.constexpr
+):  # fmt: skip
+    """For teams that multiply in turn: shared memory for the sums of each, unless they are of two products, and a
+    barrier for each turn."""
+    turns = gl.allocate_shared_memory(gl.int64, [TEAMS, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(TEAMS):
+        mbarrier.init(turns.index(s), count=1)
+    sums = turns
+    if OTHER_N == 0:
+        sums = gl.allocate_shared_memory(DTYPE, [TEAMS, BLOCK_M, BLOCK_N], SUMS)
+    return (sums, turns)
 
 
 @gluon.jit
@@ -147,11 +170,10 @@ def _leave(acc, sums, bias, bias_ptr):
 
 @gluon.jit
 def finish_rows(
-    handover, start, stop, first_m, first_n, M, N, epilogue, stride_n, out_ptr, ACTIVATION: gl.constexpr,
+    sums, start, stop, first_m, first_n, M, N, epilogue, stride_n, out_ptr, ACTIVATION: gl.constexpr,
     GATED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, MORE_N: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Rows from `start` up to `stop` of the sums that were left: their activation, the residual, and written."""
-    sums = handover[0]
     ROWS: gl.constexpr = (4 if GATED or epilogue[2] is not None else 8) * WARPS  # at once: as registers allow
     for i in range(start // ROWS, stop // ROWS):
         m = first_m + i * ROWS
@@ -164,6 +186,23 @@ def finish_rows(
             more = activate(take(sums[1], i, BLOCK_M, ROWS, WARPS), ACTIVATION)
             more = _with_residual(more, m, first_n + BLOCK_N, M, N, epilogue, stride_n, ROWS, MORE_N, gl.int32)
             store(more, m, first_n + BLOCK_N, 0, M, N, out_ptr, ROWS, MORE_N, WARPS)
+
+
+@gluon.jit
+def finish_alone(
+    acc, sums, first_m, first_n, M, N, epilogue, out_ptr, ACTIVATION: gl.constexpr, WARPS: gl.constexpr
+):  # fmt: skip
+    """Finishes a tile by way of shared memory, in a loop: code for all that is in registers would be some thousand
+    instructions, which take longer to come from memory than to run."""
+    MMA: gl.constexpr = acc.type.layout
+    BLOCK_M: gl.constexpr = acc.shape[0]
+    BLOCK_N: gl.constexpr = acc.shape[1]
+    columns = first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, MMA))
+    sums.store(biased(acc, epilogue[0], epilogue[1], columns, N).to(sums.dtype))
+    finish_rows(
+        (sums, sums), 0, BLOCK_M, first_m, first_n, M, N, epilogue, epilogue[6], out_ptr, ACTIVATION, False, BLOCK_M,
+        BLOCK_N, 0, WARPS,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -202,7 +241,7 @@ def finish(
             start = SHARE
         mbarrier.wait(left.index(0), turn & 1)
         finish_rows(
-            handover, start, BLOCK_M, m, n, M, N, epilogue, stride_n, out_ptr, ACTIVATION, GATED, BLOCK_M, BLOCK_N,
+            handover[0], start, BLOCK_M, m, n, M, N, epilogue, stride_n, out_ptr, ACTIVATION, GATED, BLOCK_M, BLOCK_N,
             MORE_N, _FINISHERS,
         )  # fmt: skip
 

@@ -17,7 +17,8 @@ from burnish.kernels.launch import Config, cdiv, launch, launch_dependents, next
 
 _CONFIG, _COUNTS_CONFIG = Config.of(4, BLOCK=512, MORE=2048), Config.of(4, BLOCK=1024)
 _ALONE = 8192  # places: as far, each program counts the tokens of all rows before its own itself, in one launch
-_WIDEST = 2048  # entries of a token that one program moves
+_WIDEST = 2048  # entries of a token that one program moves,
+_AT_ONCE = 4  # of so many tokens: 4096 places of 768 entries take 2.8 us, and 5.7 where each is a program's (H200)
 
 
 @triton.jit
@@ -109,13 +110,14 @@ def _tokens_kernel(
                 sequence = first + tl.arange(0, BLOCK)
                 end = tl.minimum(start + (sequence + 1) * length, total)
                 tl.store(cu_seqlens + rows + 1 + sequence, end, sequence < sequences)
-        tl.store(found, start)
-        tl.store(found + 1, tl.sum(gaps, 0))
+        if found is not None:
+            tl.store(found, start)
+            tl.store(found + 1, tl.sum(gaps, 0))
 
 
 def find_tokens(
-    mask: Tensor, places: Tensor, nearest: Tensor, columns: Tensor, cu_seqlens: Tensor, sources: Tensor, found: Tensor,
-    step: int | None, ask_gaps: bool,
+    mask: Tensor, places: Tensor, nearest: Tensor, columns: Tensor, cu_seqlens: Tensor, sources: Tensor,
+    found: Tensor | None, step: int | None, ask_gaps: bool,
 ) -> None:  # fmt: skip
     """Writes where the real tokens of `mask` (B, S) are, of any dtype and strides; nothing of it is empty.
 
@@ -130,7 +132,7 @@ def find_tokens(
             sequences of at most S. Without a step (B + 1,).
         sources: (B * S,) int32, which token is at each place; -1 at padding.
         found: (2,) int32, of pinned memory on CUDA: the number of real tokens, and, where `ask_gaps`, of rows with
-            gaps between them. To be read once the stream has come so far.
+            gaps between them. To be read once the stream has come so far. None where nobody asks.
     """
     rows, length = mask.shape
     counts = None
@@ -186,26 +188,29 @@ def take(nearest: Tensor, columns: Tensor, sources: Sequence[Tensor], by_column:
     return out
 
 
-@triton.jit
-def _put_back_kernel(packed, sources, out, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """BLOCK entries of the token at one place, or zeros."""
+@triton.jit(do_not_specialize=["places"])
+def _put_back_kernel(
+    packed, sources, out, places, width, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """BLOCK entries of the tokens at ROWS places, or zeros."""
     launch_dependents(PDL)
     wait_for_inputs(PDL)
-    place = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    source = tl.load(sources + place).to(tl.int64)
-    values = tl.load(packed + source * width + column, column < tl.where(source >= 0, width, 0), other=0)
-    tl.store(out + place * width + column, values, column < width)
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    source = tl.load(sources + place, place < places, other=-1).to(tl.int64)
+    values = tl.load(packed + source * width + column, (source >= 0) & (column < width), other=0)
+    tl.store(out + place.to(tl.int64) * width + column, values, (place < places) & (column < width))
 
 
 def put_back(packed: Tensor, sources: Tensor) -> Tensor:
     """Of packed tokens (T, ...) those at each place (B * S, ...), zeros where `sources` (B * S,) is negative."""
     packed = packed.contiguous()
     out = packed.new_empty((sources.shape[0], *packed.shape[1:]))
-    width = out.numel() // sources.shape[0]
+    places = sources.shape[0]
+    width = out.numel() // places
     block = min(next_power_of_2(width), _WIDEST)
     launch(
-        _put_back_kernel, (sources.shape[0], cdiv(width, block)), packed, sources, out, width,
-        config=Config.of(max(1, min(4, block // 256)), BLOCK=block), like=packed,
+        _put_back_kernel, (cdiv(places, _AT_ONCE), cdiv(width, block)), packed, sources, out, places, width,
+        config=Config.of(max(1, min(4, block // 256)), ROWS=_AT_ONCE, BLOCK=block), like=packed,
     )  # fmt: skip
     return out

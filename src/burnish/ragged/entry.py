@@ -4,7 +4,7 @@ them."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,16 +20,25 @@ from burnish.runtime.module import STALE, Call, Entry
 _STEP = 128  # calls whose numbers of tokens are equal when rounded up to it share their choice of Impls on the CPU
 
 
+Find = Callable[[Sequence[Any]], object]
+"""Of a packed Program's flat inputs the last `INPUTS`, the tokens, are written by it, from those before."""
+
+
+Make = Callable[[Call, Find | None], Entry]
+"""Makes the packed Program's entry for a call of it, whose last `INPUTS` are the tokens; `find`, where it is given, is
+the first thing that the entry does."""
+
+
 class PackedEntry:
     """Serves calls of one signature: packs their real tokens, and runs the packed Program's entry for as many.
 
     A batch without padding is served by the padded Program, and one in which a window would reach over a gap. Not so
-    where the packed Program is one of all places: then nobody waits for the device to learn how many tokens are real.
+    where the packed Program is one of all places: then nobody waits for the device to learn how many tokens are real,
+    and to find them is the first kernel of a call's graph.
 
     Args:
         prepared: the padded Program; its `packed` is what runs.
         padded: makes the padded Program's entry.
-        make: makes the packed Program's entry for a call of it, whose last `INPUTS` are the tokens.
         graphs: where entries may be graphs: what they share. The tokens on CUDA then lie at the same places in every
             call, so that nothing is copied to where graphs read them. Without it each call's have memory of their own,
             as gradients want it.
@@ -39,7 +48,7 @@ class PackedEntry:
         self,
         prepared: Prepared,
         padded: Callable[[], Entry],
-        make: Callable[[Call], Entry],
+        make: Make,
         graphs: GraphPool | None = None,
     ) -> None:
         assert prepared.packed is not None
@@ -50,7 +59,9 @@ class PackedEntry:
         self._padded: Entry | None = None
         self._entries: dict[Any, Entry] = {}
         self._graphs = graphs
-        self._memory: dict[tuple[int, ...], TokenMemory] = {}  # a part of the batch is verified: of another shape
+        # By shapes: a part of the batch is verified.
+        self._memory: dict[tuple[int, ...], TokenMemory] = {}
+        self._all_places: dict[tuple[Any, ...], tuple[TokenMemory, Entry]] = {}
         # The pool's own, which graphs take in turn: two locks could be taken in two orders.
         self._lock = threading.RLock() if graphs is None else graphs.lock
         self._last: tuple[int | TokenMemory, int] | None = None  # of the last call: real tokens, and places
@@ -58,16 +69,21 @@ class PackedEntry:
 
     def __call__(self, call: Call) -> Any:
         assert self.unpadded.mask is not None
+        shapes = tuple(leaf.shape for leaf in call.leaves if isinstance(leaf, Tensor)) if self._of_all_places else ()
+        if shapes in self._all_places:
+            return self._serve_all_places(call, *self._all_places[shapes])
         mask = self.unpadded.mask(call.leaves)
         if self._graphs is None or not has_kernel(mask):
             return self._serve(call, mask, tokens_of(mask, ask_contiguous=self.unpadded.windowed))
         with self._lock:  # the tokens stay what they are until what reads them is launched
             self._graphs.enter(mask.device.index)
+            if self._of_all_places:
+                self._all_places[shapes] = self._made_for_all_places(call, mask)
+                return self._serve_all_places(call, *self._all_places[shapes])
             memory = self._memory.get(mask.shape)
             if memory is None:
-                memory = TokenMemory(mask, None) if self._of_all_places else TokenMemory(mask)
-                self._memory[mask.shape] = memory
-            return self._serve(call, mask, tokens_of(mask, self.unpadded.windowed, memory=memory), memory)
+                memory = self._memory[mask.shape] = TokenMemory(mask)
+            return self._serve(call, mask, tokens_of(mask, self.unpadded.windowed, memory=memory))
 
     @property
     def tokens(self) -> tuple[int, int] | None:
@@ -77,23 +93,36 @@ class PackedEntry:
         real, places = self._last
         return (real.count() if isinstance(real, TokenMemory) else real), places
 
-    def _serve(self, call: Call, mask: Tensor, tokens: Tokens, memory: TokenMemory | None = None) -> Any:
-        real = memory if tokens.real is None else tokens.real
-        assert real is not None
-        self._last, self.not_packed = (real, mask.numel()), None
+    def _made_for_all_places(self, call: Call, mask: Tensor) -> tuple[TokenMemory, Entry]:
+        memory, mask_of = TokenMemory(mask, None), self.unpadded.mask
+        assert mask_of is not None
+        tokens = memory.find(mask)  # Impls are measured on them
+        entry = self._make(_with_tokens(call, tokens), lambda leaves: memory.find(mask_of(leaves[: -len(INPUTS)])))
+        return memory, entry
+
+    def _serve_all_places(self, call: Call, memory: TokenMemory, entry: Entry) -> Any:
+        assert self._graphs is not None
+        with self._lock:
+            self._graphs.enter(memory.places.device.index)
+            self._last, self.not_packed = (memory, memory.places.shape[0]), None
+            return entry(_with_tokens(call, memory.all_places))
+
+    def _serve(self, call: Call, mask: Tensor, tokens: Tokens) -> Any:
+        assert tokens.real is not None
+        self._last, self.not_packed = (tokens.real, mask.numel()), None
         if tokens.real == mask.numel():
             self.not_packed = "there is no padding"
             return self.padded(call)
         if tokens.contiguous is False:
             self.not_packed = "real tokens have gaps between them, which windows count"
             return self._zeroed(self.padded(call), mask)
-        inner = Call((), {}, [*call.leaves, *tokens[: len(INPUTS)]], None)
+        inner = _with_tokens(call, tokens)
         count = tokens.places.shape[0]
         key = (count if mask.is_cuda or count <= 2 else -(-count // _STEP), mask.shape)
         entry = self._entries.get(key)
         if entry is None:
             with self._lock:
-                entry = self._entries.get(key) or self._make(inner)
+                entry = self._entries.get(key) or self._make(inner, None)
                 self._entries[key] = entry
         return entry(inner)
 
@@ -114,6 +143,11 @@ class PackedEntry:
             for leaf, dims in zip(flat, self.unpadded.outputs, strict=True)
         ]
         return pytree.tree_unflatten(done, self._out_spec)
+
+
+def _with_tokens(call: Call, tokens: Tokens) -> Call:
+    """A call of the packed Program."""
+    return Call((), {}, [*call.leaves, *tokens[: len(INPUTS)]], None)
 
 
 def has_tokens(dims: Dims) -> bool:

@@ -60,22 +60,22 @@ class TokenMemory:
             sizes = [rows + 1 + (0 if step is None else -(-step // length)), rows * length]
             self.cu_seqlens, self.sources = (torch.empty(n, dtype=torch.int32, device=mask.device) for n in sizes)
             # The kernel writes to the host's memory: to copy two numbers there would take as long as to find them.
-            self.found = torch.empty(2, dtype=torch.int32, pin_memory=mask.is_cuda)
+            self.found = None if step is None else torch.empty(2, dtype=torch.int32, pin_memory=mask.is_cuda)
         self.step = step
-        self._numbers = self.found.numpy()
+        self.all_places = Tokens(self.places, self.nearest, self.columns, self.cu_seqlens, self.sources, None, None)
         self._views: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def find(self, mask: Tensor, ask_contiguous: bool) -> Tokens:
+    def find(self, mask: Tensor, ask_contiguous: bool = False) -> Tokens:
         """By a kernel. On CUDA the host waits for the device once, but for tokens of all places."""
         from burnish.kernels.tokens import find_tokens
 
         of_tokens = (self.places, self.nearest, self.columns)
         find_tokens(mask, *of_tokens, self.cu_seqlens, self.sources, self.found, self.step, ask_contiguous)
-        if self.step is None:
-            return Tokens(*of_tokens, self.cu_seqlens, self.sources, None, None)
+        if self.step is None or self.found is None:  # the one says the other
+            return self.all_places
         if mask.is_cuda:
             torch.cuda.current_stream(mask.device).synchronize()
-        real, gaps = self._numbers.tolist()
+        real, gaps = self.found.tolist()
         wanted = max(1, -(-real // self.step)) * self.step
         if wanted not in self._views:  # to slice three tensors takes 5 us
             self._views[wanted] = (self.places[:wanted], self.nearest[:wanted], self.columns[:wanted])
@@ -83,10 +83,11 @@ class TokenMemory:
         return Tokens(*self._views[wanted], self.cu_seqlens, self.sources, real, contiguous)
 
     def count(self) -> int:
-        """How many of the last mask's tokens are real. The host waits for the device."""
-        if self.sources.is_cuda:
-            torch.cuda.synchronize(self.sources.device)
-        return int(self._numbers[0])
+        """How many of the last mask's tokens are real, where there is room for all places. The host waits for the
+        device."""
+        if self.cu_seqlens.is_cuda:
+            torch.cuda.synchronize(self.cu_seqlens.device)
+        return int(self.cu_seqlens[-1])
 
 
 def tokens_of(
