@@ -24,7 +24,7 @@ from burnish.kernels.counters import counters
 from burnish.kernels.launch import Config, launch, target_of
 from burnish.kernels.layout import rows_of
 from burnish.kernels.matmul_configs import Product
-from burnish.kernels.matmul_wgmma_fill import ask_for_weight, ask_for_x, async_load, described
+from burnish.kernels.matmul_wgmma_fill import ask_for_weight, ask_for_x, asked_ahead, async_load, described
 from burnish.kernels.matmul_wgmma_finish import live_size, place_of, store
 
 _SIGN = gl.constexpr(-(1 << 63))
@@ -63,7 +63,8 @@ def _word(mean, squares):
 
 @gluon.jit
 def _all_together(
-    words, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, COLUMNS: gl.constexpr, RMS: gl.constexpr
+    words, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, COLUMNS: gl.constexpr, RMS: gl.constexpr,
+    WHOLE: gl.constexpr,
 ):  # fmt: skip
     """Rows' means and sums of squared distances, from those of each tile, and how many tiles' are not there yet."""
     for c in gl.static_range(COLUMNS):
@@ -77,7 +78,9 @@ def _all_together(
             missing += gl.where(word < 0, 0, 1)
             squares += theirs
             if not RMS:
-                share = gl.minimum(N - c * BLOCK_N, BLOCK_N).to(gl.float32) / gl.minimum(N, c * BLOCK_N + BLOCK_N)
+                share = 1.0 / (c + 1)
+                if not WHOLE:
+                    share = gl.minimum(N - c * BLOCK_N, BLOCK_N).to(gl.float32) / gl.minimum(N, c * BLOCK_N + BLOCK_N)
                 apart -= mean
                 mean += share * apart
                 squares += c * BLOCK_N * share * apart * apart
@@ -87,28 +90,30 @@ def _all_together(
 @gluon.jit
 def _fill(
     x_desc, weight_desc, residual_desc, stages, handed, size, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    PDL: gl.constexpr,
+    FIRST: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One warp, as `matmul_wgmma`'s. Each tile's residual is asked for behind the last of its steps."""
     xs, weights, full, empty = stages
     residual, came, taken = handed
-    M, N, steps, mine = size[0], size[1], size[2], size[3]
+    M, N, steps = size[0], size[1], size[2]
     descs, buffers = (weight_desc, None), (weights, None)
-    asked = mine * steps
+    asked = asked_ahead(x_desc, M, N, steps, BLOCK_N, 1, STAGES, FIRST)
     for i in gl.static_range(STAGES):
-        ask_for_weight(x_desc, descs, buffers, full, i, asked, M, N, steps, False, BLOCK_N, 1, STAGES, True)
+        ask_for_weight(x_desc, descs, buffers, full, i, asked, M, N, steps, False, BLOCK_N, 1, STAGES, True, FIRST)
     if PDL:
         tl_cuda.gdc_launch_dependents()
         tl_cuda.gdc_wait()
     for i in gl.static_range(STAGES):
-        ask_for_x(x_desc, xs, full, i, asked, M, N, steps, BLOCK_N, 1, STAGES, True)
+        ask_for_x(x_desc, xs, full, i, asked, M, N, steps, BLOCK_N, 1, STAGES, True, FIRST)
     M, mine = live_size(size, x_desc.block_shape[0], BLOCK_N, 1)
     total = mine * steps
     for turn in range(mine):
         for step in range(gl.maximum(turn * steps, STAGES), (turn + 1) * steps):
             mbarrier.wait(empty.index(step % STAGES), (step // STAGES - 1) & 1)
-            ask_for_weight(x_desc, descs, buffers, full, step, total, M, N, steps, False, BLOCK_N, 1, STAGES, True)
-            ask_for_x(x_desc, xs, full, step, total, M, N, steps, BLOCK_N, 1, STAGES, True)
+            ask_for_weight(
+                x_desc, descs, buffers, full, step, total, M, N, steps, False, BLOCK_N, 1, STAGES, True, False
+            )
+            ask_for_x(x_desc, xs, full, step, total, M, N, steps, BLOCK_N, 1, STAGES, True, False)
         m, n, _, _ = place_of(turn * steps, M, N, steps, x_desc.block_shape[0], BLOCK_N, 1, True)
         mbarrier.wait(taken.index(0), (turn - 1) & 1, pred=turn > 0)
         mbarrier.expect(came.index(0), residual_desc.block_type.nbytes)
@@ -120,7 +125,8 @@ def _fill(
 @gluon.jit
 def _multiply(
     stages, handed, size, eps, vectors, results, counters_ptr, words_ptr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, COLUMNS: gl.constexpr, RMS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+    BLOCK_N: gl.constexpr, COLUMNS: gl.constexpr, RMS: gl.constexpr, WHOLE: gl.constexpr, STAGES: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """The other warps: they multiply, exchange and normalize."""
     xs, weights, full, empty = stages
@@ -134,8 +140,7 @@ def _multiply(
     member = gl.program_id(0) % COLUMNS
     n = member * BLOCK_N
     column = n + gl.arange(0, BLOCK_N, LINE)
-    inside = column < N
-    width = gl.minimum(N - n, BLOCK_N).to(gl.float32)
+    inside = (column < N) | WHOLE
     if bias_ptr is not None:
         bias = gl.load(bias_ptr + column * stride_bias, mask=inside, other=0.0)
     if PDL:
@@ -164,8 +169,12 @@ def _multiply(
         mean = gl.zeros((BLOCK_M,), gl.float32, gl.SliceLayout(1, MMA))
         centred = acc
         if not RMS:
-            mean = gl.sum(acc, 1) / width
-            centred = gl.where(inside[None, :], acc - mean[:, None], 0.0)
+            if WHOLE:
+                mean = gl.sum(acc, 1) * (1.0 / BLOCK_N)
+                centred = acc - mean[:, None]
+            else:
+                mean = gl.sum(acc, 1) / gl.minimum(N - n, BLOCK_N).to(gl.float32)
+                centred = gl.where(inside[None, :], acc - mean[:, None], 0.0)
         squares = gl.sum(centred * centred, 1)
         gl.store(words + member * BLOCK_M, _word(mean, squares), mask=rows < BLOCK_M)
         # On its way, in or out, while others are waited for.
@@ -175,9 +184,9 @@ def _multiply(
             weight = gl.load(weight_ptr + column * stride_weight, mask=inside, other=0.0)
         if shift_ptr is not None:
             shift = gl.load(shift_ptr + column * stride_shift, mask=inside, other=0.0)
-        mean, squares, missing = _all_together(words, N, BLOCK_M, BLOCK_N, COLUMNS, RMS)
+        mean, squares, missing = _all_together(words, N, BLOCK_M, BLOCK_N, COLUMNS, RMS, WHOLE)
         while gl.max(missing, 0) > 0:
-            mean, squares, missing = _all_together(words, N, BLOCK_M, BLOCK_N, COLUMNS, RMS)
+            mean, squares, missing = _all_together(words, N, BLOCK_M, BLOCK_N, COLUMNS, RMS, WHOLE)
         counter = counters_ptr + m // BLOCK_M * gl.num_warps()
         before = leave(counter)
         acc = (acc - mean[:, None]) * gl.rsqrt(squares / N + eps)[:, None]
@@ -218,6 +227,8 @@ def linear_norm_wgmma_kernel(
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
+    WHOLE: gl.constexpr,  # whether no tile hangs over the last column
+    FIRST: gl.constexpr,  # whether a program's first tile has as many steps over K as there are stages
     FILL_REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
 ):
@@ -234,18 +245,16 @@ def linear_norm_wgmma_kernel(
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(empty.index(s), count=1)
 
-    tiles = gl.cdiv(M, BLOCK_M) * COLUMNS
-    mine = gl.cdiv(tiles - gl.program_id(0), gl.num_programs(0))
     stages = (xs, weights, full, empty)
     handed = (residual, came, taken)
-    size = (M, N, gl.cdiv(K, BLOCK_K), mine, live_ptr)
+    size = (M, N, gl.cdiv(K, BLOCK_K), live_ptr)
     vectors = (bias_ptr, stride_bias, norm_weight_ptr, stride_norm_weight, norm_bias_ptr, stride_norm_bias)
     results = (out_ptr, total_ptr)
     gl.warp_specialize(
         [
             (_multiply, (stages, handed, size, eps, vectors, results, counters_ptr, words_ptr, BLOCK_M, BLOCK_N,
-                         COLUMNS, RMS, STAGES, PDL)),
-            (_fill, (x_desc, weight_desc, residual_desc, stages, handed, size, BLOCK_N, STAGES, PDL)),
+                         COLUMNS, RMS, WHOLE, STAGES, PDL)),
+            (_fill, (x_desc, weight_desc, residual_desc, stages, handed, size, BLOCK_N, STAGES, FIRST, PDL)),
         ],
         [1],
         [FILL_REGISTERS],
@@ -301,6 +310,8 @@ def linear_norm_wgmma(
         registers=registers,
         RMS=rms,
         COLUMNS=columns,
+        WHOLE=N % block_n == 0,
+        FIRST=triton.cdiv(K, block_k) >= config["STAGES"],
         FILL_REGISTERS=24 if threads == 256 else 40,
     )
     return out, out.new_empty(0) if total is None else total

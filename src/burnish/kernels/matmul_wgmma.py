@@ -56,7 +56,7 @@ def _multiply(
     second tile: one multiplies while the other writes."""
     xs, weights, full, empty, turns = stages
     N, steps = size[1], size[2]
-    BY_ROWS: gl.constexpr = size[4] is not None
+    BY_ROWS: gl.constexpr = size[3] is not None
     bias_ptr, stride_bias = epilogue[0], epilogue[1]
     OTHER_N: gl.constexpr = BLOCK_N if GATED else MORE_N
     COLUMNS: gl.constexpr = BLOCK_N + MORE_N
@@ -170,6 +170,7 @@ def matmul_wgmma_kernel(
     STAGES: gl.constexpr,
     TEAMS: gl.constexpr,
     PER_SM: gl.constexpr,
+    FIRST: gl.constexpr,  # whether a program's first tile has as many steps over K as there are stages
     TEAM_REGISTERS: gl.constexpr,
     FILL_REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
@@ -186,7 +187,7 @@ def matmul_wgmma_kernel(
     turns = (empty, empty)
     if TEAMS > 1:  # not for one team: Triton gives the place of barriers that nobody waits for to other things
         turns = teams_turns(x_desc.dtype, TEAMS, BLOCK_M, BLOCK_N, BLOCK_N if GATED else MORE_N)
-    gl.static_assert(PIECE == 0 or (TEAMS > 1 and not GATED and MORE_N == 0 and SPLIT_K == 1 and HEAD == 0))
+    gl.static_assert(PIECE == 0 or (FIRST and TEAMS > 1 and not GATED and MORE_N == 0 and SPLIT_K == 1 and HEAD == 0))
     if FINISH > 0:
         gl.static_assert(TEAMS == 1 and SPLIT_K == 1 and HEAD == 0)
         turns = handing_over(bias_ptr, x_desc.dtype, BLOCK_M, BLOCK_N, BLOCK_N if GATED else MORE_N)
@@ -194,11 +195,9 @@ def matmul_wgmma_kernel(
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(empty.index(s), count=1)
 
-    tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N + MORE_N) * SPLIT_K
     steps = gl.cdiv(gl.cdiv(K, BLOCK_K), SPLIT_K)
-    mine = gl.cdiv(tiles - gl.program_id(0), gl.num_programs(0))
     stages = (xs, weights, full, empty, turns)
-    size = (M, N, steps, mine, live_ptr)
+    size = (M, N, steps, live_ptr)
     epilogue = (
         bias_ptr, stride_bias, residual_ptr, residual_inner, stride_residual_outer, stride_residual_inner,
         stride_residual_n,
@@ -213,7 +212,7 @@ def matmul_wgmma_kernel(
                              MORE_N, SPLIT_K, STAGES, FINISH, PIECE, PDL)),
                 (finish, (turns, size, epilogue, stride_residual_n, out_ptr, ACTIVATION, GATED, BLOCK_M, BLOCK_N,
                           MORE_N, FINISH, PDL)),
-                (fill, (x_desc, descs, piece_desc, stages, size, GATED, BLOCK_N + MORE_N, SPLIT_K, STAGES, PDL)),
+                (fill, (x_desc, descs, piece_desc, stages, size, GATED, BLOCK_N + MORE_N, SPLIT_K, STAGES, FIRST, PDL)),
             ],
             [4, 1],
             [TEAM_REGISTERS, FILL_REGISTERS],
@@ -223,7 +222,7 @@ def matmul_wgmma_kernel(
             [
                 (_multiply, (stages, size, epilogue, rope, out_ptr, 0, 1, ACTIVATION, GATED, HEAD, BLOCK_M, BLOCK_N,
                              MORE_N, SPLIT_K, STAGES, FINISH, PIECE, PDL)),
-                (fill, (x_desc, descs, piece_desc, stages, size, GATED, BLOCK_N + MORE_N, SPLIT_K, STAGES, PDL)),
+                (fill, (x_desc, descs, piece_desc, stages, size, GATED, BLOCK_N + MORE_N, SPLIT_K, STAGES, FIRST, PDL)),
             ],
             [1],
             [FILL_REGISTERS],
@@ -235,7 +234,7 @@ def matmul_wgmma_kernel(
                              MORE_N, SPLIT_K, STAGES, FINISH, PIECE, PDL)),
                 (_multiply, (stages, size, epilogue, rope, out_ptr, 1, 2, ACTIVATION, GATED, HEAD, BLOCK_M, BLOCK_N,
                              MORE_N, SPLIT_K, STAGES, FINISH, PIECE, PDL)),
-                (fill, (x_desc, descs, piece_desc, stages, size, GATED, BLOCK_N + MORE_N, SPLIT_K, STAGES, PDL)),
+                (fill, (x_desc, descs, piece_desc, stages, size, GATED, BLOCK_N + MORE_N, SPLIT_K, STAGES, FIRST, PDL)),
             ],
             [gl.num_warps(), 1],
             [TEAM_REGISTERS, FILL_REGISTERS],
@@ -325,7 +324,6 @@ def _launch(
     assert rows is not None
     assert extra is not None
     other, piece = block_n if gated else more_n, config.sizes.get("PIECE", 0)
-    assert not piece or depth > (config["STAGES"] - 1) * block_k, "stages of a program's first tile, no piece's"
     tables: tuple[Tensor | None, Tensor | None] = None, None
     turning = (1, 0, 0, 0)
     if rope is not None:
@@ -354,6 +352,7 @@ def _launch(
         "ACTIVATION": in_half(activation, x.dtype),
         "GATED": gated,
         "HEAD": 0 if rope is None else rope.head_dim,
+        "FIRST": triton.cdiv(triton.cdiv(depth, block_k), config["SPLIT_K"]) >= config["STAGES"],
         "TEAM_REGISTERS": FINISH_REGISTERS if finishing else 232,
         "FILL_REGISTERS": registers if not many else 24 if threads == 256 or finishing else 40,
     }

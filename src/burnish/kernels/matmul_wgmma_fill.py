@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra import cuda as tl_cuda
 
-from burnish.kernels.matmul_wgmma_finish import live_size, place_of
+from burnish.kernels.matmul_wgmma_finish import live_size, place_of, tiles_of
 from burnish.kernels.matmul_wgmma_pieces import place_of_piece, whole_and_pieces
 
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # as Triton 3.6 calls it
@@ -27,9 +27,10 @@ def described(x: Tensor, rows: int, columns: int, stride: int, *block: int) -> T
 def ask_for_weight(
     x_desc, descs, buffers, full, i, total, M, N, steps,
     GATED: gl.constexpr, COLUMNS: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr, BY_ROWS: gl.constexpr,
+    FIRST: gl.constexpr,
 ):  # fmt: skip
     """Step `i`'s tiles of weight, into their stage; its barrier waits for x, too."""
-    _, n, _, step = place_of(i, M, N, steps, x_desc.block_shape[0], COLUMNS, SPLIT_K, BY_ROWS)
+    _, n, _, step = place_of(i, M, N, steps, x_desc.block_shape[0], COLUMNS, SPLIT_K, BY_ROWS, FIRST)
     barrier, wanted = full.index(i % STAGES), i < total
     nbytes: gl.constexpr = x_desc.block_type.nbytes + descs[0].block_type.nbytes
     k = step * x_desc.block_shape[1]
@@ -43,12 +44,24 @@ def ask_for_weight(
 
 
 @gluon.jit
+def asked_ahead(
+    x_desc, M, N, steps, COLUMNS: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr, FIRST: gl.constexpr
+):  # fmt: skip
+    """How many steps may be asked for before it is known how many rows are wanted. With FIRST, where every program has
+    a first tile that fills the stages, that takes no division, and what is asked for comes sooner."""
+    if FIRST:
+        return STAGES
+    else:
+        return tiles_of(M, N, x_desc.block_shape[0], COLUMNS, SPLIT_K) * steps
+
+
+@gluon.jit
 def ask_for_x(
     desc, buffers, full, i, total, M, N, steps, COLUMNS: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr,
-    BY_ROWS: gl.constexpr,
+    BY_ROWS: gl.constexpr, FIRST: gl.constexpr,
 ):  # fmt: skip
     """Step `i`'s tile of x, into its stage."""
-    m, _, _, step = place_of(i, M, N, steps, desc.block_shape[0], COLUMNS, SPLIT_K, BY_ROWS)
+    m, _, _, step = place_of(i, M, N, steps, desc.block_shape[0], COLUMNS, SPLIT_K, BY_ROWS, FIRST)
     place = [m, step * desc.block_shape[1]]
     async_load(desc, place, full.index(i % STAGES), buffers.index(i % STAGES), i < total)
 
@@ -73,7 +86,7 @@ def _ask_for_piece(
 @gluon.jit
 def fill(
     x_desc, weight_descs, piece_desc, stages, size, GATED: gl.constexpr, COLUMNS: gl.constexpr, SPLIT_K: gl.constexpr,
-    STAGES: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr, FIRST: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One warp: the stages are filled with weight at once, and with x when the kernel ahead is done.
 
@@ -83,18 +96,18 @@ def fill(
     they have come, as copies into the memory of a program that has ended would end in another's.
     """
     xs, weights, full, empty, _ = stages
-    M, N, steps, mine, live_ptr = size
+    M, N, steps, live_ptr = size
     BY_ROWS: gl.constexpr = live_ptr is not None
-    asked = mine * steps
+    asked = asked_ahead(x_desc, M, N, steps, COLUMNS, SPLIT_K, STAGES, FIRST)
     for i in gl.static_range(STAGES):
         ask_for_weight(
-            x_desc, weight_descs, weights, full, i, asked, M, N, steps, GATED, COLUMNS, SPLIT_K, STAGES, BY_ROWS
+            x_desc, weight_descs, weights, full, i, asked, M, N, steps, GATED, COLUMNS, SPLIT_K, STAGES, BY_ROWS, FIRST
         )  # fmt: skip
     if PDL:
         tl_cuda.gdc_launch_dependents()
         tl_cuda.gdc_wait()
     for i in gl.static_range(STAGES):
-        ask_for_x(x_desc, xs, full, i, asked, M, N, steps, COLUMNS, SPLIT_K, STAGES, BY_ROWS)
+        ask_for_x(x_desc, xs, full, i, asked, M, N, steps, COLUMNS, SPLIT_K, STAGES, BY_ROWS, FIRST)
     M, mine = live_size(
         size, x_desc.block_shape[0], COLUMNS, SPLIT_K
     )  # after them: the number takes as long to come as x
@@ -105,9 +118,9 @@ def fill(
     for i in range(STAGES, total):
         mbarrier.wait(empty.index(i % STAGES), (i // STAGES - 1) & 1)
         ask_for_weight(
-            x_desc, weight_descs, weights, full, i, total, M, N, steps, GATED, COLUMNS, SPLIT_K, STAGES, BY_ROWS
+            x_desc, weight_descs, weights, full, i, total, M, N, steps, GATED, COLUMNS, SPLIT_K, STAGES, BY_ROWS, False
         )  # fmt: skip
-        ask_for_x(x_desc, xs, full, i, total, M, N, steps, COLUMNS, SPLIT_K, STAGES, BY_ROWS)
+        ask_for_x(x_desc, xs, full, i, total, M, N, steps, COLUMNS, SPLIT_K, STAGES, BY_ROWS, False)
     if piece_desc is not None and piece > 0:
         _ask_for_piece(x_desc, piece_desc, xs, weights[0], stages, mine, M, N, steps, COLUMNS, STAGES, BY_ROWS)
     if BY_ROWS:

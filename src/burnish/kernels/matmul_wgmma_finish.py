@@ -27,16 +27,20 @@ one meets in a bank."""
 @gluon.jit
 def place_of(
     i, M, N, steps, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT_K: gl.constexpr,
-    BY_ROWS: gl.constexpr = False,
+    BY_ROWS: gl.constexpr = False, FIRST: gl.constexpr = False,
 ):  # fmt: skip
     """Of step `i` of this program: the tile's first row and column, its part of K, and the step over K as a whole.
 
     BY_ROWS: tiles follow each other along rows of tiles, so that how many rows there are decides no tile's place.
+    FIRST: the step is one of the first tile, which is known without a division.
     """
-    tile = gl.program_id(0) + i // steps * gl.num_programs(0)
+    tile, step = gl.program_id(0), i
+    if not FIRST:
+        tile += i // steps * gl.num_programs(0)
+        step = i % steps
     m, n = place_of_tile(tile // SPLIT_K, M, N, BLOCK_M, BLOCK_N, BY_ROWS)
     split = tile % SPLIT_K
-    return m, n, split, split * steps + i % steps
+    return m, n, split, split * steps + step
 
 
 @gluon.jit
@@ -55,12 +59,17 @@ def place_of_tile(tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BY_R
 def live_size(size, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT_K: gl.constexpr):
     """The rows that are wanted, and how many of this program's tiles have some. To be asked once the kernels before
     are done, one of which counts the rows."""
-    M, N, _, mine, live_ptr = size
+    M, N, live_ptr = size[0], size[1], size[3]
     if live_ptr is not None:
         M = gl.minimum(M, gl.load(live_ptr))
-        tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N) * SPLIT_K
-        mine = gl.cdiv(tiles - gl.program_id(0), gl.num_programs(0))
-    return M, mine
+    return M, tiles_of(M, N, BLOCK_M, BLOCK_N, SPLIT_K)
+
+
+@gluon.jit
+def tiles_of(M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT_K: gl.constexpr):
+    """How many tiles this program has, of all rows."""
+    tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N) * SPLIT_K
+    return gl.cdiv(tiles - gl.program_id(0), gl.num_programs(0))
 
 
 @gluon.jit
@@ -224,7 +233,7 @@ def finish(
     known to be 1, and the loads would be narrow."""
     biases, left, taken = handover[1], handover[2], handover[3]
     N, steps = size[1], size[2]
-    BY_ROWS: gl.constexpr = size[4] is not None
+    BY_ROWS: gl.constexpr = size[3] is not None
     if PDL:
         tl_cuda.gdc_wait()
     M, mine = live_size(size, BLOCK_M, BLOCK_N + MORE_N, 1)

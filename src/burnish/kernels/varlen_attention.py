@@ -68,9 +68,9 @@ def varlen_attention_kernel(
     before, after, REACH: as in `attention_kernel`. SUMS: write each row's logsumexp, too.
     """
     launch_dependents(PDL)
-    wait_for_inputs(PDL)
     rank, sequence = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     head = tl.program_id(1).to(tl.int64)
+    wait_for_inputs(PDL)
     first_q, lq = _first_and_count(starts_q, sequence)
     first_k, lk = first_q, lq
     if starts_k is not None:
