@@ -28,11 +28,11 @@ CONFIGS = linear_norm_wgmma_configs(Product(2048, 450, 200, HALF, H200))
 ROWS, COLUMNS, DEPTH = 700, 456, 200
 
 
-def inputs(mean: float = 0.0) -> tuple[Tensor, ...]:
-    """x, weight, bias, residual and the norm's vectors; sizes that no block divides."""
-    x, residual = randn(1, ROWS, DEPTH, dtype=HALF, seed=0), randn(1, ROWS, COLUMNS, dtype=HALF, seed=1) + mean
-    weight = randn(COLUMNS, DEPTH, dtype=HALF, seed=2) / math.sqrt(DEPTH)
-    return x, weight, randn(COLUMNS, dtype=HALF, seed=3), residual, *(randn(COLUMNS, seed=seed) for seed in (4, 5))
+def inputs(mean: float = 0.0, columns: int = COLUMNS) -> tuple[Tensor, ...]:
+    """x, weight, bias, residual and the norm's vectors; sizes that no block divides, but perhaps the columns."""
+    x, residual = randn(1, ROWS, DEPTH, dtype=HALF, seed=0), randn(1, ROWS, columns, dtype=HALF, seed=1) + mean
+    weight = randn(columns, DEPTH, dtype=HALF, seed=2) / math.sqrt(DEPTH)
+    return x, weight, randn(columns, dtype=HALF, seed=3), residual, *(randn(columns, seed=seed) for seed in (4, 5))
 
 
 def emulated(op: Op, config: Config, given: tuple[Any, ...], keep_sum: bool, live: int | None = None) -> Any:
@@ -48,19 +48,21 @@ def emulated(op: Op, config: Config, given: tuple[Any, ...], keep_sum: bool, liv
     return normed, total
 
 
+@pytest.mark.parametrize("columns", [COLUMNS, 384])  # some tiles hang over, or none
 @pytest.mark.parametrize("keep_sum", [False, True])
 @pytest.mark.parametrize("rms", [False, True])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_gangs_with_several_rows_of_tiles(config: Config, rms: bool, keep_sum: bool) -> None:
+def test_gangs_with_several_rows_of_tiles(config: Config, rms: bool, keep_sum: bool, columns: int) -> None:
     op = OPS["linear_add_rms_norm" if rms else "linear_add_layer_norm"]
-    given = inputs()[: 5 if rms else 6]
+    given = inputs(columns=columns)[: 5 if rms else 6]
     bound = op.bind(*given, 1e-6, keep_sum)
     result = emulated(op, config, given, keep_sum)
     assert_close(result, op.reference(*bound), oracle(op.reference, *bound))
 
 
-def test_rows_whose_mean_is_large_against_their_spread() -> None:
-    op, given = OPS["linear_add_layer_norm"], inputs(mean=300.0)
+@pytest.mark.parametrize("columns", [COLUMNS, 384])
+def test_rows_whose_mean_is_large_against_their_spread(columns: int) -> None:
+    op, given = OPS["linear_add_layer_norm"], inputs(300.0, columns)
     bound = op.bind(*given, 1e-6)
     assert_close(emulated(op, CONFIGS[0], given, True), op.reference(*bound), oracle(op.reference, *bound))
 

@@ -206,7 +206,7 @@ _FLOAT32: dict[int, list[tuple[int, int, int, int]]] = {
 
 def _registers(q: Tensor, v: Tensor) -> int | None:
     """The bound of a thread's registers. On Hopper ptxas, left alone, takes 80 where four programs to a multiprocessor
-    may have 128, and asks for keys no sooner than it needs them: 8.1 us where it is 7.1."""
+    may have 128, and asks for keys no sooner than it needs them: in a trial 8.1 us where it is 7.1."""
     narrow = max(padded(q.shape[2]), padded(v.shape[2])) <= 64
     return 128 if narrow and q.element_size() == 2 and target_of(q).capability[0] == 9 else None
 

@@ -23,7 +23,6 @@ _STEP = 128  # calls whose numbers of tokens are equal when rounded up to it sha
 Find = Callable[[Sequence[Any]], object]
 """Of a packed Program's flat inputs the last `INPUTS`, the tokens, are written by it, from those before."""
 
-
 Make = Callable[[Call, Find | None], Entry]
 """Makes the packed Program's entry for a call of it, whose last `INPUTS` are the tokens; `find`, where it is given, is
 the first thing that the entry does."""
@@ -59,7 +58,7 @@ class PackedEntry:
         self._padded: Entry | None = None
         self._entries: dict[Any, Entry] = {}
         self._graphs = graphs
-        # By shapes: a part of the batch is verified.
+        # By shapes, since a part of the batch is verified: of the mask, and of all that is given.
         self._memory: dict[tuple[int, ...], TokenMemory] = {}
         self._all_places: dict[tuple[Any, ...], tuple[TokenMemory, Entry]] = {}
         # The pool's own, which graphs take in turn: two locks could be taken in two orders.
@@ -78,7 +77,8 @@ class PackedEntry:
         with self._lock:  # the tokens stay what they are until what reads them is launched
             self._graphs.enter(mask.device.index)
             if self._of_all_places:
-                self._all_places[shapes] = self._made_for_all_places(call, mask)
+                if shapes not in self._all_places:
+                    self._all_places[shapes] = self._made_for_all_places(call, mask)
                 return self._serve_all_places(call, *self._all_places[shapes])
             memory = self._memory.get(mask.shape)
             if memory is None:
