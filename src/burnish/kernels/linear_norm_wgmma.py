@@ -296,6 +296,7 @@ def linear_norm_wgmma(
     zeros = counters(x, blocks * (config.num_warps + columns * block_m * 2))
     threads = 32 * (config.num_warps + 4)
     registers = min(255, 65536 // threads // 8 * 8)
+    first = triton.cdiv(K, block_k) >= config["STAGES"]
     launch(
         linear_norm_wgmma_kernel,
         (min(blocks, max(1, target_of(x).num_sms // columns)) * columns,),  # whole gangs, all of which run at once
@@ -311,14 +312,18 @@ def linear_norm_wgmma(
         RMS=rms,
         COLUMNS=columns,
         WHOLE=N % block_n == 0,
-        FIRST=triton.cdiv(K, block_k) >= config["STAGES"],
-        FILL_REGISTERS=24 if threads == 256 else 40,
+        FIRST=first,
+        FILL_REGISTERS=56 if not first else 24 if threads == 256 else 40,  # without divisions it needs few
     )
     return out, out.new_empty(0) if total is None else total
 
 
 def linear_norm_wgmma_configs(product: Product) -> list[Config]:
-    """Configs of `linear_norm_wgmma`, the most promising first; none where no gang has room on the device."""
+    """Configs of `linear_norm_wgmma`, the most promising first; none where no gang has room on the device.
+
+    With eight warps only where a tile's steps over K fill the stages: the warp that fills them needs divisions
+    otherwise, and so more registers than eight warps leave.
+    """
     shapes = [(64, 64, 128, 4, 4), (64, 64, 64, 8, 4), (128, 128, 64, 4, 8), (128, 128, 64, 5, 8)]
     if product.rows > 1024:
         shapes.reverse()
@@ -326,4 +331,5 @@ def linear_norm_wgmma_configs(product: Product) -> list[Config]:
         Config.of(warps, 1, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, STAGES=stages)
         for m, n, k, stages, warps in shapes
         if triton.cdiv(product.columns, n) <= product.target.num_sms
+        and (warps == 4 or product.depth > (stages - 1) * k)
     ]
