@@ -137,6 +137,36 @@ def test_a_model_on_tokens_of_all_places(monkeypatch: Any) -> None:
     fast(*batch(MASKS["gaps"]()))[0].sum().backward()  # gradients are of as many as there are
 
 
+class OfIds(torch.nn.Module):
+    """Its mask is computed of the ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Encoder()
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.encoder(ids, (ids != 0).long())
+
+
+@pytest.mark.usefixtures("attention_that_leaves_tokens_over")
+def test_a_mask_that_is_computed_is_computed_in_every_call(monkeypatch: Any) -> None:
+    torch.manual_seed(0)
+    model = OfIds().eval()
+    as_on_cuda(monkeypatch)
+    monkeypatch.setattr(live, "on_cuda", lambda node: True)
+    monkeypatch.setattr(candidates, "_all_rows", poisoned)
+    ids, _ = batch(MASKS["right padding"]())
+    impls = {"varlen_attention": "reference"}
+    fast: Any = burnish.optimize(copy.deepcopy(model), (ids,), padding="remove", cache="off", impls=impls)
+    assert fast.serving._prepared[0].packed.of_all_places
+    for name in ("gaps", "right padding", "one token"):
+        ids, mask = batch(MASKS[name]())
+        with torch.no_grad():
+            result, eager, true = fast(ids), model(ids), copy.deepcopy(model).double()(ids)
+        assert_close(*(real(t, mask) for t in (result, eager, true)))
+        assert not result[mask == 0].any()
+
+
 @pytest.mark.usefixtures("attention_that_leaves_tokens_over")
 def test_all_of_bert_but_its_pooler_is_told(monkeypatch: Any) -> None:
     transformers = pytest.importorskip("transformers")

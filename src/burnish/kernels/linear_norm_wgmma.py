@@ -228,7 +228,7 @@ def linear_norm_wgmma_kernel(
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
     WHOLE: gl.constexpr,  # whether no tile hangs over the last column
-    FIRST: gl.constexpr,  # whether a program's first tile has as many steps over K as there are stages
+    FIRST: gl.constexpr,  # whether the first STAGES steps are all of a program's first tile
     FILL_REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
 ):

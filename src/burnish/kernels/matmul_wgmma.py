@@ -170,7 +170,7 @@ def matmul_wgmma_kernel(
     STAGES: gl.constexpr,
     TEAMS: gl.constexpr,
     PER_SM: gl.constexpr,
-    FIRST: gl.constexpr,  # whether a program's first tile has as many steps over K as there are stages
+    FIRST: gl.constexpr,  # whether the first STAGES steps are all of a program's first tile
     TEAM_REGISTERS: gl.constexpr,
     FILL_REGISTERS: gl.constexpr,
     PDL: gl.constexpr,

@@ -24,6 +24,18 @@ def described(x: Tensor, rows: int, columns: int, stride: int, *block: int) -> T
 
 
 @gluon.jit
+def asked_ahead(
+    x_desc, M, N, steps, COLUMNS: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr, FIRST: gl.constexpr
+):  # fmt: skip
+    """How many steps may be asked for before it is known how many rows are wanted. With FIRST, where the first STAGES
+    steps are all of a program's first tile, that takes no division, and what is asked for comes sooner."""
+    if FIRST:
+        return STAGES
+    else:
+        return tiles_of(M, N, x_desc.block_shape[0], COLUMNS, SPLIT_K) * steps
+
+
+@gluon.jit
 def ask_for_weight(
     x_desc, descs, buffers, full, i, total, M, N, steps,
     GATED: gl.constexpr, COLUMNS: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr, BY_ROWS: gl.constexpr,
@@ -41,18 +53,6 @@ def ask_for_weight(
         other = N + n if GATED else n + descs[0].block_shape[0]
         async_load(descs[1], [other, k], barrier, buffers[1].index(i % STAGES), wanted)
     async_load(descs[0], [n, k], barrier, buffers[0].index(i % STAGES), wanted)
-
-
-@gluon.jit
-def asked_ahead(
-    x_desc, M, N, steps, COLUMNS: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr, FIRST: gl.constexpr
-):  # fmt: skip
-    """How many steps may be asked for before it is known how many rows are wanted. With FIRST, where every program has
-    a first tile that fills the stages, that takes no division, and what is asked for comes sooner."""
-    if FIRST:
-        return STAGES
-    else:
-        return tiles_of(M, N, x_desc.block_shape[0], COLUMNS, SPLIT_K) * steps
 
 
 @gluon.jit
@@ -108,9 +108,8 @@ def fill(
         tl_cuda.gdc_wait()
     for i in gl.static_range(STAGES):
         ask_for_x(x_desc, xs, full, i, asked, M, N, steps, COLUMNS, SPLIT_K, STAGES, BY_ROWS, FIRST)
-    M, mine = live_size(
-        size, x_desc.block_shape[0], COLUMNS, SPLIT_K
-    )  # after them: the number takes as long to come as x
+    # After them: the number takes as long to come as x.
+    M, mine = live_size(size, x_desc.block_shape[0], COLUMNS, SPLIT_K)
     piece = 0
     if piece_desc is not None:
         mine, piece = whole_and_pieces(M, N, x_desc.block_shape[0], COLUMNS, piece_desc.block_shape[0])
