@@ -71,7 +71,7 @@ class TokenMemory:
 
         of_tokens = (self.places, self.nearest, self.columns)
         find_tokens(mask, *of_tokens, self.cu_seqlens, self.sources, self.found, self.step, ask_contiguous)
-        if self.step is None or self.found is None:  # the one says the other
+        if self.step is None or self.found is None:  # there is room for all places: the host need not know how many
             return self.all_places
         if mask.is_cuda:
             torch.cuda.current_stream(mask.device).synchronize()
